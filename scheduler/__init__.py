@@ -1,0 +1,1 @@
+"""The planner: pure functions from profiles and scores to placements, selections and step programs."""

@@ -1,0 +1,1 @@
+"""The control plane: HTTP API, store, supervisor and command line. Never imports torch."""

@@ -1,0 +1,156 @@
+"""What a job asks for, checked where it enters: the body of `POST /v1/jobs` and the file behind `--spec`.
+
+No torch here: the API process reads and checks specs with this file alone.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+DIGITS_MODEL = "d2ft_digits"
+ModelArg = int | float | bool | str
+
+
+class Frozen(BaseModel):
+    """Base of the border types: unknown fields are refused, values do not change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Ratios(Frozen):
+    """Exact counts: of a step's M micro-batches, how many a head runs FULL, FORWARD and SKIP."""
+
+    full: Annotated[int, Field(ge=0)]
+    forward: Annotated[int, Field(ge=0)] = 0
+    skip: Annotated[int, Field(ge=0)] = 0
+
+    @property
+    def total(self) -> int:
+        return self.full + self.forward + self.skip
+
+
+class Budgets(Frozen):
+    """Upper bounds as fractions of all-FULL on the same placement; the planner finds the mix."""
+
+    compute: Annotated[float, Field(gt=0, le=1)]
+    bytes: Annotated[float, Field(gt=0, le=1)] = 1.0
+
+
+class Method(Frozen):
+    """How the work is chosen. Give `ratios` or `budgets`, not both; neither means all-FULL.
+
+    strategy "held" holds FULL/FORWARD still per head over a window and redraws coherent SKIPs per step; "coherent" redraws all
+    three per (worker, block); "scattered" redraws per head. `skip_fill` says what a skipped head adds.
+    """
+
+    type: Literal["d2ft"] = "d2ft"
+    ratios: Ratios | None = None
+    budgets: Budgets | None = None
+    strategy: Literal["held", "coherent", "scattered"] = "held"
+    score: Literal["fisher", "magnitude", "random"] = "fisher"
+    skip_fill: Literal["zero", "mean", "rescale"] = "zero"
+
+    @model_validator(mode="after")
+    def _one_of(self) -> Method:
+        if self.ratios is not None and self.budgets is not None:
+            raise ValueError("give ratios or budgets, not both")
+        return self
+
+
+class Optimiser(Frozen):
+    """AdamW with linear warm-up and cosine decay to zero; gradients clipped by global norm (0 switches it off)."""
+
+    learning_rate: Annotated[float, Field(gt=0, le=1)] = 5e-4
+    weight_decay: Annotated[float, Field(ge=0, le=1)] = 0.05
+    betas: tuple[float, float] = (0.9, 0.999)
+    warmup_fraction: Annotated[float, Field(ge=0, le=1)] = 0.1
+    clip_norm: Annotated[float, Field(ge=0)] = 1.0
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+
+class JobSpec(Frozen):
+    """One fine-tuning job.
+
+    `model` is a timm name, or "d2ft_digits" for the small bundled one; `model_args` are passed to `timm.create_model`.
+    `dataset` is "digits" or "folder:///path" with `train/CLASS/*.jpg` and `test/` or `val/` beside it. Length is `epochs`, or `steps`
+    when that is given.
+    """
+
+    name: Annotated[str, Field(max_length=200)] | None = None
+    model: Annotated[str, Field(min_length=1, max_length=200)] = DIGITS_MODEL
+    model_args: dict[str, ModelArg] = Field(default_factory=dict)
+    weights: Annotated[str, Field(max_length=4096)] | None = None
+    img_size: Annotated[int, Field(ge=4, le=2048)] | None = None
+    dataset: Annotated[str, Field(min_length=1, max_length=4096)] = "digits"
+    images_per_class: Annotated[int, Field(ge=1)] | None = None
+    method: Method = Field(default_factory=Method)
+    optimiser: Optimiser = Field(default_factory=Optimiser)
+    workers: Annotated[int, Field(ge=1, le=256)] = 2
+    micro_batches: Annotated[int, Field(ge=1, le=256)] = 5
+    micro_batch_size: Annotated[int, Field(ge=1, le=4096)] = 16
+    epochs: Annotated[float, Field(gt=0, le=10_000)] = 3.0
+    steps: Annotated[int, Field(ge=1, le=10_000_000)] | None = None
+    window: Annotated[int, Field(ge=1, le=100_000)] = 100
+    placement: Literal["auto", "split", "whole"] = "auto"
+    train_embed: bool = True
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    metadata: dict[str, str] = Field(default_factory=dict)
+
+    @field_validator("model_args")
+    @classmethod
+    def _known_args(cls, value: dict[str, ModelArg]) -> dict[str, ModelArg]:
+        for key in value:
+            if key not in MODEL_ARGS:
+                raise ValueError(f"'{key}' is not a model argument; known are {', '.join(MODEL_ARGS)}")
+        return value
+
+    @field_validator("dataset")
+    @classmethod
+    def _known_scheme(cls, value: str) -> str:
+        if value != "digits" and not re.match(r"folder:///", value):
+            raise ValueError("a dataset is 'digits' or 'folder:///absolute/path'")
+        return value
+
+    @model_validator(mode="after")
+    def _ratios_sum(self) -> JobSpec:
+        ratios = self.method.ratios
+        if ratios is not None and ratios.total != self.micro_batches:
+            raise ValueError(
+                f"method.ratios sum to {ratios.total} but a step has {self.micro_batches} micro-batches; "
+                f"make full + forward + skip = micro_batches"
+            )
+        return self
+
+
+MODEL_ARGS = (
+    "img_size",
+    "patch_size",
+    "in_chans",
+    "embed_dim",
+    "depth",
+    "num_heads",
+    "mlp_ratio",
+    "qkv_bias",
+    "init_values",
+    "class_token",
+    "global_pool",
+)
+
+
+class RunContext(Frozen):
+    """Where one attempt of a job runs: written by the supervisor beside the spec, read by the driver.
+
+    `run_dir` holds this attempt's `events.jsonl` and, at the end, `result/`. `storage_path` is Ray Train's.
+    """
+
+    job_id: str
+    attempt: int = 1
+    spec: JobSpec
+    run_dir: str
+    storage_path: str
+    resources_per_worker: dict[str, float] = Field(default_factory=lambda: {"CPU": 0.5})
+    use_gpu: bool = False
+    start_timeout_s: Annotated[float, Field(gt=0)] = 60.0

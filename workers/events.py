@@ -1,0 +1,82 @@
+"""The run's own event file: append-only JSON lines that rank 0 writes and anyone may follow.
+
+Writing never waits for a reader. A line is complete when it ends in a newline; a reader keeps its byte offset and
+reads on from there, so an outage of the reader loses nothing.
+
+| type | data |
+|---|---|
+| phase | {"name": "planning" / "starting" / "running" / "finalizing"} |
+| plan.created | the plan as a dict |
+| metrics | step, total_steps, epoch, loss, learning_rate, grad_norm, step_seconds, idle_share, compute_fraction, bytes_fraction |
+| evaluation | {"when": "before" / "after", "accuracy", "loss", "num_images"} |
+| data.skipped | {"count", "files": first names} |
+| artifact.ready | {"name", "path", "bytes", "sha256"} |
+| ledger | the ledger as a dict |
+| outcome | {"status": "succeeded" / "failed", "error": {code, fault, message, param} or null}: the last line |
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+EVENTS_FILE = "events.jsonl"
+
+
+class EventLog:
+    """Appends events to `run_dir/events.jsonl`; `seq` goes on where an older file ended."""
+
+    def __init__(self, run_dir: str | os.PathLike[str]) -> None:
+        path = Path(run_dir)
+        path.mkdir(parents=True, exist_ok=True)
+        self.path = path / EVENTS_FILE
+        self._seq = sum(1 for _ in read_events(self.path, 0))
+        self._file = self.path.open("a", encoding="utf-8")
+
+    def emit(self, type: str, message: str = "", *, level: str = "info", **data: Any) -> None:
+        """Append one event and flush it to the file system."""
+        self._seq += 1
+        event = {"seq": self._seq, "at": time.time(), "type": type, "level": level, "message": message, "data": _finite(data)}
+        self._file.write(json.dumps(event, separators=(",", ":"), allow_nan=False) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __enter__(self) -> EventLog:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def read_events(path: str | os.PathLike[str], offset: int) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield (offset after the event, event) for every complete line from byte `offset` on; a torn last line waits."""
+    try:
+        file = open(path, "rb")
+    except FileNotFoundError:
+        return
+    with file:
+        file.seek(offset)
+        for line in file:
+            if not line.endswith(b"\n"):
+                return
+            offset += len(line)
+            if line.strip():
+                yield offset, json.loads(line)
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN or infinity: they become null."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {str(k): _finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    return value
