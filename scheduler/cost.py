@@ -1,0 +1,77 @@
+"""What things cost: µs of computing, bytes of messages, bytes kept; from shapes and measured profiles alone.
+
+One micro-batch is the unit: curves of a `DeviceProfile` are indexed by how many heads run together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from scheduler.domain import SUBLAYERS, DeviceProfile, ModelShape, StepShape
+
+TALLY_BYTES = 24  # gradient norm², loss, correct answers: three float64
+OPTIMISER_BYTES_PER_PARAM = 16  # weight, gradient and AdamW's two moments, float32
+
+
+class Costs:
+    """Durations and sizes for one model, step shape and fleet. Pure look-ups."""
+
+    def __init__(self, shape: ModelShape, step: StepShape, profiles: Sequence[DeviceProfile]) -> None:
+        self.shape = shape
+        self.step = step
+        self.profiles = tuple(profiles)
+        self._forward = [_curves(p.attn_forward_us, p.mlp_forward_us) for p in self.profiles]
+        self._backward = [_curves(p.attn_backward_us, p.mlp_backward_us) for p in self.profiles]
+
+    @property
+    def num_workers(self) -> int:
+        return len(self.profiles)
+
+    @property
+    def residual_bytes(self) -> int:
+        """One message that carries the residual stream of a micro-batch, x_BND or its gradient."""
+        return residual_bytes(self.shape, self.step)
+
+    def forward_us(self, worker: int, sublayer: str, num_heads: int) -> int:
+        return self._forward[worker][sublayer][num_heads]
+
+    def backward_us(self, worker: int, sublayer: str, num_heads: int) -> int:
+        return self._backward[worker][sublayer][num_heads]
+
+    def sum_us(self, worker: int) -> int:
+        return self.profiles[worker].sum_us
+
+    def embed_us(self, worker: int) -> int:
+        return self.profiles[worker].embed_us
+
+    def classify_us(self, worker: int) -> int:
+        return self.profiles[worker].classify_us
+
+    def update_us(self, worker: int, num_heads: int) -> int:
+        return self.profiles[worker].update_us * num_heads
+
+    def transfer_us(self, src: int, dst: int, num_bytes: int) -> int:
+        link = self.profiles[src].links[dst]
+        if link is None:
+            raise ValueError(f"worker {src} has no link to worker {dst}")
+        return link.transfer_us(num_bytes)
+
+    def kept_bytes(self, sublayer: str, num_heads: int) -> int:
+        """Activations that `num_heads` FULL heads of a sub-layer keep for backward: input, its norm, and the heads' inner width."""
+        tokens = self.step.micro_batch_size * self.shape.num_tokens
+        inner = 4 * self.shape.head_dim if sublayer == "attn" else 2 * max(self.shape.mlp_dims)
+        return tokens * (2 * self.shape.dim + num_heads * inner) * self.step.wire_itemsize
+
+
+def residual_bytes(shape: ModelShape, step: StepShape) -> int:
+    """Bytes of x_BND on the wire."""
+    return step.micro_batch_size * shape.num_tokens * shape.dim * step.wire_itemsize
+
+
+def trunk_bytes(shape: ModelShape, step: StepShape, units: Sequence[int]) -> int:
+    """Bytes of the gradients of trunk units: -1 is the embedding, l ≥ 0 the norms of block l."""
+    return step.wire_itemsize * sum(shape.embed_params if unit < 0 else shape.norm_params for unit in units)
+
+
+def _curves(attn_us: Sequence[int], mlp_us: Sequence[int]) -> dict[str, Sequence[int]]:
+    return dict(zip(SUBLAYERS, (attn_us, mlp_us), strict=True))

@@ -1,0 +1,90 @@
+"""What the control plane refuses, as branches of the one error tree, with the HTTP status of each.
+
+D2ftError
+├── UserError                  422
+│   ├── InvalidRequestError    422   one or more fields are wrong; `issues` names each
+│   ├── NotFoundError          404
+│   ├── ConflictError          409   the thing is in a state that does not allow this
+│   ├── UnauthorisedError      401
+│   ├── ForbiddenError         403   a foreign host or origin
+│   ├── TooLargeError          413
+│   └── TooManyError           429
+├── CapacityError              503
+│   └── UnavailableError       503   a part we need is down or not ready; try again
+└── SystemFault                500
+    └── LostAttemptError       500   a write by an attempt that no longer owns its job; stand down
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from scheduler.errors import CapacityError, D2ftError, SystemFault, UserError
+
+Issue = tuple[str, str]  # (field as "method.ratios", message)
+
+
+class InvalidRequestError(UserError):
+    """Fields of the request are wrong; every issue is (field, message)."""
+
+    def __init__(self, issues: list[Issue], *, code: str = "invalid_request") -> None:
+        field, message = issues[0]
+        super().__init__(message, code=code, param=field or None)
+        self.issues = issues
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild_invalid, (self.issues, self.code)
+
+
+class NotFoundError(UserError):
+    """There is no such thing, or not yet."""
+
+
+class ConflictError(UserError):
+    """The thing exists in a state that does not allow this."""
+
+
+class UnauthorisedError(UserError):
+    """No valid key came with the request."""
+
+
+class ForbiddenError(UserError):
+    """The request comes from, or names, a host that is not ours."""
+
+
+class TooLargeError(UserError):
+    """The body is larger than the limit."""
+
+
+class TooManyError(UserError):
+    """A limit on things open at once is reached."""
+
+
+class UnavailableError(CapacityError):
+    """A part that is needed is down or not ready yet."""
+
+
+class LostAttemptError(SystemFault):
+    """The attempt no longer owns its job: another took over, or the job has ended."""
+
+
+STATUS_OF: tuple[tuple[type[D2ftError], int], ...] = (
+    (NotFoundError, 404),
+    (ConflictError, 409),
+    (UnauthorisedError, 401),
+    (ForbiddenError, 403),
+    (TooLargeError, 413),
+    (TooManyError, 429),
+    (UserError, 422),
+    (CapacityError, 503),
+    (D2ftError, 500),
+)
+
+
+def http_status(error: D2ftError) -> int:
+    """The HTTP status of an error: that of the first kind in the table which it is."""
+    return next(status for kind, status in STATUS_OF if isinstance(error, kind))
+
+
+def _rebuild_invalid(issues: list[Issue], code: str) -> InvalidRequestError:
+    return InvalidRequestError(issues, code=code)

@@ -1,0 +1,1 @@
+"""Alembic migrations of the store, run by `service.store.database` when the store is opened."""

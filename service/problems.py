@@ -1,0 +1,119 @@
+"""Every error as RFC 9457 `application/problem+json`: one shape, whoever raised it, and never a traceback.
+
+`code` is for programs, `param` names the field ("method.ratios"), `errors[].pointer` points into the body ("/method/ratios").
+"""
+
+from __future__ import annotations
+
+import http
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from scheduler.errors import CapacityError, D2ftError
+from service.errors import InvalidRequestError, Issue, UnauthorisedError, http_status
+from service.schemas import FieldProblem, Problem
+from workers.contract import JobSpec
+
+PROBLEM_JSON = "application/problem+json"
+RETRY_AFTER_S = "5"
+log = logging.getLogger(__name__)
+
+
+def install(app: FastAPI) -> None:
+    """Answer every kind of failure with a problem."""
+    app.add_exception_handler(D2ftError, _on_ours)
+    app.add_exception_handler(RequestValidationError, _on_invalid)
+    app.add_exception_handler(HTTPException, _on_http)
+    app.add_exception_handler(Exception, _on_bug)
+
+
+def problem_response(scope: Mapping[str, Any], error: D2ftError) -> JSONResponse:
+    """The answer to one of our own errors."""
+    status = http_status(error)
+    issues = error.issues if isinstance(error, InvalidRequestError) else [(error.param or "", "")]
+    detail = " ".join(part for part in (error.message, error.remedy) if part)
+    return _response(scope, status, error.code, detail, issues, _headers(error))
+
+
+def issues_of(errors: Sequence[Mapping[str, Any]]) -> list[Issue]:
+    """Pydantic's errors as (field, message); a message about the whole body names its field itself, at its start."""
+    return [_issue(error["loc"], error["msg"].removeprefix("Value error, ")) for error in errors]
+
+
+async def _on_ours(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, D2ftError)
+    if http_status(error) >= 500:
+        log.error("%s: %s", error.code, error)
+    return problem_response(request.scope, error)
+
+
+async def _on_invalid(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, RequestValidationError)
+    issues = issues_of(error.errors())
+    detail = "; ".join(f"{field}: {text}" if field else text for field, text in issues[:5])
+    return _response(request.scope, 422, "invalid_request", detail, issues)
+
+
+async def _on_http(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, HTTPException)
+    code = http.HTTPStatus(error.status_code).phrase.lower().replace(" ", "_")
+    return _response(request.scope, error.status_code, code, str(error.detail), [], error.headers)
+
+
+async def _on_bug(request: Request, error: Exception) -> JSONResponse:
+    """A fault of ours. The server logs the traceback under this request's id; the client gets the id."""
+    detail = "The service failed on this request; its log names the cause under the request_id."
+    log.error("request %s failed", request.scope.get("state", {}).get("request_id"))
+    return _response(request.scope, 500, "internal", detail, [])
+
+
+def _response(
+    scope: Mapping[str, Any],
+    status: int,
+    code: str,
+    detail: str,
+    issues: Sequence[Issue],
+    headers: Mapping[str, str] | None = None,
+) -> JSONResponse:
+    fields = [FieldProblem(pointer=_pointer(field), message=text or detail) for field, text in issues if field]
+    problem = Problem(
+        title=http.HTTPStatus(status).phrase,
+        status=status,
+        detail=detail,
+        instance=scope.get("path"),
+        code=code,
+        param=issues[0][0] or None if issues else None,
+        errors=fields,
+        request_id=scope.get("state", {}).get("request_id"),
+    )
+    return JSONResponse(problem.model_dump(), status, headers=dict(headers or {}), media_type=PROBLEM_JSON)
+
+
+def _headers(error: D2ftError) -> dict[str, str]:
+    if isinstance(error, UnauthorisedError):
+        return {"WWW-Authenticate": "Bearer"}
+    return {"Retry-After": RETRY_AFTER_S} if isinstance(error, CapacityError) else {}
+
+
+def _issue(loc: Sequence[str | int], message: str) -> Issue:
+    source, *path = loc or ("body",)
+    if source == "body" and path and isinstance(path[0], int):
+        return "", message  # the offset of a syntax error
+    field = ".".join(str(part) for part in path)
+    return field or _leading_field(message), message
+
+
+def _leading_field(message: str) -> str:
+    found = re.match(r"[a-z_]+(\.[a-z_]+)*", message)
+    return found.group() if found and found.group().split(".")[0] in JobSpec.model_fields else ""
+
+
+def _pointer(field: str) -> str:
+    return "/" + field.replace("~", "~0").replace("/", "~1").replace(".", "/")

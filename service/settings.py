@@ -1,0 +1,133 @@
+"""Settings of the control plane, read from `D2FT_*` in the environment; nothing reads the environment elsewhere.
+
+All state lies under `home`:
+
+    d2ft.db           the store
+    key, ray_token    secrets, mode 0600
+    server.json       what `up` started: URL, ports, process ids
+    models.json       which timm models can be trained
+    jobs/ID/aN/       one attempt: context.json, events.jsonl, driver.log, result/
+    storage/          Ray Train's own checkpoints
+    ray               link to Ray's temp directory
+    logs/             ray.log, api.log, catalogue.log
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+class Settings(BaseSettings):
+    """Typed, frozen, checked when made; every field is explained under it and in the README's table."""
+
+    model_config = SettingsConfigDict(env_prefix="D2FT_", frozen=True, extra="ignore", use_attribute_docstrings=True)
+
+    home: Path = Field(default_factory=lambda: Path.home() / ".d2ft")
+    """Where all state lies."""
+    host: str = "127.0.0.1"
+    """Address the API listens on."""
+    port: Annotated[int, Field(ge=1, le=65535)] = 7421
+    """Port the API listens on."""
+    allowed_hosts: Annotated[tuple[str, ...], NoDecode] = ()
+    """Names by which clients may call the API, comma-separated; by default loopback names, or any on another host."""
+    roots: Annotated[tuple[Path, ...], NoDecode] = ()
+    """Directories under which datasets and weights may lie, separated like PATH; home is always one of them."""
+    database_url: str | None = None
+    """SQLAlchemy URL of the store; by default SQLite at `home`/d2ft.db."""
+    storage_path: Path | None = None
+    """Where Ray Train keeps its own checkpoints; by default `home`/storage. All nodes must see it."""
+    ray_address: str | None = None
+    """Ray's dashboard address, http://host:port; `up` fills it in."""
+    ray_token_path: Path | None = None
+    """File with Ray's token; by default `home`/ray_token."""
+    max_running: Annotated[int, Field(ge=1, le=1000)] = 1
+    """How many jobs hold the cluster at once; the others are queued."""
+    resources_per_worker: dict[str, float] | None = None
+    """What Ray books for each worker, as JSON; by default half a CPU, and one GPU where `use_gpu` is on."""
+    use_gpu: bool | None = None
+    """Train on GPUs; by default where Ray's cluster has one."""
+    start_timeout_s: Annotated[float, Field(gt=0)] = 60.0
+    """How long the cluster may take to start a job's workers before the job fails."""
+    poll_s: Annotated[float, Field(gt=0)] = 1.0
+    """How often the supervisor follows the attempts that are open."""
+    reconcile_s: Annotated[float, Field(gt=0)] = 10.0
+    """How often the supervisor compares the whole store with Ray's job list."""
+    settle_s: Annotated[float, Field(ge=0)] = 30.0
+    """How long a driver may live on after its job has ended before it is stopped."""
+    catalogue_wait_s: Annotated[float, Field(ge=0)] = 60.0
+    """How long a submit waits for the model catalogue while it is being made."""
+    max_body_bytes: Annotated[int, Field(ge=1024)] = 1 << 20
+    """Largest request body."""
+    max_streams: Annotated[int, Field(ge=1)] = 64
+    """How many event streams may be open at once."""
+    driver_module: str = "workers.loop"
+    """Module run as the driver of an attempt: `python -m MODULE --context FILE`."""
+    driver_python: str = Field(default_factory=lambda: sys.executable)
+    """Python that runs the driver, as the Ray head sees it."""
+
+    @field_validator("home", "storage_path", "ray_token_path")
+    @classmethod
+    def _absolute(cls, value: Path | None) -> Path | None:
+        return None if value is None else value.expanduser().absolute()
+
+    @field_validator("roots", mode="before")
+    @classmethod
+    def _split_roots(cls, value: Any) -> Any:
+        return tuple(part for part in value.split(os.pathsep) if part) if isinstance(value, str) else value
+
+    @field_validator("allowed_hosts", mode="before")
+    @classmethod
+    def _split_hosts(cls, value: Any) -> Any:
+        return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+    @property
+    def is_loopback(self) -> bool:
+        return self.host in LOOPBACK
+
+    @property
+    def host_names(self) -> tuple[str, ...]:
+        """The names the API answers to; empty means any."""
+        if self.allowed_hosts:
+            return (*self.allowed_hosts, *LOOPBACK)
+        return LOOPBACK if self.is_loopback else ()
+
+    @property
+    def all_roots(self) -> tuple[Path, ...]:
+        return (*self.roots, self.home)
+
+    @property
+    def url(self) -> str:
+        """Where a client on this machine finds the API."""
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
+        return f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
+
+    @property
+    def store_url(self) -> str:
+        return self.database_url or f"sqlite:///{self.home / 'd2ft.db'}"
+
+    @property
+    def token_file(self) -> Path:
+        return self.ray_token_path or self.home / "ray_token"
+
+    @property
+    def storage(self) -> Path:
+        return self.storage_path or self.home / "storage"
+
+    @property
+    def models_file(self) -> Path:
+        return self.home / "models.json"
+
+    @property
+    def logs_dir(self) -> Path:
+        return self.home / "logs"
+
+    def attempt_dir(self, job_id: str, attempt: int) -> Path:
+        return self.home / "jobs" / job_id / f"a{attempt}"

@@ -1,0 +1,96 @@
+"""Opening the store: engine, pragmas, migrations and transactions.
+
+SQLite runs with a write-ahead log and synchronous=FULL, and every writing transaction begins IMMEDIATE: one that first
+reads and then writes would otherwise fail at once when another writer got in between, whatever the busy timeout.
+PostgreSQL by URL needs none of this: what is SQLite's own is in this file alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.resources import files
+from typing import Any
+
+from alembic import command
+from alembic.config import Config
+from sqlalchemy import Connection, Engine, create_engine, event, make_url
+from sqlalchemy.exc import OperationalError
+from sqlalchemy.orm import Session
+
+from service.errors import UnavailableError
+
+BUSY_TIMEOUT_MS = 10_000
+_WRITES = "d2ft_writes"
+_CHANGED = "d2ft_changed"
+
+
+class Database:
+    """One engine and its two kinds of transaction; tells `on_change` which jobs a committed one touched."""
+
+    def __init__(self, url: str) -> None:
+        self.engine = _make_engine(url)
+        self._writer = self.engine.execution_options(**{_WRITES: True})
+        self.on_change: Callable[[str], None] = lambda job_id: None
+        migrate(self.engine)
+
+    @contextmanager
+    def read(self) -> Iterator[Session]:
+        with _named_outage(), Session(self.engine) as session:
+            yield session
+
+    @contextmanager
+    def write(self) -> Iterator[Session]:
+        """A transaction that commits at the end, or not at all."""
+        with _named_outage(), Session(self._writer) as session, session.begin():
+            yield session
+            changed: set[str] = session.info.setdefault(_CHANGED, set())
+        for job_id in changed:
+            self.on_change(job_id)
+
+    def close(self) -> None:
+        self.engine.dispose()
+
+
+@contextmanager
+def _named_outage() -> Iterator[None]:
+    try:
+        yield
+    except OperationalError as error:
+        reason = str(error.orig)
+        raise UnavailableError(f"The store does not answer: {reason}.", code="store_unavailable") from error
+
+
+def mark_changed(session: Session, job_id: str) -> None:
+    """Have the transaction ring for this job once it is committed."""
+    session.info.setdefault(_CHANGED, set()).add(job_id)
+
+
+def migrate(engine: Engine) -> None:
+    """Bring the tables to this version's shape; a store from a newer version is refused by Alembic by name."""
+    config = Config()
+    config.set_main_option("script_location", str(files("service") / "migrations").replace("%", "%%"))
+    with engine.execution_options(**{_WRITES: True}).begin() as connection:
+        config.attributes["connection"] = connection
+        command.upgrade(config, "head")
+
+
+def _make_engine(url: str) -> Engine:
+    engine = create_engine(url)
+    if make_url(url).get_backend_name() == "sqlite":
+        event.listen(engine, "connect", _set_pragmas)
+        event.listen(engine, "begin", _begin)
+    return engine
+
+
+def _set_pragmas(connection: Any, _: Any) -> None:
+    connection.isolation_level = None  # the driver would begin transactions itself, deferred
+    cursor = connection.cursor()
+    for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", f"busy_timeout={BUSY_TIMEOUT_MS}"):
+        cursor.execute(f"PRAGMA {pragma}")
+    cursor.close()
+
+
+def _begin(connection: Connection) -> None:
+    writes = connection.get_execution_options().get(_WRITES, False)
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")

@@ -1,0 +1,75 @@
+"""The two moves that all writing is made of: append an event, move a job. Both inside the caller's transaction."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from sqlalchemy.orm import Session
+
+from service.lifecycle import JobState, check_move
+from service.store.database import mark_changed
+from service.tables import EventRow, JobRow
+
+
+def append(
+    session: Session,
+    job: JobRow,
+    type: str,
+    message: str = "",
+    *,
+    level: str = "info",
+    data: dict[str, Any] | None = None,
+    run_seq: int | None = None,
+    at: float | None = None,
+) -> None:
+    """Add one line to the job's history."""
+    job.last_seq += 1
+    session.add(
+        EventRow(
+            job_id=job.id,
+            seq=job.last_seq,
+            attempt=job.attempt,
+            run_seq=run_seq,
+            type=type,
+            level=level,
+            message=message,
+            data=data or {},
+            created_at=time.time() if at is None else at,
+        )
+    )
+    mark_changed(session, job.id)
+
+
+def move(
+    session: Session,
+    job: JobRow,
+    state: JobState,
+    *,
+    message: str | None = None,
+    error: dict[str, Any] | None = None,
+    run_seq: int | None = None,
+) -> None:
+    """Move the job and say so in its history. Raises IllegalTransitionError."""
+    old = JobState(job.state)
+    check_move(old, state)
+    job.state = state
+    job.status_reason = None
+    if state.is_final:
+        job.finished_at = time.time()
+    if error is not None:
+        job.error = error
+    data = {"from": old, "to": state, **({"error": error} if error else {})}
+    level = "error" if state is JobState.FAILED else "info"
+    text = message or (error or {}).get("message") or f"{old} → {state}"
+    append(session, job, "job.status", text, level=level, data=data, run_seq=run_seq)
+
+
+def explain(session: Session, job: JobRow, reason: str | None) -> None:
+    """Say why the job waits where it is; says it once, not at every look."""
+    if job.status_reason == reason:
+        return
+    job.status_reason = reason
+    if reason:
+        append(session, job, "job.status", reason, level="warning", data={"from": job.state, "to": job.state})
+    mark_changed(session, job.id)

@@ -1,0 +1,107 @@
+"""Rows as the wire shows them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from service.lifecycle import JobState
+from service.schemas import Artifact, Event, Job, JobError, Progress, Usage
+from service.tables import ArtifactRow, EventRow, JobRow
+
+
+def job_view(row: JobRow) -> Job:
+    spec = row.spec
+    live = row.live or {}
+    return Job(
+        id=row.id,
+        name=spec.get("name"),
+        status=row.state,
+        status_reason=row.status_reason,
+        attempt=row.attempt,
+        model=spec["model"],
+        dataset=spec["dataset"],
+        method=spec["method"],
+        seed=spec["seed"],
+        metadata=spec["metadata"],
+        spec=spec,
+        progress=_progress(row, live),
+        metrics=live.get("metrics", {}),
+        usage=_usage(live, spec),
+        estimate=row.estimate,
+        error=JobError(**row.error) if row.error else None,
+        created_at=int(row.created_at),
+        started_at=_seconds(row.started_at),
+        finished_at=_seconds(row.finished_at),
+    )
+
+
+def event_view(row: EventRow) -> Event:
+    return Event(
+        id=f"{row.job_id}-e{row.seq}",
+        seq=row.seq,
+        attempt=row.attempt,
+        created_at=row.created_at,
+        level=row.level,
+        type=row.type,
+        message=row.message,
+        data=row.data,
+    )
+
+
+def artifact_view(row: ArtifactRow) -> Artifact:
+    return Artifact(name=row.name, bytes=row.bytes, sha256=row.sha256, created_at=int(row.created_at))
+
+
+def fold_metrics(live: dict[str, Any] | None, values: dict[str, Any]) -> dict[str, Any]:
+    """`live` with one more step in it: its newest values, and running sums for the means.
+
+    Step time is a moving average over about ten steps, so that the time left follows a device that slows down.
+    """
+    old = live or {}
+    folded: dict[str, Any] = {"metrics": values, "steps_seen": old.get("steps_seen", 0) + 1}
+    for name in ("compute_fraction", "bytes_fraction", "step_seconds"):
+        value = _number(values.get(name))
+        total, count = old.get(f"{name}_sum", 0.0), old.get(f"{name}_count", 0)
+        folded[f"{name}_sum"] = total if value is None else total + value
+        folded[f"{name}_count"] = count if value is None else count + 1
+    seconds, average = _number(values.get("step_seconds")), old.get("step_average")
+    folded["step_average"] = average
+    if seconds is not None:
+        folded["step_average"] = seconds if average is None else 0.9 * average + 0.1 * seconds
+    return folded
+
+
+def _progress(row: JobRow, live: dict[str, Any]) -> Progress:
+    metrics = live.get("metrics", {})
+    step, total = int(_number(metrics.get("step")) or 0), _number(metrics.get("total_steps"))
+    if not total:
+        return Progress(step=step)
+    average = None if JobState(row.state).is_final else live.get("step_average")
+    return Progress(
+        step=step,
+        total_steps=int(total),
+        fraction=min(1.0, step / total),
+        eta_seconds=None if average is None else round(average * max(0, total - step), 1),
+    )
+
+
+def _usage(live: dict[str, Any], spec: dict[str, Any]) -> Usage:
+    seconds = live.get("step_seconds_sum")
+    return Usage(
+        compute_fraction=_mean(live, "compute_fraction"),
+        bytes_fraction=_mean(live, "bytes_fraction"),
+        device_seconds=None if seconds is None else round(seconds * spec["workers"], 3),
+    )
+
+
+def _mean(live: dict[str, Any], name: str) -> float | None:
+    count = live.get(f"{name}_count", 0)
+    return live[f"{name}_sum"] / count if count else None
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
+def _seconds(value: float | None) -> int | None:
+    return None if value is None else int(value)

@@ -1,0 +1,114 @@
+"""Runs step programs on threads or alone, for tests: small float64 models, random placements and op tables."""
+
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+import timm
+import torch
+
+from scheduler.compiler import compile_step
+from scheduler.cost import Costs
+from scheduler.domain import DeviceProfile, LinkProfile, Placement, StepShape
+from workers.executor import Batch, Executor, StepPrograms
+from workers.partition import model_shape
+from workers.shard import Shard
+from workers.transport import InProcess, Mailboxes
+
+
+def tiny_vit(**args):
+    """A float64 ViT of 3 blocks × 4 heads, 10 tokens."""
+    torch.manual_seed(0)
+    kwargs = {"img_size": 12, "patch_size": 4, "in_chans": 1, "embed_dim": 16, "depth": 3, "num_heads": 4, "mlp_ratio": 2.0}
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=5, **{**kwargs, **args}).double().eval()
+    with torch.no_grad():
+        for param in model.parameters():
+            param.add_(torch.randn_like(param) * 0.2)
+    return model
+
+
+def flat_profiles(shape, num_workers, seed=0):
+    """Profiles whose times are random: they order a program, but must not change what it computes."""
+    rng = np.random.default_rng(seed)
+
+    def curve():
+        return (0, *np.sort(rng.integers(1, 1000, shape.num_heads)).tolist())
+
+    return tuple(
+        DeviceProfile(
+            rank=w, node="n", device="cpu",
+            attn_forward_us=curve(), attn_backward_us=curve(), mlp_forward_us=curve(), mlp_backward_us=curve(),
+            embed_us=50, classify_us=50, sum_us=5, update_us=1, free_bytes=1 << 30,
+            links=tuple(None if v == w else LinkProfile(int(rng.integers(1, 500)), 10**8) for v in range(num_workers)),
+        )
+        for w in range(num_workers)
+    )  # fmt: skip
+
+
+def costs_for(model, num_workers, num_micro_batches, batch, itemsize=8, seed=0):
+    shape = model_shape(model)
+    return Costs(shape, StepShape(num_micro_batches, batch, itemsize), flat_profiles(shape, num_workers, seed))
+
+
+def images_and_labels(model, num_micro_batches, batch, seed=0):
+    gen = torch.Generator().manual_seed(seed)
+    dtype = next(model.parameters()).dtype
+    size = model.patch_embed.img_size
+    return [
+        (
+            torch.randn(batch, model.in_chans, *size, generator=gen, dtype=dtype),
+            torch.randint(0, model.num_classes, (batch,), generator=gen),
+        )
+        for _ in range(num_micro_batches)
+    ]
+
+
+def on_threads(num_workers, work):
+    """Run work(rank, transport) on one thread per worker; re-raises the first failure."""
+    mailboxes, results, errors = Mailboxes(num_workers, timeout_s=30), [None] * num_workers, []
+
+    def body(rank):
+        try:
+            results[rank] = work(rank, InProcess(rank, mailboxes))
+        except BaseException as error:
+            errors.append(error)
+            mailboxes.abort()
+
+    threads = [threading.Thread(target=body, args=(rank,)) for rank in range(num_workers)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+    return results
+
+
+def run_step(model, placement: Placement, ops_LHM, batches, *, costs, means=None, **compile_options):
+    """One step without update on in-process workers: (reports, shards), gradients left in the shards."""
+    programs = compile_step(placement, ops_LHM, costs, **compile_options)
+
+    def work(rank, transport):
+        shard = Shard(model, placement, rank)
+        executor = Executor(shard, transport)
+        executor.means = means or {}
+        steps = StepPrograms(programs, rank, costs, shard.dtype)
+        batch = Batch({m: batches[m][0] for m in steps.own.image_micro_batches}, {m: batches[m][1] for m in steps.own.label_micro_batches})
+        return executor.run(steps, batch), shard
+
+    return programs, on_threads(placement.num_workers, work)
+
+
+def gathered_gradients(model, shards):
+    """The workers' gradients put together under timm's names; None where no worker has one."""
+    grads = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    for shard in shards:
+        values = [p.detach().clone() for _, p in shard.named_parameters()]
+        with torch.no_grad():
+            for _, param in shard.named_parameters():
+                param.copy_(torch.zeros_like(param) if param.grad is None else param.grad)
+            shard.write_into(grads)
+            for (_, param), value in zip(shard.named_parameters(), values, strict=True):
+                param.copy_(value)
+    return grads

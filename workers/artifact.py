@@ -1,0 +1,143 @@
+"""The result of a job: one folder with plain timm weights, the config that rebuilds the model, and the ledger.
+
+    model.safetensors    the state dict under timm's keys
+    config.json          architecture, model_args, labels, preprocessing
+    ledger.json          predicted and measured cost, accuracy before and after
+    manifest.json        bytes and SHA-256 of the three above
+
+`timm.create_model("local-dir:DIRECTORY", pretrained=True)` rebuilds the model from the folder alone. The folder appears
+whole or not at all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from torch import Tensor
+
+from workers.contract import JobSpec
+from workers.model import ModelInput, resolve
+
+WEIGHTS_FILE = "model.safetensors"
+CONFIG_FILE = "config.json"
+LEDGER_FILE = "ledger.json"
+MANIFEST_FILE = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """One file of the result; `sha256` in hex."""
+
+    name: str
+    path: str
+    bytes: int
+    sha256: str
+
+
+def write_result(
+    directory: str | Path,
+    state_dict: Mapping[str, Tensor],
+    *,
+    spec: JobSpec,
+    model_input: ModelInput,
+    classes: Sequence[str],
+    ledger: Mapping[str, Any],
+) -> list[Artifact]:
+    """Write the result folder, replacing an older one, and return its files.
+
+    Everything is written and synced beside the target and renamed into place, so that a crash leaves no half result.
+    """
+    target = Path(directory).absolute()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
+    try:
+        _write_weights(draft / WEIGHTS_FILE, state_dict)
+        _write_json(draft / CONFIG_FILE, timm_config(state_dict, spec, model_input, classes))
+        _write_json(draft / LEDGER_FILE, ledger)
+        artifacts = [_describe(draft / name, target) for name in (WEIGHTS_FILE, CONFIG_FILE, LEDGER_FILE)]
+        _write_json(draft / MANIFEST_FILE, {"files": [_without_path(artifact) for artifact in artifacts]})
+        artifacts.append(_describe(draft / MANIFEST_FILE, target))
+        draft.chmod(0o755)  # mkdtemp lets only the owner in
+        _sync(draft)
+        _move_into_place(draft, target)
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
+    return artifacts
+
+
+def timm_config(
+    state_dict: Mapping[str, Tensor], spec: JobSpec, model_input: ModelInput, classes: Sequence[str]
+) -> dict[str, Any]:
+    """What timm's "local-dir:" and "hf-hub:" sources read: how to build the model, and how to feed it."""
+    resolved = resolve(spec)
+    size, channels = model_input.img_size, model_input.in_chans
+    return {
+        "architecture": resolved.timm_name.partition(".")[0],
+        "num_classes": len(classes),
+        "num_features": state_dict["head.weight"].shape[1],
+        "label_names": list(classes),
+        "model_args": {**resolved.model_args, "img_size": size, "in_chans": channels},
+        "pretrained_cfg": {
+            "input_size": [channels, size, size],
+            "fixed_input_size": True,
+            "interpolation": model_input.interpolation,
+            "crop_pct": 1.0,
+            "crop_mode": "center",
+            "mean": list(model_input.mean),
+            "std": list(model_input.std),
+            "num_classes": len(classes),
+            "first_conv": "patch_embed.proj",
+            "classifier": "head",
+        },
+    }
+
+
+def _write_weights(path: Path, state_dict: Mapping[str, Tensor]) -> None:
+    # Cloned: safetensors refuses tensors that are views of one storage.
+    tensors = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in state_dict.items()}
+    safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
+    _sync(path)
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    _sync(path)
+
+
+def _describe(path: Path, target: Path) -> Artifact:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return Artifact(path.name, str(target / path.name), path.stat().st_size, digest)
+
+
+def _without_path(artifact: Artifact) -> dict[str, Any]:
+    return {key: value for key, value in asdict(artifact).items() if key != "path"}
+
+
+def _move_into_place(draft: Path, target: Path) -> None:
+    """Rename; an older result steps aside first, because a rename does not replace a folder that has files."""
+    aside = draft.with_name(f"{draft.name}.old")
+    if target.exists():
+        target.rename(aside)
+    draft.rename(target)
+    _sync(target.parent)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    """Flush a file or a folder to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,389 @@
+"""Data: which images a step sees, and those images as tensors.
+
+Order is a pure function of (seed, epoch, position), so that every worker that embeds sees the same micro-batches and a
+resumed run goes on where it stopped. The test split does not depend on the job's seed: accuracies of jobs compare.
+
+Axes: B images, C channels, H W pixels, M micro-batches of a step.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
+
+from scheduler.errors import UserError
+from workers.contract import JobSpec
+from workers.folder import FolderLayout, check_inside, parse_uri, scan_classes
+from workers.model import ModelInput
+
+IndexArray = npt.NDArray[np.int64]
+AugmentKey = tuple[int, int, int]  # (seed, epoch, position of the micro-batch in the epoch)
+
+MAX_PIXELS = 25_000_000
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
+SPLIT_SEED = 0
+HELD_OUT_FRACTION = 0.1
+DIGITS_TRAIN = 800
+_RESAMPLING = {
+    "nearest": Image.Resampling.NEAREST,
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+}
+
+
+class Batch(NamedTuple):
+    """Normalised float32 images [B, C, H, W] and int64 labels [B]."""
+
+    images_BCHW: Tensor  # noqa: N815
+    labels_B: Tensor  # noqa: N815
+
+
+class Dataset(Protocol):
+    """Labelled images by index, in a training and a test split.
+
+    `skipped` names the files that were dropped because they cannot be decoded.
+    """
+
+    classes: tuple[str, ...]
+    num_train: int
+    num_test: int
+    skipped: list[str]
+
+    def train_batch(self, indices: IndexArray, augment_key: AugmentKey | None = None) -> Batch:
+        """Images and labels of training images; augmented where a key is given and the kind of data allows it."""
+
+    def train_labels(self, indices: IndexArray) -> Tensor:
+        """Labels [B] alone, without decoding."""
+
+    def test_batch(self, indices: IndexArray) -> Batch:
+        """Images and labels of test images."""
+
+
+def open_dataset(spec: JobSpec, model_input: ModelInput, *, skipped: Sequence[str] | None = None) -> Dataset:
+    """Open the spec's dataset for a model's input.
+
+    A folder's files are all decoded once, to find the bad ones; with `skipped`, the names another worker found, they
+    are taken on trust instead, and all workers count alike. Raises UserError (dataset): those of
+    `folder.scan_classes`, and "unreadable_images"; (model_args) "unsupported_channels".
+    """
+    if model_input.in_chans not in (1, 3):
+        raise UserError(
+            f"Images have 1 or 3 channels, the model wants {model_input.in_chans}.",
+            code="unsupported_channels",
+            param="model_args",
+            remedy="Set in_chans to 1 or 3.",
+        )
+    if spec.dataset == "digits":
+        return DigitsDataset(model_input, spec.images_per_class)
+    layout = scan_classes(parse_uri(spec.dataset))
+    return FolderDataset(layout, model_input, spec.images_per_class, skipped)
+
+
+class DigitsDataset:
+    """scikit-learn's 1,797 hand-written digits of 8 × 8 pixels, 800 for training and 997 for testing."""
+
+    def __init__(self, model_input: ModelInput, images_per_class: int | None = None) -> None:
+        pixels_BHW, labels_B = load_digits().images, load_digits().target
+        train, test = train_test_split(
+            np.arange(len(labels_B)), train_size=DIGITS_TRAIN, stratify=labels_B, random_state=SPLIT_SEED
+        )
+        if images_per_class is not None:
+            train = np.sort(np.concatenate([train[labels_B[train] == k][:images_per_class] for k in range(10)]))
+        self.classes = tuple(str(k) for k in range(10))
+        self.num_train, self.num_test = len(train), len(test)
+        self.skipped: list[str] = []
+        self._input = model_input
+        self._images_BCHW = torch.from_numpy(pixels_BHW / 16).float()[:, None]
+        self._labels_B = torch.from_numpy(labels_B.astype(np.int64))
+        self._train, self._test = torch.from_numpy(train), torch.from_numpy(test)
+
+    def train_batch(self, indices: IndexArray, augment_key: AugmentKey | None = None) -> Batch:
+        """Never augmented: a turned or mirrored digit is another digit."""
+        return self._batch(self._train[indices])
+
+    def train_labels(self, indices: IndexArray) -> Tensor:
+        return self._labels_B[self._train[indices]]
+
+    def test_batch(self, indices: IndexArray) -> Batch:
+        return self._batch(self._test[indices])
+
+    def _batch(self, rows: Tensor) -> Batch:
+        size = (self._input.img_size, self._input.img_size)
+        resized_BCHW = F.interpolate(self._images_BCHW[rows], size=size, mode="bicubic", align_corners=False)
+        images_BCHW = resized_BCHW.clamp(0, 1).expand(-1, self._input.in_chans, -1, -1)
+        return Batch(_normalise(images_BCHW, self._input), self._labels_B[rows])
+
+
+class FolderDataset:
+    """An image folder; without test/ or val/, a tenth of each class is held out for testing."""
+
+    def __init__(
+        self,
+        layout: FolderLayout,
+        model_input: ModelInput,
+        images_per_class: int | None = None,
+        skipped: Sequence[str] | None = None,
+    ) -> None:
+        train, test = _split(layout, images_per_class)
+        self.classes = layout.classes
+        self.skipped = list(skipped) if skipped is not None else _unreadable(layout.root, [*train, *test])
+        dropped = set(self.skipped)
+        self._root, self._input = layout.root, model_input
+        self._train = [file for file in train if file.name not in dropped]
+        self._test = [file for file in test if file.name not in dropped]
+        self.num_train, self.num_test = len(self._train), len(self._test)
+        _check_left(layout, {file.label for file in self._train}, self.skipped)
+
+    def train_batch(self, indices: IndexArray, augment_key: AugmentKey | None = None) -> Batch:
+        """With a key, each image is mirrored or not by a coin that only the key decides."""
+        batch = self._batch(self._train[index] for index in indices)
+        if augment_key is None:
+            return batch
+        seed, epoch, position = augment_key
+        coins_B = np.random.Philox(key=[seed, epoch], counter=[0, 0, 1, position]).random_raw(len(indices)) & 1
+        mirrored_B111 = torch.from_numpy(coins_B.astype(bool))[:, None, None, None]
+        return Batch(torch.where(mirrored_B111, batch.images_BCHW.flip(3), batch.images_BCHW), batch.labels_B)
+
+    def train_labels(self, indices: IndexArray) -> Tensor:
+        return torch.tensor([self._train[index].label for index in indices], dtype=torch.int64)
+
+    def test_batch(self, indices: IndexArray) -> Batch:
+        return self._batch(self._test[index] for index in indices)
+
+    def _batch(self, files: Iterable[_File]) -> Batch:
+        files = list(files)
+        pixels_BHWC = np.stack([self._pixels(file) for file in files])
+        images_BCHW = torch.from_numpy(pixels_BHWC).permute(0, 3, 1, 2).float() / 255
+        labels_B = torch.tensor([file.label for file in files], dtype=torch.int64)
+        return Batch(_normalise(images_BCHW, self._input), labels_B)
+
+    def _pixels(self, file: _File) -> npt.NDArray[np.uint8]:
+        """One image, [H, W, C]: the centre square, resized.
+
+        Cutting before resizing keeps a long strip of an image from growing without bound.
+        """
+        size, mode = self._input.img_size, "L" if self._input.in_chans == 1 else "RGB"
+        try:
+            image = _decode(self._root, file.name).convert(mode)
+        except Exception as error:  # it was readable when the dataset was opened
+            raise _too_many([f"{file.name} ({error})"], 1) from error
+        left, top, side = _centre_square(*image.size)
+        resampling = _RESAMPLING.get(self._input.interpolation, Image.Resampling.BICUBIC)
+        square = image.resize((size, size), resampling, box=(left, top, left + side, top + side))
+        return np.asarray(square, dtype=np.uint8).reshape(size, size, self._input.in_chans)
+
+
+@dataclass(frozen=True)
+class MicroBatches:
+    """The order of the training images: a permutation per epoch, cut into steps of M micro-batches.
+
+    The images of an epoch that do not fill a step sit it out; a dataset smaller than one step is repeated to fill it.
+    """
+
+    num_train: int
+    micro_batch_size: int
+    num_micro_batches: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        if min(self.num_train, self.micro_batch_size, self.num_micro_batches) < 1:
+            raise ValueError(f"nothing to order: {self}")
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return max(1, self.num_train // (self.micro_batch_size * self.num_micro_batches))
+
+    def indices(self, step: int) -> list[IndexArray]:
+        """M arrays of `micro_batch_size` training indices; steps count from 0 over all epochs."""
+        epoch, position = divmod(step, self.steps_per_epoch)
+        size = self.micro_batch_size * self.num_micro_batches
+        order = _permutation(self.num_train, self.seed, epoch)
+        of_step = np.resize(order, size) if len(order) < size else order[position * size : (position + 1) * size]
+        return np.split(of_step, self.num_micro_batches)
+
+    def augment_key(self, step: int, micro_batch: int) -> AugmentKey:
+        """What decides the augmentation of one micro-batch."""
+        epoch, position = divmod(step, self.steps_per_epoch)
+        return self.seed, epoch, position * self.num_micro_batches + micro_batch
+
+
+class Needs(NamedTuple):
+    """The micro-batches of a step whose images and whose labels a worker wants."""
+
+    images: frozenset[int]
+    labels: frozenset[int]
+
+
+@dataclass(frozen=True)
+class StepData:
+    """What a worker asked for, by micro-batch: images [B, C, H, W] and labels [B]."""
+
+    images: dict[int, Tensor] = field(default_factory=dict)
+    labels: dict[int, Tensor] = field(default_factory=dict)
+
+
+class Prefetcher:
+    """Decodes the next step in one background thread while this one computes.
+
+    `needs(step)` is asked on the caller's thread, for the step at hand and for the next; None means that the next step
+    is not planned yet, and nothing is fetched ahead. What a changed plan needs beyond what was fetched is decoded on
+    the spot.
+    """
+
+    def __init__(
+        self, dataset: Dataset, order: MicroBatches, needs: Callable[[int], Needs | None], *, augment: bool = False
+    ) -> None:
+        self._dataset, self._order, self._needs, self._augment = dataset, order, needs, augment
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch")
+        self._ahead: tuple[int, Future[StepData]] | None = None
+
+    def get(self, step: int) -> StepData:
+        """The data of `step`; starts fetching `step + 1`. Errors of the background thread are raised here."""
+        needs = self._needs(step) or Needs(frozenset(), frozenset())
+        fetched = self._take(step)
+        missing = Needs(needs.images - fetched.images.keys(), needs.labels - fetched.labels.keys())
+        rest = self._load(step, missing)
+        following = self._needs(step + 1)
+        if following is not None:
+            self._ahead = step + 1, self._thread.submit(self._load, step + 1, following)
+        return StepData({**fetched.images, **rest.images}, {**fetched.labels, **rest.labels})
+
+    def close(self) -> None:
+        """Wait for the thread to end; what it fetched is dropped."""
+        self._thread.shutdown(wait=True, cancel_futures=True)
+
+    def __enter__(self) -> Prefetcher:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _take(self, step: int) -> StepData:
+        ahead, self._ahead = self._ahead, None
+        if ahead is None:
+            return StepData()
+        fetched_step, future = ahead
+        return future.result() if fetched_step == step else StepData()
+
+    def _load(self, step: int, needs: Needs) -> StepData:
+        indices = self._order.indices(step)
+        data = StepData()
+        for m in sorted(needs.images):
+            key = self._order.augment_key(step, m) if self._augment else None
+            data.images[m] = self._dataset.train_batch(indices[m], key).images_BCHW
+        for m in sorted(needs.labels):
+            data.labels[m] = self._dataset.train_labels(indices[m])
+        return data
+
+
+class _File(NamedTuple):
+    name: str
+    label: int
+
+
+@lru_cache(maxsize=2)
+def _permutation(num: int, seed: int, epoch: int) -> IndexArray:
+    """0 … num-1, shuffled. Sorting raw bits, unlike numpy's `permutation`, is the same in every numpy version."""
+    order = np.argsort(np.random.Philox(key=[seed, epoch]).random_raw(num), kind="stable")
+    order.flags.writeable = False
+    return order
+
+
+def _normalise(images_BCHW: Tensor, model_input: ModelInput) -> Tensor:
+    mean_C11 = torch.tensor(model_input.mean)[:, None, None]
+    std_C11 = torch.tensor(model_input.std)[:, None, None]
+    return (images_BCHW - mean_C11) / std_C11
+
+
+def _split(layout: FolderLayout, images_per_class: int | None) -> tuple[list[_File], list[_File]]:
+    """Training and test files, class by class in sorted order; the limit holds for training alone."""
+    train: list[_File] = []
+    test: list[_File] = []
+    for label, name in enumerate(layout.classes):
+        files = [_File(file, label) for file in layout.train_files[name]]
+        held_out = _held_out(len(files), label) if layout.test_dir is None else frozenset()
+        test += [_File(file, label) for file in layout.test_files.get(name, ())]
+        test += [files[index] for index in sorted(held_out)]
+        train += [file for index, file in enumerate(files) if index not in held_out][:images_per_class]
+    return train, test
+
+
+def _held_out(num: int, label: int) -> frozenset[int]:
+    """A tenth of a class, at least one image, but never its only one."""
+    count = max(1, round(HELD_OUT_FRACTION * num)) if num > 1 else 0
+    return frozenset(_permutation(num, SPLIT_SEED, label)[:count].tolist())
+
+
+def _unreadable(root: Path, files: list[_File]) -> list[str]:
+    """Names of the files that do not decode. Raises UserError when they are more than a few."""
+
+    def is_bad(file: _File) -> bool:
+        try:
+            _decode(root, file.name)
+        # Pillow's decoders raise whatever a broken file leads them to.
+        except Exception:
+            return True
+        return False
+
+    # Filters belong to the process, not the thread: they are set once around all threads.
+    with warnings.catch_warnings(), ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as threads:
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        bad = [file.name for file, is_dropped in zip(files, threads.map(is_bad, files), strict=True) if is_dropped]
+    if len(bad) > max(10, len(files) // 100):
+        raise _too_many(bad, len(files))
+    return bad
+
+
+def _decode(root: Path, name: str) -> Image.Image:
+    """Open and fully decode one image of a folder. Raises whatever Pillow does, ValueError above `MAX_PIXELS`."""
+    path = check_inside(root / name, [root])
+    with Image.open(path, formats=FORMATS) as image:
+        width, height = image.size
+        if width * height > MAX_PIXELS:
+            raise ValueError(f"{width} × {height} pixels, more than {MAX_PIXELS}")
+        image.load()
+        # Pillow warns when a palette with transparency is turned into RGB directly.
+        return image.convert("RGBA") if "transparency" in image.info else image
+
+
+def _centre_square(width: int, height: int) -> tuple[float, float, int]:
+    """(left, top, side) of the largest centred square."""
+    side = min(width, height)
+    return (width - side) / 2, (height - side) / 2, side
+
+
+def _check_left(layout: FolderLayout, labels: set[int], skipped: list[str]) -> None:
+    lost = [name for label, name in enumerate(layout.classes) if label not in labels]
+    if lost:
+        raise UserError(
+            f"No readable training image is left in the class '{lost[0]}'; unreadable: {', '.join(skipped[:3])}.",
+            code="empty_class",
+            param="dataset",
+            remedy="Replace the unreadable files or remove the class.",
+        )
+
+
+def _too_many(bad: list[str], num_files: int) -> UserError:
+    more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
+    return UserError(
+        f"{len(bad)} of {num_files} images cannot be decoded: {', '.join(bad[:5])}{more}.",
+        code="unreadable_images",
+        param="dataset",
+        remedy=f"Replace or remove them; images are {', '.join(FORMATS)} of at most {MAX_PIXELS // 10**6} megapixels.",
+    )

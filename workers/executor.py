@@ -1,0 +1,337 @@
+"""Runs a step program on a shard: one short method per instruction kind.
+
+State of a step, by micro-batch m: the residual x[m], its gradient g[m], this worker's partial sums, what arrived
+from others, and for every FULL call (leaf, output) until its backward. A sub-layer is the only autograd graph; the residual
+stream, layer scale γ and output bias b are done by hand:
+
+    forward    x ← x + γ·(c·Σ parts + b)          c = H / running heads under skip_fill "rescale", else 1
+    backward   ∂part = c·γ·g,  ∂b = Σ γ·g,  ∂γ = Σ g·(c·Σ parts + b),  g ← g + Σ ∂x of the parts
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from scheduler.cost import Costs
+from scheduler.program import Instruction, MessageKey, Program
+from scheduler.simulate import program_flops
+from workers.shard import Shard
+from workers.transport import Parcel, Transport
+
+IGNORED = -100  # label of padding images
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one worker measured in one step. Loss and counts are sums over all workers once the tallies are in.
+
+    `wait_s` is time blocked in receives; `kind_s` seconds per instruction kind; `sent_bytes` per destination.
+    """
+
+    loss: float
+    correct: int
+    grad_norm: float
+    wall_s: float
+    wait_s: float
+    cpu_s: float
+    kind_s: dict[str, float]
+    sent_bytes: tuple[int, ...]
+    flops: int
+
+    @property
+    def idle_share(self) -> float:
+        return self.wait_s / self.wall_s if self.wall_s else 0.0
+
+
+@dataclass
+class Batch:
+    """The micro-batches of one step that this worker reads: images_BCHW and labels_B by index."""
+
+    images: Mapping[int, Tensor]
+    labels: Mapping[int, Tensor]
+
+
+class StepPrograms:
+    """The compiled programs of all workers for one step, seen from one of them: its own, and what will reach it."""
+
+    def __init__(self, programs: Sequence[Program], rank: int, costs: Costs, dtype: torch.dtype) -> None:
+        self.own = programs[rank]
+        self.flops = program_flops(self.own, costs)
+        shape, batch = costs.shape, costs.step.micro_batch_size
+        residual = (batch, shape.num_tokens, shape.dim)
+
+        def parcel(src: int, instruction: Instruction) -> Parcel:
+            key = instruction.key(src)
+            if instruction.cargo == "tally":
+                return Parcel(key, (3,), torch.float64)
+            if instruction.units:
+                numel = sum(shape.embed_params if u < 0 else shape.norm_params for u in instruction.units)
+                return Parcel(key, (numel,), dtype)
+            return Parcel(key, residual, dtype)
+
+        self.incoming = {
+            src: [parcel(src, i) for i in program.sends() if i.peer == rank]
+            for src, program in enumerate(programs)
+            if src != rank
+        }
+
+
+@dataclass
+class _StepState:
+    """All that lives for one step."""
+
+    batch: Batch
+    num_micro_batches: int
+    x: dict[int, Tensor] = field(default_factory=dict)
+    g: dict[int, Tensor] = field(default_factory=dict)
+    part: dict[int, Tensor] = field(default_factory=dict)
+    gpart: dict[int, Tensor] = field(default_factory=dict)
+    inbox: dict[MessageKey, Tensor] = field(default_factory=dict)
+    embedded: dict[int, Tensor] = field(default_factory=dict)
+    kept: dict[tuple[int, str, int], tuple[Tensor, Tensor]] = field(default_factory=dict)
+    sums: dict[tuple[int, str, int], Tensor] = field(default_factory=dict)
+    tally: Tensor | None = None
+    total: Tensor | None = None
+    loss: float | Tensor = 0.0
+    correct: int | Tensor = 0
+
+
+Update = Callable[[float], None]
+
+
+class Executor:
+    """Runs programs on one worker's shard over a transport.
+
+    `update(grad_norm)` is called at `step` with all gradients in place; None leaves them in place (tests, rehearsals). `means[block, part]` are the
+    H × D mean outputs that skip_fill "mean" adds. With `autocast` the sub-layers compute in that type; messages stay in the shard's.
+    """
+
+    def __init__(
+        self,
+        shard: Shard,
+        transport: Transport,
+        *,
+        update: Update | None = None,
+        label_smoothing: float = 0.0,
+        autocast: torch.dtype | None = None,
+    ) -> None:
+        self.shard, self.transport, self.update = shard, transport, update
+        self.label_smoothing, self.autocast = label_smoothing, autocast
+        self.rank = transport.rank
+        self.means: dict[tuple[int, str], Tensor] = {}
+        self.logits: Callable[[int, Tensor], None] | None = None
+        self._state = _StepState(Batch({}, {}), 1)
+        self._do = {
+            "embed": self._embed,
+            "fwd": self._fwd,
+            "sum": self._sum,
+            "classify": self._classify,
+            "bwd": self._bwd,
+            "unembed": self._unembed,
+            "send": self._send,
+            "recv": self._recv,
+            "free": self._free,
+            "step": self._step,
+        }
+
+    def run(self, programs: StepPrograms, batch: Batch) -> StepReport:
+        """Run one step; afterwards nothing of it is kept but gradients, where there is no `update`."""
+        self._state = _StepState(batch, programs.own.num_micro_batches)
+        kind_s: dict[str, float] = defaultdict(float)
+        begin, cpu = time.perf_counter(), time.process_time()
+        self.transport.open(programs.incoming)
+        before = time.perf_counter()
+        for instruction in programs.own.instructions:
+            self._do[instruction.kind](instruction)
+            after = time.perf_counter()
+            kind_s[instruction.kind] += after - before
+            before = after
+        self.transport.close()
+        state, self._state = self._state, _StepState(Batch({}, {}), 1)
+        total = self._tally(state) if state.total is None else state.total
+        return StepReport(
+            loss=float(total[1]),
+            correct=int(total[2]),
+            grad_norm=float(total[0]) ** 0.5,
+            wall_s=time.perf_counter() - begin,
+            wait_s=kind_s["recv"],
+            cpu_s=time.process_time() - cpu,
+            kind_s=dict(kind_s),
+            sent_bytes=tuple(self.transport.sent_bytes),
+            flops=programs.flops,
+        )
+
+    def _embed(self, i: Instruction) -> None:
+        with torch.set_grad_enabled(i.keep), self._casting():
+            x_BND = self.shard.embed(self._state.batch.images[i.mb]).to(self.shard.dtype)
+        if i.keep:
+            self._state.embedded[i.mb] = x_BND
+        self._state.x[i.mb] = x_BND.detach()
+
+    def _fwd(self, i: Instruction) -> None:
+        state, block = self._state, self.shard.blocks[i.block]
+        x_BND, norm = state.x[i.mb], block.norms[i.part]
+        part = y_BND = None
+        if i.full:
+            leaf = x_BND.detach().requires_grad_(not i.floor)
+            with torch.enable_grad(), self._casting():
+                y_BND = norm(leaf)
+                out = block.run(i.part, y_BND, block.trainable(i.part, i.full)).to(self.shard.dtype)
+            state.kept[i.block, i.part, i.mb] = (leaf, out)
+            part = out.detach()
+        if i.only:
+            with torch.no_grad(), self._casting():
+                y_BND = norm(x_BND) if y_BND is None else y_BND.detach()
+                constant = block.run(i.part, y_BND, block.frozen(i.part, i.only)).to(self.shard.dtype)
+            part = constant if part is None else part + constant
+        assert part is not None
+        state.part[i.mb] = part
+
+    @torch.no_grad()
+    def _sum(self, i: Instruction) -> None:
+        {"x": self._sum_x, "g": self._sum_g, "grads": self._sum_grads}[i.cargo](i)
+
+    def _sum_x(self, i: Instruction) -> None:
+        block = self.shard.blocks[i.block]
+        total = self._added("part", i, self._state.part.pop(i.mb))
+        if i.running:
+            total = total * (self.shard.shape.num_heads / i.running)
+        if i.fill:
+            total = total + self.means[i.block, i.part][list(i.fill)].sum(0)
+        gamma, bias = block.gammas[i.part], block.biases[i.part]
+        if bias is not None:
+            total = total + bias
+        if i.lead and gamma is not None:
+            self._state.sums[i.block, i.part, i.mb] = total
+        x_BND = self._state.x[i.mb]
+        self._state.x[i.mb] = x_BND + total if gamma is None else torch.addcmul(x_BND, total, gamma)
+
+    def _sum_g(self, i: Instruction) -> None:
+        self._state.g[i.mb] = self._state.g[i.mb] + self._added("gpart", i, self._state.gpart.pop(i.mb))
+
+    def _sum_grads(self, i: Instruction) -> None:
+        self._unflatten(i.units, self._added("gradpart", i, self._flatten(i.units)))
+
+    def _classify(self, i: Instruction) -> None:
+        state, labels_B = self._state, self._state.batch.labels[i.mb]
+        x_BND = state.x[i.mb].detach().requires_grad_(i.grad and not i.floor)
+        with torch.set_grad_enabled(i.grad), self._casting():
+            logits_BC = self.shard.classify(x_BND).float() if self.autocast else self.shard.classify(x_BND)
+            loss = F.cross_entropy(logits_BC, labels_B, ignore_index=IGNORED, label_smoothing=self.label_smoothing)
+            loss = loss / state.num_micro_batches
+        if i.grad:
+            torch.autograd.backward(loss)
+        if x_BND.grad is not None:
+            state.g[i.mb] = x_BND.grad
+        if self.logits is not None:
+            self.logits(i.mb, logits_BC.detach())
+        state.loss = state.loss + loss.detach()
+        state.correct = state.correct + (logits_BC.detach().argmax(1) == labels_B).sum()
+
+    def _bwd(self, i: Instruction) -> None:
+        state, block = self._state, self.shard.blocks[i.block]
+        gamma, bias = block.gammas[i.part], block.biases[i.part]
+        g_BND = state.g[i.mb]
+        branch = g_BND if gamma is None else g_BND * gamma
+        if i.lead:
+            with torch.no_grad():
+                if bias is not None:
+                    _accumulate(bias, branch.sum((0, 1)))
+                if gamma is not None:
+                    _accumulate(gamma, (g_BND * state.sums.pop((i.block, i.part, i.mb))).sum((0, 1)))
+        if i.running:
+            branch = branch * (self.shard.shape.num_heads / i.running)
+        leaf, out = state.kept.pop((i.block, i.part, i.mb))
+        torch.autograd.backward(out, branch)
+        if not i.floor:
+            assert leaf.grad is not None
+            state.gpart[i.mb] = leaf.grad
+
+    def _unembed(self, i: Instruction) -> None:
+        torch.autograd.backward(self._state.embedded.pop(i.mb), self._state.g[i.mb])
+
+    def _send(self, i: Instruction) -> None:
+        self.transport.send(i.peer, i.key(self.rank), self._cargo(i))
+
+    def _recv(self, i: Instruction) -> None:
+        key = i.key(self.rank)
+        tensor = self.transport.recv(i.peer, key)
+        if i.cargo == "x":
+            self._state.x[i.mb] = tensor
+        elif i.cargo == "g":
+            self._state.g[i.mb] = tensor
+        elif i.cargo == "grads":
+            self._unflatten(i.units, tensor)
+        else:
+            self._state.inbox[key] = tensor
+
+    def _free(self, i: Instruction) -> None:
+        (self._state.x if i.cargo == "x" else self._state.g).pop(i.mb)
+
+    def _step(self, i: Instruction) -> None:
+        state = self._state
+        total = self._tally(state).clone()
+        for key in [key for key in state.inbox if key[0] == "tally"]:
+            total += state.inbox.pop(key).to(total.device)
+        state.total = total
+        if self.update is not None:
+            self.update(float(total[0]) ** 0.5)
+            self.shard.clear()
+
+    def _cargo(self, i: Instruction) -> Tensor:
+        if i.cargo == "tally":
+            return self._tally(self._state)
+        if i.units:
+            return self._flatten(i.units)
+        return {"x": self._state.x, "g": self._state.g, "part": self._state.part, "gpart": self._state.gpart}[i.cargo][i.mb]
+
+    def _added(self, cargo: str, i: Instruction, own: Tensor) -> Tensor:
+        """Σ over the ranks in `of`, in rank order, so that every worker that adds gets the same bits."""
+        total = None
+        for worker in i.of:
+            if worker == self.rank:
+                part = own
+            else:
+                part = self._state.inbox.pop(Instruction("recv", cargo, i.block, i.part, i.mb, peer=worker, units=i.units).key(self.rank))
+            total = part if total is None else total + part
+        assert total is not None
+        return total
+
+    @torch.no_grad()
+    def _tally(self, state: _StepState) -> Tensor:
+        """[gradient norm² of what this worker speaks for, loss, correct answers]."""
+        if state.tally is None:
+            self.shard.collect()
+            params = [p for _, p in self.shard.head_parameters()] + [p for _, p in self.shard.classifier()]
+            for unit in filter(self.shard.leads, self.shard.units()):
+                params += [p for _, p in self.shard.unit(unit)]
+            grads = [p.grad for p in params if p.grad is not None]
+            norms = torch.stack(torch._foreach_norm(grads)).double() if grads else torch.zeros(1, dtype=torch.float64)
+            values = [norms.square().sum().item(), float(state.loss), float(state.correct)]
+            state.tally = torch.tensor(values, dtype=torch.float64, device=self.shard.device)
+        return state.tally
+
+    @torch.no_grad()
+    def _flatten(self, units: Sequence[int]) -> Tensor:
+        params = [p for unit in units for _, p in self.shard.unit(unit)]
+        return torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in params])
+
+    @torch.no_grad()
+    def _unflatten(self, units: Sequence[int], flat: Tensor) -> None:
+        params = [p for unit in units for _, p in self.shard.unit(unit)]
+        for param, grad in zip(params, flat.split([p.numel() for p in params]), strict=True):
+            param.grad = grad.view_as(param)
+
+    def _casting(self) -> torch.autocast:
+        return torch.autocast(self.shard.device.type, dtype=self.autocast, enabled=self.autocast is not None)
+
+
+def _accumulate(param: torch.nn.Parameter, grad: Tensor) -> None:
+    param.grad = grad if param.grad is None else param.grad + grad

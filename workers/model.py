@@ -1,0 +1,299 @@
+"""Models: from a job's words to a plain timm VisionTransformer with weights, or a reason why not.
+
+The engine cuts timm's `VisionTransformer` with `Block`, `Attention` and `Mlp` into heads; `refusal` names the first
+feature it cannot cut. Weights are safetensors in timm's own key names.
+
+Axes: B images, C channels, H W pixels, N tokens, D width, K classes.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import safetensors
+import safetensors.torch
+import timm
+import torch
+from timm.layers.attention import Attention
+from timm.layers.layer_scale import LayerScale
+from timm.layers.mlp import Mlp
+from timm.layers.norm import LayerNorm
+from timm.layers.patch_embed import PatchEmbed
+from timm.models import vision_transformer as vit
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from scheduler.errors import UserError
+from workers import bundled
+from workers.contract import DIGITS_MODEL, JobSpec
+
+CLASSIFIER_STD = 0.02
+_POOLS = ("token", "avg")
+# timm's modules whose models may be plain VisionTransformers; the catalogue and `build_model` look no further.
+_PLAIN_MODULES = frozenset({"vision_transformer", "deit"})
+_HEAD_KEYS = ("head.weight", "head.bias")
+
+
+class ModelInput(NamedTuple):
+    """The images that a model wants: size and channels, and how to normalise them."""
+
+    img_size: int
+    in_chans: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    interpolation: str
+
+
+class Resolved(NamedTuple):
+    """What a spec's model means to timm; `weights` is None for a random start."""
+
+    timm_name: str
+    model_args: dict[str, Any]
+    weights: Path | None
+
+
+def resolve(spec: JobSpec) -> Resolved:
+    """timm name, model arguments and weights file of a spec; the bundled model's are its own unless overridden."""
+    digits = spec.model == DIGITS_MODEL
+    args: dict[str, Any] = {**(bundled.MODEL_ARGS if digits else {}), **spec.model_args}
+    if spec.img_size is not None:
+        args["img_size"] = spec.img_size
+    weights = Path(spec.weights) if spec.weights is not None else (bundled.WEIGHTS if digits else None)
+    return Resolved(bundled.TIMM_NAME if digits else spec.model, args, weights)
+
+
+def build_model(spec: JobSpec, num_classes: int, *, load: bool = True) -> VisionTransformer:
+    """Build the spec's model for `num_classes` classes, in float32 on the CPU, with its weights unless `load` is False.
+
+    Everything random is drawn from `spec.seed` in a forked generator: every worker gets the same bits, and the
+    caller's generator does not move. Raises UserError "unknown_model", "unsupported_model", "bad_model_args", and
+    those of `load_weights`.
+    """
+    resolved = resolve(spec)
+    _check_known(spec.model, resolved.timm_name)
+    _refuse(spec.model, foreign_architecture(resolved.timm_name))
+    with _seeded(spec.seed):
+        model = _create(resolved, num_classes)
+        _refuse(spec.model, refusal(model))
+        assert isinstance(model, VisionTransformer)
+        init_classifier(model)
+        if load and resolved.weights is not None:
+            load_weights(model, resolved.weights)
+    return model
+
+
+def refusal(model: nn.Module) -> str | None:
+    """The first feature of `model` that the engine cannot cut into heads, in words; None when there is none."""
+    if type(model) is not VisionTransformer:
+        return f"architecture {type(model).__name__} is not a plain VisionTransformer"
+    return next((reason for found, reason in _trunk_features(model) if found), None) or next(
+        (reason for block in model.blocks for found, reason in _block_features(block) if found), None
+    )
+
+
+def foreign_architecture(timm_name: str) -> str | None:
+    """Why a timm name cannot be a plain VisionTransformer, known from its module alone; None when it may be one."""
+    module = timm.models.model_entrypoint(timm_name).__module__.rpartition(".")[2]
+    return None if module in _PLAIN_MODULES else f"architecture {module} is not a plain VisionTransformer"
+
+
+def init_classifier(model: VisionTransformer) -> None:
+    """Start the classifier afresh from the current generator: truncated normal weights, zero bias."""
+    assert isinstance(model.head, nn.Linear)
+    nn.init.trunc_normal_(model.head.weight, std=CLASSIFIER_STD)
+    nn.init.zeros_(model.head.bias)
+
+
+def model_input(model: VisionTransformer) -> ModelInput:
+    """What images `model` wants; a one-channel model is given the mean of the channels' mean and std."""
+    assert isinstance(model.patch_embed, PatchEmbed) and model.patch_embed.img_size is not None
+    cfg: dict[str, Any] = vars(model)["pretrained_cfg"]
+    mean, std = (_per_channel(cfg[key], model.in_chans) for key in ("mean", "std"))
+    return ModelInput(model.patch_embed.img_size[0], int(model.in_chans), mean, std, str(cfg["interpolation"]))
+
+
+def load_weights(model: VisionTransformer, path: str | Path) -> None:
+    """Load a safetensors file into `model`, in place; float16 and bfloat16 become the model's dtype.
+
+    The position table and patch embedding are resampled to the model's sizes; `norm.*` serves as `fc_norm.*` where the
+    model normalises after pooling, and the other way round; a classifier for another number of classes is left out, so
+    that the model keeps its own. Raises UserError (weights): "weights_not_found", "weights_not_safetensors",
+    "weights_mismatch".
+    """
+    path = Path(path)
+    own = model.state_dict()
+    given = _read_safetensors(path)
+    tensors = _fit(given, model, path)
+    _check_match(tensors, own, given, path)
+    model.load_state_dict({key: tensors.get(key, own[key]) for key in own})
+
+
+def _check_known(name: str, timm_name: str) -> None:
+    if timm.is_model(timm_name):
+        return
+    near = difflib.get_close_matches(name, [*timm.list_models(), DIGITS_MODEL], n=3, cutoff=0.5)
+    raise UserError(
+        f"There is no model '{name}' in timm {timm.__version__}.",
+        code="unknown_model",
+        param="model",
+        remedy=f"Did you mean {', '.join(near)}?"
+        if near
+        else "`python -m workers.catalog --out FILE` lists what works.",
+    )
+
+
+def _refuse(name: str, reason: str | None) -> None:
+    if reason is not None:
+        raise UserError(
+            f"The model '{name}' cannot be cut into heads: {reason}.",
+            code="unsupported_model",
+            param="model",
+            remedy="Choose a plain vision transformer: `python -m workers.catalog --out FILE` lists those that work.",
+        )
+
+
+def _create(resolved: Resolved, num_classes: int) -> nn.Module:
+    try:
+        return timm.create_model(resolved.timm_name, pretrained=False, num_classes=num_classes, **resolved.model_args)
+    # timm checks its arguments by asserting, or fails inside with whatever the bad value leads to.
+    except (AssertionError, TypeError, ValueError, RuntimeError, ZeroDivisionError) as error:
+        raise UserError(
+            f"timm cannot build '{resolved.timm_name}' with {resolved.model_args}: {error}.",
+            code="bad_model_args",
+            param="model_args",
+            remedy="Correct model_args and img_size.",
+        ) from error
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    # No devices: models are built on the CPU, and forking every CUDA generator is slow.
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield
+
+
+def _trunk_features(model: Any) -> Iterator[tuple[bool, str]]:
+    """(present, name) of each feature around the blocks that is not supported."""
+    embed = model.patch_embed
+    yield len(model.blocks) == 0, "no blocks"
+    yield bool(model.num_reg_tokens), "register tokens"
+    yield model.global_pool in ("map", "prr"), "attention pooling"
+    yield model.global_pool not in _POOLS, f"pooling '{model.global_pool}'"
+    yield model.pool_include_prefix, "average pooling over prefix tokens"
+    yield model.dynamic_img_size, "dynamic image size"
+    yield model.pos_embed is None, "no position embedding"
+    yield not isinstance(model.norm_pre, nn.Identity), "norm before the blocks"
+    yield type(embed) is not PatchEmbed, f"patch embedding {type(embed).__name__}"
+    yield not isinstance(embed.norm, nn.Identity), "norm in the patch embedding"
+    yield embed.dynamic_img_pad, "dynamic image padding"
+    yield embed.img_size[0] != embed.img_size[1], "image that is not square"
+    yield embed.num_patches < 1, "image smaller than one patch"
+    yield embed.patch_size[0] != embed.patch_size[1], "patch that is not square"
+    yield not isinstance(model.patch_drop, nn.Identity), "patch drop"
+    yield model.pos_drop.p > 0 or model.head_drop.p > 0, "dropout"
+    yield not isinstance(model.head, nn.Linear), "no classifier"
+    yield from ((not _is_norm(norm), f"norm {type(norm).__name__}") for norm in (model.norm, model.fc_norm))
+
+
+def _block_features(block: Any) -> Iterator[tuple[bool, str]]:
+    """(present, name) of each feature of one block that is not supported, outermost first."""
+    yield type(block) is not vit.Block, f"block {type(block).__name__}"
+    attn, mlp = block.attn, block.mlp
+    yield type(attn) is not Attention, f"attention {type(attn).__name__}"
+    yield not isinstance(attn.q_norm, nn.Identity) or not isinstance(attn.k_norm, nn.Identity), "qk-norm"
+    yield not isinstance(attn.norm, nn.Identity), "norm inside the attention"
+    yield attn.gate is not None, "gated attention"
+    yield type(mlp) is not Mlp, f"MLP {type(mlp).__name__}"
+    yield not isinstance(mlp.norm, nn.Identity), "norm inside the MLP"
+    yield not isinstance(mlp.fc1, nn.Linear), "convolutions in the MLP"
+    yield mlp.fc1.out_features < attn.num_heads, "MLP narrower than the number of heads"
+    drops = (attn.attn_drop, attn.proj_drop, mlp.drop1, mlp.drop2)
+    yield any(drop.p > 0 for drop in drops), "dropout"
+    yield any(not isinstance(path, nn.Identity) for path in (block.drop_path1, block.drop_path2)), "drop path"
+    yield from ((not _is_norm(norm), f"norm {type(norm).__name__}") for norm in (block.norm1, block.norm2))
+    scales = (block.ls1, block.ls2)
+    yield any(type(scale) not in (LayerScale, nn.Identity) for scale in scales), "layer scale of another kind"
+
+
+def _is_norm(norm: nn.Module) -> bool:
+    return type(norm) in (nn.LayerNorm, LayerNorm, nn.Identity)
+
+
+def _per_channel(values: tuple[float, ...], in_chans: int) -> tuple[float, ...]:
+    if len(values) == in_chans:
+        return tuple(values)
+    return (sum(values) / len(values),) * in_chans
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise UserError(
+            f"There is no weights file {path}.",
+            code="weights_not_found",
+            param="weights",
+            remedy="Give the path of a safetensors file that the workers can read.",
+        )
+    try:
+        return safetensors.torch.load_file(path)
+    except (safetensors.SafetensorError, OSError, ValueError) as error:
+        raise UserError(
+            f"{path} is not a readable safetensors file: {error}.",
+            code="weights_not_safetensors",
+            param="weights",
+            remedy="Convert it with safetensors.torch.save_file; pickled checkpoints (.pt, .bin) are never opened.",
+        ) from error
+
+
+def _fit(tensors: dict[str, Tensor], model: VisionTransformer, path: Path) -> dict[str, Tensor]:
+    """The file's tensors under the model's keys, as floats, resampled to the model's sizes."""
+    tensors = {key: value.float() if value.is_floating_point() else value for key, value in tensors.items()}
+    tensors = _move_norm(tensors, model)
+    if any(tensors[key].shape[:1] != (model.num_classes,) for key in _HEAD_KEYS if key in tensors):
+        tensors = {key: value for key, value in tensors.items() if key not in _HEAD_KEYS}
+    try:
+        return vit.checkpoint_filter_fn(tensors, model)
+    except (KeyError, RuntimeError, ValueError, AttributeError, IndexError, AssertionError) as error:
+        # Resampling stumbles over tensors that do not belong; the plain comparison names them.
+        _check_match(tensors, model.state_dict(), tensors, path)
+        raise _mismatch(path, [f"they cannot be fitted to the model ({error})"]) from error
+
+
+def _move_norm(tensors: dict[str, Tensor], model: VisionTransformer) -> dict[str, Tensor]:
+    """Rename the final norm to where the model has it: before the pooling (`norm`) or after (`fc_norm`)."""
+    source, target = ("norm.", "fc_norm.") if isinstance(model.norm, nn.Identity) else ("fc_norm.", "norm.")
+    if any(key.startswith(target) for key in tensors):
+        return tensors
+    return {target + key.removeprefix(source) if key.startswith(source) else key: v for key, v in tensors.items()}
+
+
+def _check_match(
+    tensors: Mapping[str, Tensor], own: Mapping[str, Tensor], given: Mapping[str, Tensor], path: Path
+) -> None:
+    """Refuse tensors that are not the model's; the message shows shapes as the file has them, before resampling."""
+    missing = [key for key in own if key not in tensors and key not in _HEAD_KEYS]
+    unexpected = [key for key in tensors if key not in own]
+    wrong = [key for key in own if key in tensors and tensors[key].shape != own[key].shape]
+    if missing or unexpected or wrong:
+        lines = [f"{key} is {_shape(given.get(key, tensors[key]))}, the model's {_shape(own[key])}" for key in wrong]
+        lines += [f"{key} {_shape(own[key])} is missing" for key in missing]
+        lines += [f"{key} {_shape(tensors[key])} is not in the model" for key in unexpected]
+        raise _mismatch(path, lines)
+
+
+def _mismatch(path: Path, lines: list[str]) -> UserError:
+    more = f"; and {len(lines) - 5} more" if len(lines) > 5 else ""
+    return UserError(
+        f"The weights {path} do not fit the model: {'; '.join(lines[:5])}{more}.",
+        code="weights_mismatch",
+        param="weights",
+        remedy="Choose the model and model_args that these weights were saved from, with timm's key names.",
+    )
+
+
+def _shape(tensor: Tensor) -> str:
+    return "×".join(str(size) for size in tensor.shape) or "scalar"
