@@ -64,6 +64,13 @@ class DeadlockError(SystemFault):
     """A program waits for a message that no worker sends."""
 
 
+def from_dict(data: dict[str, str | None]) -> D2ftError:
+    """The error behind a `to_dict`; its class follows the fault."""
+    kinds: dict[str | None, type[D2ftError]] = {"user": UserError, "capacity": CapacityError}
+    kind = kinds.get(data.get("fault"), SystemFault)
+    return kind(str(data["message"]), code=data["code"] or "internal", param=data["param"])
+
+
 def _rebuild(
     kind: type[D2ftError], message: str, code: str, param: str | None, remedy: str | None
 ) -> D2ftError:

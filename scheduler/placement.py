@@ -12,6 +12,7 @@ The instance, and what its objective means, is in `teams`; `plan` simulates the 
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -21,10 +22,11 @@ from ortools.sat.python import cp_model
 from scheduler.cost import Costs
 from scheduler.domain import IntArray, Placement, Scores, SolverReport
 from scheduler.errors import InfeasibleError, UserError
-from scheduler.teams import Instance, Link, teams_of
+from scheduler.teams import Instance, Link, Team, teams_of
 
 MODES = ("auto", "split", "whole")
 KINDS = {"auto": ("split", "whole", "mixed"), "split": ("split",), "whole": ("whole",)}
+PROVED_WITHIN = 0.005  # the proxy itself is a few percent off the simulation
 CEILING = 1 << 44  # above every time in µs and every size in bytes that a model here can have
 GB = 1e9
 
@@ -131,6 +133,7 @@ def _solver(limits: Limits) -> cp_model.CpSolver:
     solver.parameters.random_seed = limits.seed
     solver.parameters.max_time_in_seconds = limits.seconds
     solver.parameters.linearization_level = 2  # the defaults stayed 11–50 % from the optimum on such models
+    solver.parameters.relative_gap_limit = PROVED_WITHIN
     return solver
 
 
@@ -152,14 +155,18 @@ def _memory_error(instance: Instance, kind: str, limits: Limits) -> InfeasibleEr
     model = _Model(instance, kind, slack=True)
     solver = _solver(limits)
     if solver.solve(model.model) not in (cp_model.OPTIMAL, cp_model.FEASIBLE):
-        return InfeasibleError(f"No {kind} placement exists for this fleet.", code="placement_infeasible", param="placement")
+        return InfeasibleError(
+            f"No {kind} placement exists for this fleet.", code="placement_infeasible", param="placement"
+        )
     counts_LW, classifier = model.read(solver)
     parts = []
     for worker, profile in enumerate(instance.costs.profiles):
         need = instance.memory_bytes(counts_LW[:, worker], worker == classifier)
         if need > profile.free_bytes:
             lack = (need - profile.free_bytes) / GB
-            parts.append(f"worker {worker} needs {lack:.3g} GB more ({need / GB:.3g} needed, {profile.free_bytes / GB:.3g} free)")
+            parts.append(
+                f"worker {worker} needs {lack:.3g} GB more ({need / GB:.3g} needed, {profile.free_bytes / GB:.3g} free)"
+            )
     return InfeasibleError(
         f"The model does not fit: even in the {kind} placement that lacks least, {', '.join(parts)}. Counted are weights, "
         f"gradients and AdamW's moments, and the activations of {instance.in_flight} micro-batches in flight.",
@@ -170,137 +177,139 @@ def _memory_error(instance: Instance, kind: str, limits: Limits) -> InfeasibleEr
 
 
 class _Model:
-    """The CP-SAT model: takes[l][w][k] worker w has k heads of block l, has[l][t] block l has team t."""
+    """The CP-SAT model: plays[t][p] blocks have team t in its pattern p; goes[s, t] team t follows s, None is the end."""
 
     def __init__(self, instance: Instance, kind: str, *, slack: bool = False) -> None:
         self.instance = instance
         self.model = cp_model.CpModel()
-        blocks, workers, heads = (range(n) for n in (instance.num_blocks, instance.num_workers, instance.num_heads + 1))
+        teams, workers = range(len(instance.teams)), range(instance.num_workers)
         new = self.model.new_bool_var
-        self.has = [[new(f"has{b}_{t}") for t in range(len(instance.teams))] for b in blocks]
-        self.takes = [[[new(f"takes{b}_{w}_{k}") for k in heads] for w in workers] for b in blocks]
+        self.patterns = [instance.patterns(team) for team in instance.teams]
+        self.plays = [
+            [self.model.new_int_var(0, instance.num_blocks, f"plays{t}_{p}") for p in range(len(self.patterns[t]))]
+            for t in teams
+        ]
+        self.used = [new(f"used{t}") for t in teams]
         self.classifies = [new(f"classifies{w}") for w in workers]
         self.lacks = [self.model.new_int_var(0, CEILING if slack else 0, f"lacks{w}") for w in workers]
-        self._counts_and_teams()
+        self._runs()
         self._memory()
         if kind == "split":
-            self._one_team()
-        self._flow()
-        if kind == "whole":
-            self._one_run_each()
+            self.model.add_exactly_one(self.used)
         if slack:
             self.model.minimize(sum(self.lacks))
         else:
             self._objective()
 
     def read(self, solver: cp_model.CpSolver) -> tuple[IntArray, int]:
-        """Counts [L, W] and the classifier's worker."""
-        counts = [[_chosen(solver, counts) for counts in takes] for takes in self.takes]
-        return np.array(counts, dtype=np.int64), _chosen(solver, self.classifies)
+        """Counts [L, W], a team's patterns spread evenly over its run, and the classifier's worker."""
+        rows: list[tuple[int, ...]] = []
+        team = self._after(solver, None)
+        while team is not None:
+            times = [solver.value(play) for play in self.plays[team]]
+            spread = [((i + 0.5) / n, p) for p, n in enumerate(times) for i in range(n)]
+            rows += [
+                self.instance.spelled(self.instance.teams[team], self.patterns[team][p]) for _, p in sorted(spread)
+            ]
+            team = self._after(solver, team)
+        classifier = next(w for w, c in enumerate(self.classifies) if solver.boolean_value(c))
+        return np.array(rows, dtype=np.int64), classifier
+
+    def _after(self, solver: cp_model.CpSolver, team: int | None) -> int | None:
+        return next(t for (s, t), goes in self.goes.items() if s == team and solver.boolean_value(goes))
 
     def hint(self, counts_LW: IntArray) -> None:
         """Start the search from known counts."""
-        for takes, row in zip(self.takes, counts_LW, strict=True):
-            for worker, counts in enumerate(takes):
-                for k, chosen in enumerate(counts):
-                    self.model.add_hint(chosen, k == int(row[worker]))
+        rows = Counter(tuple(row) for row in counts_LW.tolist())
+        for team, patterns, plays in zip(self.instance.teams, self.patterns, self.plays, strict=True):
+            for pattern, play in zip(patterns, plays, strict=True):
+                self.model.add_hint(play, rows[self.instance.spelled(team, pattern)])
 
-    def _counts_and_teams(self) -> None:
-        for has, takes in zip(self.has, self.takes, strict=True):
-            self.model.add_exactly_one(has)
-            for worker, counts in enumerate(takes):
-                self.model.add_exactly_one(counts)
-                joined = [has[t] for t, team in enumerate(self.instance.teams) if worker in team]
-                self.model.add(sum(joined) == 1 - counts[0])
-            self.model.add(sum(k * c for counts in takes for k, c in enumerate(counts)) == self.instance.num_heads)
+    def _runs(self) -> None:
+        """Every team that is used has one run of consecutive blocks: the runs form a path."""
+        num_blocks = self.instance.num_blocks
+        ends: list[int | None] = [None, *range(len(self.used))]
+        pairs = [(s, t) for s, t in itertools.product(ends, repeat=2) if s != t]
+        self.goes = {(s, t): self.model.new_bool_var(f"goes{s}_{t}") for s, t in pairs}
+        arcs = [(_node(s), _node(t), goes) for (s, t), goes in self.goes.items()]
+        arcs += [(_node(t), _node(t), used.negated()) for t, used in enumerate(self.used)]
+        self.model.add_circuit(arcs)
+        for used, plays in zip(self.used, self.plays, strict=True):
+            self.model.add(sum(plays) >= used)
+            self.model.add(sum(plays) <= num_blocks * used)
+        self.model.add(sum(sum(plays) for plays in self.plays) == num_blocks)
         self.model.add_exactly_one(self.classifies)
         for worker, classifies in enumerate(self.classifies):
-            self.model.add_implication(classifies, self.takes[-1][worker][0].negated())
+            self.model.add(classifies <= sum(self.goes[t, None] for t in self._with(worker)))
+
+    def _with(self, worker: int) -> list[int]:
+        return [t for t, team in enumerate(self.instance.teams) if worker in team]
+
+    def _embeds(self, worker: int) -> cp_model.LinearExprT:
+        return sum(self.goes[None, t] for t in self._with(worker))
+
+    def _total(self, worker: int, each: Sequence[int]) -> cp_model.LinearExprT:
+        """Σ over the blocks of each[heads that the worker has there]."""
+        terms = []
+        for t in self._with(worker):
+            place = self.instance.teams[t].index(worker)
+            terms += [
+                each[pattern[place]] * play for pattern, play in zip(self.patterns[t], self.plays[t], strict=True)
+            ]
+        return sum(terms)
 
     def _memory(self) -> None:
         instance = self.instance
         sizes = [instance.block_bytes(k) for k in range(instance.num_heads + 1)]
         for worker, profile in enumerate(instance.costs.profiles):
-            need = sum(sizes[k] * takes[worker][k] for takes in self.takes for k in range(1, len(sizes)))
-            need += instance.embed_bytes() * self._embeds(worker) + instance.classifier_bytes() * self.classifies[worker]
+            need = self._total(worker, sizes)
+            need += (
+                instance.embed_bytes() * self._embeds(worker) + instance.classifier_bytes() * self.classifies[worker]
+            )
             self.model.add(need <= profile.free_bytes + self.lacks[worker])
 
-    def _embeds(self, worker: int) -> cp_model.LinearExpr:
-        return 1 - self.takes[0][worker][0]
-
-    def _one_team(self) -> None:
-        for has in self.has[1:]:
-            for first, here in zip(self.has[0], has, strict=True):
-                self.model.add(first == here)
-
-    def _flow(self) -> None:
-        """moves[l][s][t]: block l has team s and block l+1 has team t. As a flow, its relaxation is tight."""
-        teams = range(len(self.instance.teams))
-        new = self.model.new_bool_var
-        self.moves = [[[new(f"moves{b}_{s}_{t}") for t in teams] for s in teams] for b in range(len(self.has) - 1)]
-        for block, move in enumerate(self.moves):
-            for team in teams:
-                self.model.add(sum(move[team]) == self.has[block][team])
-                self.model.add(sum(row[team] for row in move) == self.has[block + 1][team])
-
-    def _one_run_each(self) -> None:
-        for team in range(len(self.instance.teams)):
-            entries = [row[team] for move in self.moves for s, row in enumerate(move) if s != team]
-            self.model.add(self.has[0][team] + sum(entries) <= 1)
-
     def _objective(self) -> None:
-        more = self.instance.costs.step.num_micro_batches - 1
+        costs, more = self.instance.costs, self.instance.costs.step.num_micro_batches - 1
         slowest = self.model.new_int_var(0, CEILING, "slowest")
         path = self._path()
         self.model.add(self.instance.in_flight * slowest >= more * path)
-        for worker in range(self.instance.num_workers):
-            owned = sum(k * c for takes in self.takes for k, c in enumerate(takes[worker]) if k)
-            self.model.add(slowest >= more * self._load(worker) + self.instance.costs.update_us(worker, 1) * owned)
+        for worker, curve_us in enumerate(self.instance.curve_us.tolist()):
+            load = self._total(worker, [more * us + costs.update_us(worker, k) for k, us in enumerate(curve_us)])
+            ends = costs.embed_us(worker) * self._embeds(worker) + costs.classify_us(worker) * self.classifies[worker]
+            self.model.add(slowest >= load + more * ends)
         for wire in self._wires().values():
             self.model.add(slowest >= more * sum(wire))
         self.model.minimize(slowest + path)
 
-    def _load(self, worker: int) -> cp_model.LinearExpr:
-        costs, curve_us = self.instance.costs, self.instance.curve_us[worker].tolist()
-        load = costs.embed_us(worker) * self._embeds(worker) + costs.classify_us(worker) * self.classifies[worker]
-        return load + sum(curve_us[k] * c for takes in self.takes for k, c in enumerate(takes[worker]) if k)
-
-    def _path(self) -> cp_model.LinearExpr:
-        """An expression of the path; each block's slowest member and the slowest embedder are variables bounded from below."""
+    def _path(self) -> cp_model.LinearExprT:
         instance, costs = self.instance, self.instance.costs
-        workers = range(instance.num_workers)
-        path = self._at_least("embed", [costs.embed_us(w) * self._embeds(w) for w in workers])
-        path += sum(costs.classify_us(w) * c for w, c in enumerate(self.classifies))
-        hops = [instance.exchange_path_us(team) for team in instance.teams]
-        curves = instance.curve_us.tolist()
-        for block, (takes, has) in enumerate(zip(self.takes, self.has, strict=True)):
-            members = [sum(curves[w][k] * c for k, c in enumerate(takes[w]) if k) for w in workers]
-            path += self._at_least(f"block{block}", members)
-            path += sum(us * chosen for us, chosen in zip(hops, has, strict=True) if us)
-        pairs = itertools.product(enumerate(instance.teams), repeat=2)
-        us = {(s, t): instance.crossing_path_us(before, after) for (s, before), (t, after) in pairs}
-        return path + sum(cost * move[s][t] for move in self.moves for (s, t), cost in us.items() if cost)
+        terms = [costs.classify_us(w) * c for w, c in enumerate(self.classifies)]
+        for t, team in enumerate(instance.teams):
+            terms.append(max(costs.embed_us(w) for w in team) * self.goes[None, t])
+            hops = instance.exchange_path_us(team)
+            for pattern, play in zip(self.patterns[t], self.plays[t], strict=True):
+                slowest = max(int(instance.curve_us[w, k]) for w, k in zip(team, pattern, strict=True))
+                terms.append((slowest + hops) * play)
+        terms += [instance.crossing_path_us(before, after) * goes for before, after, goes in self._crossings()]
+        return sum(terms)
 
-    def _at_least(self, name: str, terms: Sequence[cp_model.LinearExprT]) -> cp_model.IntVar:
-        top = self.model.new_int_var(0, CEILING, name)
-        for term in terms:
-            self.model.add(top >= term)
-        return top
+    def _crossings(self) -> list[tuple[Team, Team, cp_model.IntVar]]:
+        teams = self.instance.teams
+        return [(teams[s], teams[t], goes) for (s, t), goes in self.goes.items() if s is not None and t is not None]
 
-    def _wires(self) -> dict[Link, list[cp_model.LinearExpr]]:
+    def _wires(self) -> dict[Link, list[cp_model.LinearExprT]]:
         """Terms of the time that each link is taken."""
-        instance, teams = self.instance, self.instance.teams
-        wires: dict[Link, list[cp_model.LinearExpr]] = {}
-        for t, team in enumerate(teams):
+        instance = self.instance
+        wires: dict[Link, list[cp_model.LinearExprT]] = {}
+        for team, plays in zip(instance.teams, self.plays, strict=True):
             for link, us in instance.exchange_us(team).items():
-                wires.setdefault(link, []).extend(us * has[t] for has in self.has if us)
-        for s, before in enumerate(teams):
-            for t, after in enumerate(teams):
-                for link in instance.crossing_links(before, after):
-                    us = instance.taken_us(*link)
-                    wires.setdefault(link, []).extend(us * move[s][t] for move in self.moves if us)
-        return {link: terms for link, terms in wires.items() if terms}
+                wires.setdefault(link, []).append(us * sum(plays))
+        for before, after, goes in self._crossings():
+            for link in instance.crossing_links(before, after):
+                wires.setdefault(link, []).append(instance.taken_us(*link) * goes)
+        return wires
 
 
-def _chosen(solver: cp_model.CpSolver, options: Sequence[cp_model.IntVar]) -> int:
-    return next(k for k, option in enumerate(options) if solver.boolean_value(option))
+def _node(team: int | None) -> int:
+    """Circuit node of a team; node 0 closes the path."""
+    return 0 if team is None else team + 1

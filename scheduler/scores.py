@@ -37,7 +37,10 @@ def make_scores(kind: str, fisher_LH: npt.ArrayLike, magnitude_LH: npt.ArrayLike
         drawn_2LH = np.random.default_rng(seed).random((2, *magnitude.shape))
         return Scores(normalise(drawn_2LH[0]), normalise(drawn_2LH[1]))
     raise UserError(
-        f"'{kind}' is not a score.", code="unknown_score", param="method.score", remedy=f"Use one of {', '.join(KINDS)}."
+        f"'{kind}' is not a score.",
+        code="unknown_score",
+        param="method.score",
+        remedy=f"Use one of {', '.join(KINDS)}.",
     )
 
 

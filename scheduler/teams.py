@@ -15,6 +15,7 @@ the blocks; and F micro-batches in flight can hide no more than F − 1 parts of
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -26,7 +27,9 @@ from scheduler.domain import SUBLAYERS, IntArray
 
 Team = tuple[int, ...]
 Link = tuple[int, int]
+Pattern = tuple[int, ...]  # heads of each member of a team, in one block
 ALL_TEAMS_UP_TO = 4  # workers; above this only teams that follow the links or the speeds
+MAX_PATTERNS = 80  # of one team
 EXCHANGES = 2 * len(SUBLAYERS)  # of one block in one micro-batch: forward and backward of both sub-layers
 
 
@@ -101,6 +104,32 @@ class Instance:
         down = [self.hop_us(u, v) for u, v in links if v not in after]
         return max(up, default=0) + max(down, default=0)
 
+    def patterns(self, team: Team) -> list[Pattern]:
+        """Ways to share a block's heads in a team; when there are many, those near shares by speed or by memory."""
+        size, heads = len(team), self.num_heads
+        if math.comb(heads - 1, size - 1) <= MAX_PATTERNS:
+            return _compositions(heads, [range(1, heads + 1)] * size)
+        speeds = [heads / max(1, int(self.curve_us[w, heads])) for w in team]
+        rooms = [float(max(1, self.costs.profiles[w].free_bytes)) for w in team]
+        return sorted(set(self._near(speeds)) | set(self._near(rooms)))
+
+    def _near(self, weights: Sequence[float]) -> list[Pattern]:
+        """Patterns whose counts are the shares rounded down or up, and one further where that leaves few enough."""
+        heads, found = self.num_heads, list[Pattern]()
+        shares = [max(1.0, heads * weight / sum(weights)) for weight in weights]
+        for reach in (0, 1):
+            ranges = [range(max(1, math.floor(s) - reach), min(heads, math.ceil(s) + reach) + 1) for s in shares]
+            wider = _compositions(heads, ranges)
+            if found and len(wider) > MAX_PATTERNS:
+                break
+            found = wider
+        return found
+
+    def spelled(self, team: Team, pattern: Pattern) -> Pattern:
+        """A team's pattern as counts of all workers."""
+        counts = dict(zip(team, pattern, strict=True))
+        return tuple(counts.get(w, 0) for w in range(self.num_workers))
+
     def block_bytes(self, heads: int) -> int:
         """What `heads` heads of one block take: weights, gradients, AdamW, and activations of the micro-batches in flight."""
         if heads == 0:
@@ -151,11 +180,6 @@ class Instance:
         return taken
 
 
-def counts_to_teams(counts_LW: IntArray) -> list[Team]:
-    """The team of each block."""
-    return [tuple(int(w) for w in np.flatnonzero(row)) for row in counts_LW]
-
-
 def teams_of(costs: Costs, kind: str) -> tuple[Team, ...]:
     """The teams that a kind of placement ("split", "whole", "mixed") may use; sorted, so the model is the same every time."""
     workers = range(costs.num_workers)
@@ -193,3 +217,16 @@ def _fast_teams(costs: Costs) -> set[Team]:
     heads = costs.shape.num_heads
     order = sorted(range(costs.num_workers), key=lambda w: (costs.forward_us(w, "mlp", heads), w))
     return {tuple(sorted(order[:k])) for k in range(2, costs.num_workers + 1)}
+
+
+def _compositions(total: int, ranges: Sequence[range]) -> list[Pattern]:
+    """All ways to write `total` as a sum with one term from each range."""
+    if len(ranges) == 1:
+        return [(total,)] if total in ranges[0] else []
+    least = sum(r.start for r in ranges[1:])
+    return [
+        (first, *rest)
+        for first in ranges[0]
+        if total - first >= least
+        for rest in _compositions(total - first, ranges[1:])
+    ]

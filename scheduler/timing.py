@@ -65,7 +65,9 @@ class _Clock:
         self.kept = [0] * count
         self.link_free = [[0] * count for _ in range(count)]
         self.arrival: dict[MessageKey, int] = {}
-        self.seen = Playback([[] for _ in workers], [0] * count, [0] * count, [[0] * count for _ in workers], [0] * count)
+        self.seen = Playback(
+            [[] for _ in workers], [0] * count, [0] * count, [[0] * count for _ in workers], [0] * count
+        )
 
     def run(self) -> Playback:
         remaining = sum(len(lane) for lanes in self.workers for lane in lanes)

@@ -45,7 +45,13 @@ class Sublayer:
 
 
 def lower(
-    placement: Placement, ops_LH: OpTable, mb: int, *, embed_grad: bool = True, train: bool = True, skip_fill: str = "zero"
+    placement: Placement,
+    ops_LH: OpTable,
+    mb: int,
+    *,
+    embed_grad: bool = True,
+    train: bool = True,
+    skip_fill: str = "zero",
 ) -> Sequences:
     """Instructions of micro-batch `mb` for every worker, in an order that each worker can follow.
 
@@ -139,7 +145,9 @@ class _Lowering:
             self._forward(sublayer, after, floor is sublayer)
         self._bring("x", -1, "classify", classifier)
         goes_down = self.train and (bool(trained) or self.embed_grad)
-        self._emit(classifier[0], Instruction("classify", mb=self.mb, grad=self.train, floor=self.train and not goes_down))
+        self._emit(
+            classifier[0], Instruction("classify", mb=self.mb, grad=self.train, floor=self.train and not goes_down)
+        )
         if goes_down:
             self._backward_all(list(reversed(trained)), unembedder)
         return self.out
@@ -178,7 +186,9 @@ class _Lowering:
         fill = sublayer.skipped if self.skip_fill == "mean" else ()
         for worker in self.holders:
             lead = worker == root and bool(sublayer.full)
-            self._emit(worker, Instruction("sum", "x", of=of, fill=fill, running=self._running(sublayer), lead=lead, **place))
+            self._emit(
+                worker, Instruction("sum", "x", of=of, fill=fill, running=self._running(sublayer), lead=lead, **place)
+            )
 
     def _backward_all(self, trained: list[Sublayer], unembedder: int | None) -> None:
         self.holders = [self.placement.classifier]

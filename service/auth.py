@@ -1,8 +1,8 @@
 """The door of the API: what every request must pass before any route sees it.
 
-It stands in front of the whole application, routes that do not exist included, and lets nothing in but what `PUBLIC` names: a route
-added tomorrow is closed until somebody opens it. In order: a request id, the host's name, the origin of a change, the key, the
-size of the body.
+It stands in front of the whole application, routes that do not exist included, and lets nothing in but what `PUBLIC`
+names: a route added tomorrow is closed until somebody opens it. In order: a request id, the host's name, the origin of
+a change, the key, the size of the body.
 """
 
 from __future__ import annotations

@@ -17,23 +17,29 @@ D2ftError
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 from scheduler.errors import CapacityError, D2ftError, SystemFault, UserError
 
-Issue = tuple[str, str]  # (field as "method.ratios", message)
+
+class Issue(NamedTuple):
+    """One wrong field: its dotted name (or "" for the whole body), what is wrong, and a word for it."""
+
+    field: str
+    message: str
+    code: str = "invalid"
 
 
 class InvalidRequestError(UserError):
-    """Fields of the request are wrong; every issue is (field, message)."""
+    """Fields of the request are wrong; the first issue speaks for all."""
 
-    def __init__(self, issues: list[Issue], *, code: str = "invalid_request") -> None:
-        field, message = issues[0]
-        super().__init__(message, code=code, param=field or None)
-        self.issues = issues
+    def __init__(self, issues: Sequence[Issue]) -> None:
+        super().__init__(issues[0].message, code=issues[0].code, param=issues[0].field or None)
+        self.issues = tuple(issues)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild_invalid, (self.issues, self.code)
+        return type(self), (self.issues,)
 
 
 class NotFoundError(UserError):
@@ -84,7 +90,3 @@ STATUS_OF: tuple[tuple[type[D2ftError], int], ...] = (
 def http_status(error: D2ftError) -> int:
     """The HTTP status of an error: that of the first kind in the table which it is."""
     return next(status for kind, status in STATUS_OF if isinstance(error, kind))
-
-
-def _rebuild_invalid(issues: list[Issue], code: str) -> InvalidRequestError:
-    return InvalidRequestError(issues, code=code)

@@ -1,6 +1,7 @@
 """Every error as RFC 9457 `application/problem+json`: one shape, whoever raised it, and never a traceback.
 
-`code` is for programs, `param` names the field ("method.ratios"), `errors[].pointer` points into the body ("/method/ratios").
+`code` is for programs, `param` names the field ("method.ratios"), `errors[].pointer` points into the body
+("/method/ratios").
 """
 
 from __future__ import annotations
@@ -37,13 +38,13 @@ def install(app: FastAPI) -> None:
 def problem_response(scope: Mapping[str, Any], error: D2ftError) -> JSONResponse:
     """The answer to one of our own errors."""
     status = http_status(error)
-    issues = error.issues if isinstance(error, InvalidRequestError) else [(error.param or "", "")]
+    issues = error.issues if isinstance(error, InvalidRequestError) else [Issue(error.param or "", error.message)]
     detail = " ".join(part for part in (error.message, error.remedy) if part)
     return _response(scope, status, error.code, detail, issues, _headers(error))
 
 
 def issues_of(errors: Sequence[Mapping[str, Any]]) -> list[Issue]:
-    """Pydantic's errors as (field, message); a message about the whole body names its field itself, at its start."""
+    """Pydantic's errors as issues; a message about the whole body names its field itself, at its start."""
     return [_issue(error["loc"], error["msg"].removeprefix("Value error, ")) for error in errors]
 
 
@@ -57,7 +58,7 @@ async def _on_ours(request: Request, error: Exception) -> JSONResponse:
 async def _on_invalid(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
     issues = issues_of(error.errors())
-    detail = "; ".join(f"{field}: {text}" if field else text for field, text in issues[:5])
+    detail = "; ".join(_sentence(issue) for issue in issues[:5])
     return _response(request.scope, 422, "invalid_request", detail, issues)
 
 
@@ -82,14 +83,14 @@ def _response(
     issues: Sequence[Issue],
     headers: Mapping[str, str] | None = None,
 ) -> JSONResponse:
-    fields = [FieldProblem(pointer=_pointer(field), message=text or detail) for field, text in issues if field]
+    fields = [FieldProblem(pointer=_pointer(issue.field), message=issue.message) for issue in issues if issue.field]
     problem = Problem(
         title=http.HTTPStatus(status).phrase,
         status=status,
         detail=detail,
         instance=scope.get("path"),
         code=code,
-        param=issues[0][0] or None if issues else None,
+        param=issues[0].field or None if issues else None,
         errors=fields,
         request_id=scope.get("state", {}).get("request_id"),
     )
@@ -105,9 +106,13 @@ def _headers(error: D2ftError) -> dict[str, str]:
 def _issue(loc: Sequence[str | int], message: str) -> Issue:
     source, *path = loc or ("body",)
     if source == "body" and path and isinstance(path[0], int):
-        return "", message  # the offset of a syntax error
+        return Issue("", message)  # the offset of a syntax error
     field = ".".join(str(part) for part in path)
-    return field or _leading_field(message), message
+    return Issue(field or _leading_field(message), message)
+
+
+def _sentence(issue: Issue) -> str:
+    return issue.message if issue.message.startswith(issue.field) else f"{issue.field}: {issue.message}"
 
 
 def _leading_field(message: str) -> str:

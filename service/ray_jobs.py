@@ -11,7 +11,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any
 
 import httpx2
@@ -46,12 +45,7 @@ class RayJobs:
             base_url=address, headers=headers, timeout=_TIMEOUT, transport=transport, trust_env=False
         )
 
-    async def __aenter__(self) -> RayJobs:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def close(self) -> None:
         await self._http.aclose()
 
     async def ping(self) -> None:
@@ -92,6 +86,12 @@ class RayJobs:
         if answer.status_code == 404:
             return None
         return str(_check(answer).json().get("logs") or "")
+
+    async def has_gpu(self) -> bool:
+        """Whether any node of the cluster offers a GPU."""
+        answer = _check(await self._send("GET", "/api/cluster_status"))
+        usage = ((answer.json().get("data") or {}).get("clusterStatus") or {}).get("loadMetricsReport") or {}
+        return bool((usage.get("usage") or {}).get("GPU"))
 
     async def _send(self, method: str, path: str, **options: Any) -> httpx2.Response:
         try:

@@ -14,6 +14,7 @@ All state lies under `home`:
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -88,6 +89,13 @@ class Settings(BaseSettings):
     def _split_hosts(cls, value: Any) -> Any:
         return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
 
+    def as_env(self) -> dict[str, str]:
+        """What differs from the defaults, as the environment of a child that is to have the same settings."""
+        given = {name: getattr(self, name) for name in type(self).model_fields}
+        return {
+            f"D2FT_{name.upper()}": _as_text(name, value) for name, value in given.items() if value not in (None, ())
+        }
+
     @property
     def is_loopback(self) -> bool:
         return self.host in LOOPBACK
@@ -131,3 +139,24 @@ class Settings(BaseSettings):
 
     def attempt_dir(self, job_id: str, attempt: int) -> Path:
         return self.home / "jobs" / job_id / f"a{attempt}"
+
+
+class ClientSettings(BaseSettings):
+    """What the command line reads from the environment."""
+
+    model_config = SettingsConfigDict(env_prefix="D2FT_", frozen=True, extra="ignore", use_attribute_docstrings=True)
+
+    home: Path = Field(default_factory=lambda: Path.home() / ".d2ft")
+    """Where `up` keeps its state: the key and the URL are read from there."""
+    url: str | None = None
+    """The service to talk to; by default the one that `up` started on this machine."""
+    api_key: str | None = None
+    """The key; by default that in `home`, which is sent to this machine's service alone."""
+
+
+def _as_text(name: str, value: Any) -> str:
+    if name == "allowed_hosts":
+        return ",".join(value)
+    if name == "roots":
+        return os.pathsep.join(map(str, value))
+    return json.dumps(value) if isinstance(value, dict | bool) else str(value)

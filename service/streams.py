@@ -1,7 +1,7 @@
 """Live event streams: server-sent events out of the store, woken by a bell when a job changes.
 
-The bell only saves waiting. What is sent is always read from the store by `seq`, so a missed ring costs a second, never an event,
-and a client that comes back with `Last-Event-ID` goes on exactly where it was.
+The bell only saves waiting. What is sent is always read from the store by `seq`, so a missed ring costs a second, never
+an event, and a client that comes back with `Last-Event-ID` goes on exactly where it was.
 """
 
 from __future__ import annotations

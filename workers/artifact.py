@@ -106,6 +106,7 @@ def _write_weights(path: Path, state_dict: Mapping[str, Tensor]) -> None:
     # Cloned: safetensors refuses tensors that are views of one storage.
     tensors = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in state_dict.items()}
     safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(0o644)  # safetensors lets only the owner read
     _sync(path)
 
 

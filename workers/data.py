@@ -1,26 +1,19 @@
-"""Data: which images a step sees, and those images as tensors.
+"""Data: a job's dataset as batches of tensors, and the next step's fetched while this one computes.
 
-Order is a pure function of (seed, epoch, position), so that every worker that embeds sees the same micro-batches and a
-resumed run goes on where it stopped. The test split does not depend on the job's seed: accuracies of jobs compare.
+The test split does not depend on the job's seed, so that the accuracies of jobs compare.
 
-Axes: B images, C channels, H W pixels, M micro-batches of a step.
+Axes: B images, C channels, H W pixels.
 """
 
 from __future__ import annotations
 
-import os
-import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import lru_cache
-from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import numpy as np
-import numpy.typing as npt
 import torch
-from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor
@@ -28,23 +21,14 @@ from torch.nn import functional as F  # noqa: N812
 
 from scheduler.errors import UserError
 from workers.contract import JobSpec
-from workers.folder import FolderLayout, check_inside, parse_uri, scan_classes
+from workers.folder import FolderLayout, parse_uri, scan_classes
+from workers.images import find_unreadable, read_square
 from workers.model import ModelInput
+from workers.order import AugmentKey, IndexArray, MicroBatches, permutation
 
-IndexArray = npt.NDArray[np.int64]
-AugmentKey = tuple[int, int, int]  # (seed, epoch, position of the micro-batch in the epoch)
-
-MAX_PIXELS = 25_000_000
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
 SPLIT_SEED = 0
 HELD_OUT_FRACTION = 0.1
 DIGITS_TRAIN = 800
-_RESAMPLING = {
-    "nearest": Image.Resampling.NEAREST,
-    "bilinear": Image.Resampling.BILINEAR,
-    "bicubic": Image.Resampling.BICUBIC,
-    "lanczos": Image.Resampling.LANCZOS,
-}
 
 
 class Batch(NamedTuple):
@@ -142,17 +126,18 @@ class FolderDataset:
     ) -> None:
         train, test = _split(layout, images_per_class)
         self.classes = layout.classes
-        self.skipped = list(skipped) if skipped is not None else _unreadable(layout.root, [*train, *test])
+        names = [file.name for file in (*train, *test)]
+        self.skipped = list(skipped) if skipped is not None else find_unreadable(layout.root, names)
         dropped = set(self.skipped)
         self._root, self._input = layout.root, model_input
         self._train = [file for file in train if file.name not in dropped]
         self._test = [file for file in test if file.name not in dropped]
         self.num_train, self.num_test = len(self._train), len(self._test)
-        _check_left(layout, {file.label for file in self._train}, self.skipped)
+        _check_left(layout, self._train, self._test, self.skipped)
 
     def train_batch(self, indices: IndexArray, augment_key: AugmentKey | None = None) -> Batch:
         """With a key, each image is mirrored or not by a coin that only the key decides."""
-        batch = self._batch(self._train[index] for index in indices)
+        batch = self._batch([self._train[index] for index in indices])
         if augment_key is None:
             return batch
         seed, epoch, position = augment_key
@@ -164,63 +149,16 @@ class FolderDataset:
         return torch.tensor([self._train[index].label for index in indices], dtype=torch.int64)
 
     def test_batch(self, indices: IndexArray) -> Batch:
-        return self._batch(self._test[index] for index in indices)
+        return self._batch([self._test[index] for index in indices])
 
-    def _batch(self, files: Iterable[_File]) -> Batch:
-        files = list(files)
-        pixels_BHWC = np.stack([self._pixels(file) for file in files])
+    def _batch(self, files: list[_File]) -> Batch:
+        size, channels, interpolation = self._input.img_size, self._input.in_chans, self._input.interpolation
+        pixels_BHWC = np.empty((len(files), size, size, channels), dtype=np.uint8)
+        for index, file in enumerate(files):
+            pixels_BHWC[index] = read_square(self._root, file.name, size, channels, interpolation)
         images_BCHW = torch.from_numpy(pixels_BHWC).permute(0, 3, 1, 2).float() / 255
         labels_B = torch.tensor([file.label for file in files], dtype=torch.int64)
         return Batch(_normalise(images_BCHW, self._input), labels_B)
-
-    def _pixels(self, file: _File) -> npt.NDArray[np.uint8]:
-        """One image, [H, W, C]: the centre square, resized.
-
-        Cutting before resizing keeps a long strip of an image from growing without bound.
-        """
-        size, mode = self._input.img_size, "L" if self._input.in_chans == 1 else "RGB"
-        try:
-            image = _decode(self._root, file.name).convert(mode)
-        except Exception as error:  # it was readable when the dataset was opened
-            raise _too_many([f"{file.name} ({error})"], 1) from error
-        left, top, side = _centre_square(*image.size)
-        resampling = _RESAMPLING.get(self._input.interpolation, Image.Resampling.BICUBIC)
-        square = image.resize((size, size), resampling, box=(left, top, left + side, top + side))
-        return np.asarray(square, dtype=np.uint8).reshape(size, size, self._input.in_chans)
-
-
-@dataclass(frozen=True)
-class MicroBatches:
-    """The order of the training images: a permutation per epoch, cut into steps of M micro-batches.
-
-    The images of an epoch that do not fill a step sit it out; a dataset smaller than one step is repeated to fill it.
-    """
-
-    num_train: int
-    micro_batch_size: int
-    num_micro_batches: int
-    seed: int
-
-    def __post_init__(self) -> None:
-        if min(self.num_train, self.micro_batch_size, self.num_micro_batches) < 1:
-            raise ValueError(f"nothing to order: {self}")
-
-    @property
-    def steps_per_epoch(self) -> int:
-        return max(1, self.num_train // (self.micro_batch_size * self.num_micro_batches))
-
-    def indices(self, step: int) -> list[IndexArray]:
-        """M arrays of `micro_batch_size` training indices; steps count from 0 over all epochs."""
-        epoch, position = divmod(step, self.steps_per_epoch)
-        size = self.micro_batch_size * self.num_micro_batches
-        order = _permutation(self.num_train, self.seed, epoch)
-        of_step = np.resize(order, size) if len(order) < size else order[position * size : (position + 1) * size]
-        return np.split(of_step, self.num_micro_batches)
-
-    def augment_key(self, step: int, micro_batch: int) -> AugmentKey:
-        """What decides the augmentation of one micro-batch."""
-        epoch, position = divmod(step, self.steps_per_epoch)
-        return self.seed, epoch, position * self.num_micro_batches + micro_batch
 
 
 class Needs(NamedTuple):
@@ -297,14 +235,6 @@ class _File(NamedTuple):
     label: int
 
 
-@lru_cache(maxsize=2)
-def _permutation(num: int, seed: int, epoch: int) -> IndexArray:
-    """0 … num-1, shuffled. Sorting raw bits, unlike numpy's `permutation`, is the same in every numpy version."""
-    order = np.argsort(np.random.Philox(key=[seed, epoch]).random_raw(num), kind="stable")
-    order.flags.writeable = False
-    return order
-
-
 def _normalise(images_BCHW: Tensor, model_input: ModelInput) -> Tensor:
     mean_C11 = torch.tensor(model_input.mean)[:, None, None]
     std_C11 = torch.tensor(model_input.std)[:, None, None]
@@ -327,48 +257,11 @@ def _split(layout: FolderLayout, images_per_class: int | None) -> tuple[list[_Fi
 def _held_out(num: int, label: int) -> frozenset[int]:
     """A tenth of a class, at least one image, but never its only one."""
     count = max(1, round(HELD_OUT_FRACTION * num)) if num > 1 else 0
-    return frozenset(_permutation(num, SPLIT_SEED, label)[:count].tolist())
+    return frozenset(permutation(num, SPLIT_SEED, label)[:count].tolist())
 
 
-def _unreadable(root: Path, files: list[_File]) -> list[str]:
-    """Names of the files that do not decode. Raises UserError when they are more than a few."""
-
-    def is_bad(file: _File) -> bool:
-        try:
-            _decode(root, file.name)
-        # Pillow's decoders raise whatever a broken file leads them to.
-        except Exception:
-            return True
-        return False
-
-    # Filters belong to the process, not the thread: they are set once around all threads.
-    with warnings.catch_warnings(), ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as threads:
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        bad = [file.name for file, is_dropped in zip(files, threads.map(is_bad, files), strict=True) if is_dropped]
-    if len(bad) > max(10, len(files) // 100):
-        raise _too_many(bad, len(files))
-    return bad
-
-
-def _decode(root: Path, name: str) -> Image.Image:
-    """Open and fully decode one image of a folder. Raises whatever Pillow does, ValueError above `MAX_PIXELS`."""
-    path = check_inside(root / name, [root])
-    with Image.open(path, formats=FORMATS) as image:
-        width, height = image.size
-        if width * height > MAX_PIXELS:
-            raise ValueError(f"{width} × {height} pixels, more than {MAX_PIXELS}")
-        image.load()
-        # Pillow warns when a palette with transparency is turned into RGB directly.
-        return image.convert("RGBA") if "transparency" in image.info else image
-
-
-def _centre_square(width: int, height: int) -> tuple[float, float, int]:
-    """(left, top, side) of the largest centred square."""
-    side = min(width, height)
-    return (width - side) / 2, (height - side) / 2, side
-
-
-def _check_left(layout: FolderLayout, labels: set[int], skipped: list[str]) -> None:
+def _check_left(layout: FolderLayout, train: list[_File], test: list[_File], skipped: list[str]) -> None:
+    labels = {file.label for file in train}
     lost = [name for label, name in enumerate(layout.classes) if label not in labels]
     if lost:
         raise UserError(
@@ -377,13 +270,10 @@ def _check_left(layout: FolderLayout, labels: set[int], skipped: list[str]) -> N
             param="dataset",
             remedy="Replace the unreadable files or remove the class.",
         )
-
-
-def _too_many(bad: list[str], num_files: int) -> UserError:
-    more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
-    return UserError(
-        f"{len(bad)} of {num_files} images cannot be decoded: {', '.join(bad[:5])}{more}.",
-        code="unreadable_images",
-        param="dataset",
-        remedy=f"Replace or remove them; images are {', '.join(FORMATS)} of at most {MAX_PIXELS // 10**6} megapixels.",
-    )
+    if not test:
+        raise UserError(
+            f"No image of {layout.root} is left for testing.",
+            code="empty_test",
+            param="dataset",
+            remedy="Give readable images in test/, or at least two training images in some class.",
+        )

@@ -41,7 +41,14 @@ class EventLog:
     def emit(self, type: str, message: str = "", *, level: str = "info", **data: Any) -> None:
         """Append one event and flush it to the file system."""
         self._seq += 1
-        event = {"seq": self._seq, "at": time.time(), "type": type, "level": level, "message": message, "data": _finite(data)}
+        event = {
+            "seq": self._seq,
+            "at": time.time(),
+            "type": type,
+            "level": level,
+            "message": message,
+            "data": _finite(data),
+        }
         self._file.write(json.dumps(event, separators=(",", ":"), allow_nan=False) + "\n")
         self._file.flush()
 

@@ -25,8 +25,6 @@ from scheduler.simulate import program_flops
 from workers.shard import Shard
 from workers.transport import Parcel, Transport
 
-IGNORED = -100  # label of padding images
-
 
 @dataclass(frozen=True)
 class StepReport:
@@ -110,7 +108,8 @@ class Executor:
     """Runs programs on one worker's shard over a transport.
 
     `update(grad_norm)` is called at `step` with all gradients in place; None leaves them in place (tests, rehearsals). `means[block, part]` are the
-    H × D mean outputs that skip_fill "mean" adds. With `autocast` the sub-layers compute in that type; messages stay in the shard's.
+    H × D mean outputs that skip_fill "mean" adds; with `measures_means` a forward pass finds those of its own heads. A pass without gradient
+    hands its logits to `logits(micro_batch, logits_BC)`. With `autocast` the sub-layers compute in that type; messages stay in the shard's.
     """
 
     def __init__(
@@ -126,6 +125,7 @@ class Executor:
         self.label_smoothing, self.autocast = label_smoothing, autocast
         self.rank = transport.rank
         self.means: dict[tuple[int, str], Tensor] = {}
+        self.measures_means = False
         self.logits: Callable[[int, Tensor], None] | None = None
         self._state = _StepState(Batch({}, {}), 1)
         self._do = {
@@ -190,9 +190,17 @@ class Executor:
             with torch.no_grad(), self._casting():
                 y_BND = norm(x_BND) if y_BND is None else y_BND.detach()
                 constant = block.run(i.part, y_BND, block.frozen(i.part, i.only)).to(self.shard.dtype)
+                if self.measures_means:
+                    self._measure_means(i, y_BND)
             part = constant if part is None else part + constant
         assert part is not None
         state.part[i.mb] = part
+
+    def _measure_means(self, i: Instruction, y_BND: Tensor) -> None:
+        block = self.shard.blocks[i.block]
+        for head in i.only:
+            out_BND = block.run(i.part, y_BND, block.frozen(i.part, (head,)))
+            self.means[i.block, i.part][head] = out_BND.mean((0, 1))
 
     @torch.no_grad()
     def _sum(self, i: Instruction) -> None:
@@ -220,18 +228,20 @@ class Executor:
         self._unflatten(i.units, self._added("gradpart", i, self._flatten(i.units)))
 
     def _classify(self, i: Instruction) -> None:
-        state, labels_B = self._state, self._state.batch.labels[i.mb]
+        state = self._state
         x_BND = state.x[i.mb].detach().requires_grad_(i.grad and not i.floor)
         with torch.set_grad_enabled(i.grad), self._casting():
-            logits_BC = self.shard.classify(x_BND).float() if self.autocast else self.shard.classify(x_BND)
-            loss = F.cross_entropy(logits_BC, labels_B, ignore_index=IGNORED, label_smoothing=self.label_smoothing)
-            loss = loss / state.num_micro_batches
-        if i.grad:
-            torch.autograd.backward(loss)
+            logits_BC = self.shard.classify(x_BND)
+        if not i.grad:
+            if self.logits is not None:
+                self.logits(i.mb, logits_BC)
+            return
+        labels_B = state.batch.labels[i.mb]
+        logits_BC = logits_BC.to(self.shard.dtype)
+        loss = F.cross_entropy(logits_BC, labels_B, label_smoothing=self.label_smoothing) / state.num_micro_batches
+        torch.autograd.backward(loss)
         if x_BND.grad is not None:
             state.g[i.mb] = x_BND.grad
-        if self.logits is not None:
-            self.logits(i.mb, logits_BC.detach())
         state.loss = state.loss + loss.detach()
         state.correct = state.correct + (logits_BC.detach().argmax(1) == labels_B).sum()
 
@@ -290,7 +300,9 @@ class Executor:
             return self._tally(self._state)
         if i.units:
             return self._flatten(i.units)
-        return {"x": self._state.x, "g": self._state.g, "part": self._state.part, "gpart": self._state.gpart}[i.cargo][i.mb]
+        return {"x": self._state.x, "g": self._state.g, "part": self._state.part, "gpart": self._state.gpart}[i.cargo][
+            i.mb
+        ]
 
     def _added(self, cargo: str, i: Instruction, own: Tensor) -> Tensor:
         """Σ over the ranks in `of`, in rank order, so that every worker that adds gets the same bits."""
@@ -299,7 +311,9 @@ class Executor:
             if worker == self.rank:
                 part = own
             else:
-                part = self._state.inbox.pop(Instruction("recv", cargo, i.block, i.part, i.mb, peer=worker, units=i.units).key(self.rank))
+                part = self._state.inbox.pop(
+                    Instruction("recv", cargo, i.block, i.part, i.mb, peer=worker, units=i.units).key(self.rank)
+                )
             total = part if total is None else total + part
         assert total is not None
         return total

@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 from scheduler.errors import UserError
 
@@ -44,9 +44,9 @@ def parse_uri(uri: str) -> Path:
 
     Raises UserError (dataset) when it is not such an address.
     """
-    parts = urlsplit(uri)
-    path = unquote(parts.path)
-    if parts.scheme != "folder" or parts.netloc or not path.startswith("/") or "\0" in path:
+    prefix, slash, rest = uri.partition("///")
+    path = unquote(f"/{rest}")
+    if prefix != "folder:" or not slash or "\0" in path:
         raise UserError(
             f"'{uri}' is not the address of an image folder.",
             code="bad_dataset_uri",

@@ -70,7 +70,7 @@ def build_model(spec: JobSpec, num_classes: int, *, load: bool = True) -> Vision
     """Build the spec's model for `num_classes` classes, in float32 on the CPU, with its weights unless `load` is False.
 
     Everything random is drawn from `spec.seed` in a forked generator: every worker gets the same bits, and the
-    caller's generator does not move. Raises UserError "unknown_model", "unsupported_model", "bad_model_args", and
+    caller's generator does not move. Raises UserError "unknown_model", "model_refused", "bad_model_args", and
     those of `load_weights`.
     """
     resolved = resolve(spec)
@@ -150,7 +150,7 @@ def _refuse(name: str, reason: str | None) -> None:
     if reason is not None:
         raise UserError(
             f"The model '{name}' cannot be cut into heads: {reason}.",
-            code="unsupported_model",
+            code="model_refused",
             param="model",
             remedy="Choose a plain vision transformer: `python -m workers.catalog --out FILE` lists those that work.",
         )
@@ -276,7 +276,7 @@ def _check_match(
 ) -> None:
     """Refuse tensors that are not the model's; the message shows shapes as the file has them, before resampling."""
     missing = [key for key in own if key not in tensors and key not in _HEAD_KEYS]
-    unexpected = [key for key in tensors if key not in own]
+    unexpected = sorted(key for key in tensors if key not in own)
     wrong = [key for key in own if key in tensors and tensors[key].shape != own[key].shape]
     if missing or unexpected or wrong:
         lines = [f"{key} is {_shape(given.get(key, tensors[key]))}, the model's {_shape(own[key])}" for key in wrong]

@@ -10,6 +10,7 @@ matrix product. `Parameter`s of single heads are views of the bank, so that the 
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -21,13 +22,17 @@ from scheduler.domain import ModelShape, Placement
 from scheduler.program import EMBED_UNIT
 from workers.partition import ATTN_SLICES, MLP_SLICES, SLICES, head_slices, model_shape, slice_rows, write_head
 
+_HEAD_NAME = re.compile(r"b(\d+)\.h(\d+)\.(\w+)")
+
 Weights = tuple[Tensor | None, ...]  # qkv_w, qkv_b, proj_w or fc1_w, fc1_b, fc2_w
 
 
 class BlockShard:
     """The heads of one block that a worker owns, with the block's norms, layer scales γ and output biases."""
 
-    def __init__(self, state: Mapping[str, Tensor], block: nn.Module, index: int, heads: tuple[int, ...], shape: ModelShape) -> None:
+    def __init__(
+        self, state: Mapping[str, Tensor], block: nn.Module, index: int, heads: tuple[int, ...], shape: ModelShape
+    ) -> None:
         self.index, self.heads, self.shape = index, heads, shape
         self.norms = {"attn": block.norm1, "mlp": block.norm2}
         self.gammas = {"attn": getattr(block.ls1, "gamma", None), "mlp": getattr(block.ls2, "gamma", None)}
@@ -118,14 +123,18 @@ class Shard:
     The embedding is held by the owners of block 0's heads, the classifier (final norm, pooling, head) by one worker.
     """
 
-    def __init__(self, model: VisionTransformer, placement: Placement, rank: int, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, model: VisionTransformer, placement: Placement, rank: int, device: torch.device | str = "cpu"
+    ) -> None:
         self.shape, self.placement, self.rank = model_shape(model), placement, rank
         self.device = torch.device(device)
         model = copy.deepcopy(model).to(self.device)
         state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
         owned = {block: placement.heads_of(rank, block) for block in range(self.shape.num_blocks)}
         self.blocks = {
-            index: BlockShard(state, model.blocks[index], index, heads, self.shape) for index, heads in owned.items() if heads
+            index: BlockShard(state, model.blocks[index], index, heads, self.shape)
+            for index, heads in owned.items()
+            if heads
         }
         self.no_decay: frozenset[str] = frozenset(model.no_weight_decay())
         model.blocks = nn.Sequential()
@@ -186,17 +195,23 @@ class Shard:
         for _, param in self.named_parameters():
             param.grad = None
 
-    @torch.no_grad()
-    def write_into(self, state: Mapping[str, Tensor]) -> None:
-        """Copy what this worker speaks for into a plain timm state dict."""
-        for unit in filter(self.leads, self.units()):
-            for name, param in self.unit(unit):
-                state[name].copy_(param)
-        for name, param in self.classifier():
-            state[name].copy_(param)
-        for block in self.blocks.values():
-            for head, slices in block.params.items():
-                write_head(state, block.index, head, slices, self.shape)
+    def spoken_for(self) -> dict[str, Tensor]:
+        """What this worker answers for in the whole model: trunk under timm's names, heads as b03.h1.qkv_w.
+
+        Over all workers every parameter appears exactly once; `join` puts them together.
+        """
+        named = [pair for unit in filter(self.leads, self.units()) for pair in self.unit(unit)]
+        return {name: param.detach() for name, param in (*named, *self.classifier(), *self.head_parameters())}
+
+
+@torch.no_grad()
+def join(parts: Mapping[str, Tensor], state: Mapping[str, Tensor], shape: ModelShape) -> None:
+    """Copy tensors as `spoken_for` names them into a plain timm state dict."""
+    for name, tensor in parts.items():
+        if match := _HEAD_NAME.fullmatch(name):
+            write_head(state, int(match[1]), int(match[2]), {match[3]: tensor}, shape)
+        else:
+            state[name].copy_(tensor)
 
 
 def _names(part: str) -> tuple[str, ...]:

@@ -178,7 +178,9 @@ class Nccl(Gloo):
     def __init__(self, device: torch.device | str, ahead: int = 4, timeout_s: float = 120.0) -> None:
         super().__init__(device, ahead)
         pairs = [(a, b) for a in range(self.size) for b in range(self.size) if a != b]
-        groups = {pair: dist.new_group(sorted(pair), timeout=timedelta(seconds=timeout_s), backend="nccl") for pair in pairs}
+        groups = {
+            pair: dist.new_group(sorted(pair), timeout=timedelta(seconds=timeout_s), backend="nccl") for pair in pairs
+        }
         self._groups = {pair: group for pair, group in groups.items() if self.rank in pair}
 
     def _isend(self, tensor: Tensor, dst: int, count: int) -> dist.Work:
@@ -186,6 +188,31 @@ class Nccl(Gloo):
 
     def _irecv(self, tensor: Tensor, src: int, count: int) -> dist.Work:
         return _work(dist.irecv(tensor, src, group=self._groups[src, self.rank]))
+
+
+def all_gather(transport: Transport, tensor: Tensor) -> list[Tensor]:
+    """Every worker's tensor, in rank order; all must have the same shape and type. Collective."""
+    peers = [w for w in range(transport.size) if w != transport.rank]
+
+    def key(src: int, dst: int) -> MessageKey:
+        return ("gather", 0, "", tensor.numel(), src, dst)
+
+    shape = tuple(tensor.shape)
+    transport.open({src: [Parcel(key(src, transport.rank), shape, tensor.dtype)] for src in peers})
+    for dst in peers:
+        transport.send(dst, key(transport.rank, dst), tensor)
+    found = {src: transport.recv(src, key(src, transport.rank)) for src in peers}
+    transport.close()
+    return [tensor if w == transport.rank else found[w] for w in range(transport.size)]
+
+
+def all_sum(transport: Transport, tensor: Tensor) -> Tensor:
+    """Sum over the workers, added in rank order, so that all get the same bits. Collective."""
+    first, *others = all_gather(transport, tensor)
+    total = first.clone()
+    for other in others:
+        total += other
+    return total
 
 
 def _tag(count: int) -> int:

@@ -37,6 +37,7 @@ class Attempt:
     state: str
     events_offset: int
     job_state: JobState
+    status_reason: str | None
     spec: JobSpec
     ended_at: float | None
 
@@ -50,9 +51,8 @@ class Attempts:
     def claim(self, max_running: int) -> Attempt | None:
         """Take the oldest queued job and open its next attempt, unless that many are open already."""
         with self._database.write() as session:
-            open_now = session.scalar(select(func.count()).select_from(AttemptRow).where(AttemptRow.state != SETTLED))
             job = session.scalar(_queued().limit(1))
-            if job is None or (open_now or 0) >= max_running:
+            if job is None or _num_open(session) >= max_running:
                 return None
             job.attempt += 1
             job.started_at = job.started_at or time.time()
@@ -84,7 +84,7 @@ class Attempts:
             if job.state == JobState.PLANNING:
                 move(session, job, JobState.STARTING, message="the cluster has taken the attempt")
 
-    def absorb(self, attempt: Attempt, events: Sequence[RunEvent], offset: int) -> None:
+    def absorb(self, attempt: Attempt, events: Sequence[RunEvent], offset: int) -> Attempt:
         """Take over lines of the run's file, each at most once, and remember how far it was read.
 
         A line that the table of moves does not allow is kept as history and moves nothing.
@@ -97,6 +97,7 @@ class Attempts:
                     absorb_event(session, job, event)
             row.events_offset = offset
             _close_if_final(row, job)
+            return _attempt(row, job)
 
     def finish(
         self, attempt: Attempt, state: JobState, *, error: dict[str, Any] | None = None, message: str | None = None
@@ -126,9 +127,10 @@ class Attempts:
             _, job = _own(session, attempt)
             explain(session, job, reason)
 
-    def has_queue(self) -> bool:
+    def may_claim(self, max_running: int) -> bool:
+        """Whether a job waits and there is room for it."""
         with self._database.read() as session:
-            return session.scalar(_queued().limit(1)) is not None
+            return _num_open(session) < max_running and session.scalar(_queued().limit(1)) is not None
 
     def is_open(self, submission_id: str) -> bool:
         """Whether Ray's job of this id is one that we still follow."""
@@ -139,6 +141,10 @@ class Attempts:
 
 def _queued() -> Any:
     return select(JobRow).where(JobRow.state == JobState.QUEUED).order_by(JobRow.created_at, JobRow.id)
+
+
+def _num_open(session: Session) -> int:
+    return session.scalar(select(func.count()).select_from(AttemptRow).where(AttemptRow.state != SETTLED)) or 0
 
 
 def _own(session: Session, attempt: Attempt) -> tuple[AttemptRow, JobRow]:
@@ -177,6 +183,7 @@ def _attempt(row: AttemptRow, job: JobRow) -> Attempt:
         state=row.state,
         events_offset=row.events_offset,
         job_state=JobState(job.state),
+        status_reason=job.status_reason,
         spec=JobSpec.model_validate(job.spec),
         ended_at=row.ended_at,
     )

@@ -13,7 +13,7 @@ from sqlalchemy import Select, func, select, tuple_
 from sqlalchemy.orm import Session, undefer
 from ulid import ULID
 
-from service.errors import ConflictError, InvalidRequestError, NotFoundError
+from service.errors import ConflictError, InvalidRequestError, Issue, NotFoundError
 from service.lifecycle import JobState
 from service.schemas import Artifact, Event, Job, MetricsPage, Page
 from service.store.database import Database
@@ -194,7 +194,7 @@ def _replayed(session: Session, spec: JobSpec, owner: str, key: str | None) -> J
     row = session.scalar(select(JobRow).where(JobRow.owner == owner, JobRow.idempotency_key == key))
     if row is not None and row.fingerprint != _fingerprint(spec):
         message = "This Idempotency-Key was used with another body; take a new key for a new job."
-        raise InvalidRequestError([("", message)], code="idempotency_key_reused")
+        raise InvalidRequestError([Issue("", message, "idempotency_key_reused")])
     return row
 
 

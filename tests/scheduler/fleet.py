@@ -61,7 +61,15 @@ def fleet(
         return LinkProfile(latency, width)
 
     return tuple(
-        _device(rank, speed * gflops * 1e3, shape, batch, overhead_us, free[rank], [link(rank, v) for v in range(len(speeds))])
+        _device(
+            rank,
+            speed * gflops * 1e3,
+            shape,
+            batch,
+            overhead_us,
+            free[rank],
+            [link(rank, v) for v in range(len(speeds))],
+        )
         for rank, speed in enumerate(speeds)
     )
 

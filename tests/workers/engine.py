@@ -13,14 +13,22 @@ from scheduler.cost import Costs
 from scheduler.domain import DeviceProfile, LinkProfile, Placement, StepShape
 from workers.executor import Batch, Executor, StepPrograms
 from workers.partition import model_shape
-from workers.shard import Shard
+from workers.shard import Shard, join
 from workers.transport import InProcess, Mailboxes
 
 
 def tiny_vit(**args):
     """A float64 ViT of 3 blocks × 4 heads, 10 tokens."""
     torch.manual_seed(0)
-    kwargs = {"img_size": 12, "patch_size": 4, "in_chans": 1, "embed_dim": 16, "depth": 3, "num_heads": 4, "mlp_ratio": 2.0}
+    kwargs = {
+        "img_size": 12,
+        "patch_size": 4,
+        "in_chans": 1,
+        "embed_dim": 16,
+        "depth": 3,
+        "num_heads": 4,
+        "mlp_ratio": 2.0,
+    }
     model = timm.create_model("vit_tiny_patch16_224", num_classes=5, **{**kwargs, **args}).double().eval()
     with torch.no_grad():
         for param in model.parameters():
@@ -94,7 +102,10 @@ def run_step(model, placement: Placement, ops_LHM, batches, *, costs, means=None
         executor = Executor(shard, transport)
         executor.means = means or {}
         steps = StepPrograms(programs, rank, costs, shard.dtype)
-        batch = Batch({m: batches[m][0] for m in steps.own.image_micro_batches}, {m: batches[m][1] for m in steps.own.label_micro_batches})
+        batch = Batch(
+            {m: batches[m][0] for m in steps.own.image_micro_batches},
+            {m: batches[m][1] for m in steps.own.label_micro_batches},
+        )
         return executor.run(steps, batch), shard
 
     return programs, on_threads(placement.num_workers, work)
@@ -104,11 +115,7 @@ def gathered_gradients(model, shards):
     """The workers' gradients put together under timm's names; None where no worker has one."""
     grads = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
     for shard in shards:
-        values = [p.detach().clone() for _, p in shard.named_parameters()]
-        with torch.no_grad():
-            for _, param in shard.named_parameters():
-                param.copy_(torch.zeros_like(param) if param.grad is None else param.grad)
-            shard.write_into(grads)
-            for (_, param), value in zip(shard.named_parameters(), values, strict=True):
-                param.copy_(value)
+        named = dict(shard.named_parameters())
+        found = {name: named[name].grad for name in shard.spoken_for() if named[name].grad is not None}
+        join(found, grads, shard.shape)
     return grads

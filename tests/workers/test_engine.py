@@ -61,7 +61,9 @@ def test_loss_and_every_gradient_equal_the_masked_timm_model(case, embed_grad, s
     batches = images_and_labels(model, ops.shape[2], 2)
     shape = model_shape(model)
     means = {
-        (block, part): torch.randn(shape.num_heads, shape.dim, dtype=torch.float64, generator=torch.Generator().manual_seed(block))
+        (block, part): torch.randn(
+            shape.num_heads, shape.dim, dtype=torch.float64, generator=torch.Generator().manual_seed(block)
+        )
         for block in range(shape.num_blocks)
         for part in ("attn", "mlp")
     }

@@ -41,7 +41,7 @@ class Recipe:
     seed: int = 0
     epochs: int = 18
     batch_size: int = 32
-    learning_rate: float = 1.5e-3
+    learning_rate: float = 2e-3
     weight_decay: float = 0.05
     warmup_fraction: float = 0.1
     label_smoothing: float = 0.1
@@ -62,6 +62,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     backbone = {key: tensor for key, tensor in model.state_dict().items() if not key.startswith("head.")}
     safetensors.torch.save_file(backbone, args.out / WEIGHTS.name)
+    (args.out / WEIGHTS.name).chmod(0o644)  # safetensors lets only the owner read
     facts = {**_facts(model, recipe), "held_out_accuracy": accuracy, "seconds": seconds}
     (args.out / FACTS.name).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     print(f"held-out accuracy {accuracy:.4f} after {seconds} s; wrote {args.out / WEIGHTS.name}")
@@ -111,19 +112,19 @@ def mnist(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def augment(images_BCHW: Tensor) -> Tensor:
-    """Shift, turn, shear and scale each image; coarsen half of them to the detail of an 8 × 8 grid."""
+    """Shift, turn, shear and scale each image; coarsen a third of them to the detail of an 8 × 8 grid."""
     batch = len(images_BCHW)
 
     def spread(low: float, high: float) -> Tensor:
         return torch.empty(batch).uniform_(low, high)
 
-    angle_B, shear_B = spread(-0.2, 0.2), spread(-0.2, 0.2)
+    angle_B, shear_B = spread(-0.15, 0.15), spread(-0.1, 0.1)
     # affine_grid maps output to input: a factor below one enlarges.
-    x_scale_B, y_scale_B = spread(0.65, 1.1), spread(0.65, 1.1)
+    x_scale_B, y_scale_B = spread(0.7, 1.05), spread(0.7, 1.05)
     theta_B23 = torch.stack(
         [
-            torch.stack([x_scale_B * angle_B.cos(), shear_B - angle_B.sin(), spread(-0.12, 0.12)], 1),
-            torch.stack([angle_B.sin(), y_scale_B * angle_B.cos(), spread(-0.12, 0.12)], 1),
+            torch.stack([x_scale_B * angle_B.cos(), shear_B - angle_B.sin(), spread(-0.1, 0.1)], 1),
+            torch.stack([angle_B.sin(), y_scale_B * angle_B.cos(), spread(-0.1, 0.1)], 1),
         ],
         1,
     )
@@ -132,7 +133,7 @@ def augment(images_BCHW: Tensor) -> Tensor:
     warped_BCHW = F.grid_sample(images_BCHW + 1, grid_BHW2, align_corners=False) - 1
     coarse_BC88 = F.interpolate(warped_BCHW, size=(8, 8), mode="area")
     coarse_BCHW = F.interpolate(coarse_BC88, size=(28, 28), mode="bicubic", align_corners=False).clamp(-1, 1)
-    keep_B111 = (torch.rand(batch) < 0.5)[:, None, None, None]
+    keep_B111 = (torch.rand(batch) < 0.67)[:, None, None, None]
     return torch.where(keep_B111, warped_BCHW, coarse_BCHW)
 
 
@@ -150,7 +151,7 @@ def measure(model: nn.Module, images_BCHW: Tensor, labels_B: Tensor) -> float:
     model.eval()
     predicted_B = torch.cat([model(part).argmax(1) for part in images_BCHW.split(100)])
     model.train()
-    return (predicted_B == labels_B).float().mean().item()
+    return (predicted_B == labels_B).sum().item() / len(labels_B)
 
 
 def _warm_up_cosine(recipe: Recipe, num_steps: int) -> Callable[[int], float]:
@@ -159,7 +160,7 @@ def _warm_up_cosine(recipe: Recipe, num_steps: int) -> Callable[[int], float]:
     def factor(step: int) -> float:
         if step < warm_up:
             return (step + 1) / warm_up
-        return 0.5 * (1 + math.cos(math.pi * (step - warm_up) / (num_steps - warm_up)))
+        return 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, num_steps - warm_up)))
 
     return factor
 

@@ -1,0 +1,100 @@
+"""Knapsack: which heads stay FULL over a window, the static part of a selection.
+
+    maximise   Σ worth of the FULL heads − price · messages of their backward passes
+    subject to `total` FULL heads, each worker its share of them (by heads owned, rounded down or up)
+
+Messages per micro-batch, over FULL-bearing workers P_l of block l: 4·(|P_l| − 1) for the gradient sums of both sub-layers, and
+one for each worker that needs the gradient of block l + 1 and did not take part there. Participation is a fixed charge: a
+worker's first FULL head of a block pays it, the others are free. With price 0 this is the most worthy heads of each worker.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from ortools.sat.python import cp_model
+
+from scheduler.domain import Placement
+
+BoolArray = npt.NDArray[np.bool_]
+SCALE = 10_000  # worths become integers of 1e-4 of a mean head's worth
+SECONDS = 2.0
+SUM_MESSAGES = 4  # gradient sums of one block per worker beyond the first: two sub-layers, there and back
+
+
+@dataclass(frozen=True, eq=False)
+class Held:
+    """The FULL heads, and how good they are: worth less priced messages, with the solver's bound."""
+
+    full_LH: BoolArray
+    objective: float
+    bound: float
+    status: str
+    seconds: float
+
+
+def hold(worth_LH: npt.NDArray[np.float64], placement: Placement, total: int, price: float = 0.0) -> Held:
+    """Choose `total` heads; `price` is what one message per micro-batch costs, in worths of a mean head."""
+    model = _Knapsack(worth_LH, placement, total, round(price * SCALE))
+    solver = cp_model.CpSolver()
+    solver.parameters.num_workers = 1  # one thread: the same answer every time
+    solver.parameters.linearization_level = 2
+    solver.parameters.max_time_in_seconds = SECONDS
+    status = solver.solve(model.model)
+    if status not in (cp_model.OPTIMAL, cp_model.FEASIBLE):
+        raise ValueError(f"{total} heads cannot be chosen from {worth_LH.size}")
+    full_LH = np.array([[solver.boolean_value(y) for y in row] for row in model.full], dtype=np.bool_)
+    objective, bound = solver.objective_value / SCALE, solver.best_objective_bound / SCALE
+    return Held(full_LH, objective, bound, solver.status_name(status), solver.wall_time)
+
+
+def shares(placement: Placement, total: int) -> list[tuple[int, int]]:
+    """Fewest and most FULL heads of each worker: its part of `total` by heads owned, rounded down and up."""
+    owned_W = np.bincount(placement.owner_LH.ravel(), minlength=placement.num_workers)
+    heads = placement.owner_LH.size
+    return [(int(n) * total // heads, -(-int(n) * total // heads)) for n in owned_W]
+
+
+class _Knapsack:
+    def __init__(self, worth_LH: npt.NDArray[np.float64], placement: Placement, total: int, price: int) -> None:
+        self.placement = placement
+        self.model = cp_model.CpModel()
+        blocks, heads = worth_LH.shape
+        self.full = [[self.model.new_bool_var(f"full{b}_{h}") for h in range(heads)] for b in range(blocks)]
+        flat = [y for row in self.full for y in row]
+        self.model.add(sum(flat) == total)
+        owners = placement.owner_LH.ravel()
+        for worker, (least, most) in enumerate(shares(placement, total)):
+            mine = [y for y, owner in zip(flat, owners, strict=True) if owner == worker]
+            self.model.add_linear_constraint(sum(mine), least, most)
+        worths = np.rint(worth_LH.ravel() * SCALE).astype(int).tolist()
+        worth = sum(w * y for w, y in zip(worths, flat, strict=True))
+        messages = self._messages() if price and placement.num_workers > 1 else 0
+        self.model.maximize(worth - price * messages)
+
+    def _messages(self) -> cp_model.LinearExprT:
+        blocks = range(len(self.full))
+        trains = [self._trains(block) for block in blocks]
+        top = {self.placement.classifier: 1}
+        terms: list[cp_model.LinearExprT] = []
+        for block in blocks:
+            beyond = self.model.new_int_var(0, self.placement.num_workers, f"beyond{block}")
+            self.model.add(beyond >= sum(trains[block].values()) - 1)
+            terms.append(SUM_MESSAGES * beyond)
+            above = trains[block + 1] if block + 1 < len(self.full) else top
+            for worker, here in trains[block].items():
+                brought = self.model.new_bool_var(f"brought{block}_{worker}")
+                self.model.add(brought >= here - above.get(worker, 0))
+                terms.append(brought)
+        return sum(terms)
+
+    def _trains(self, block: int) -> dict[int, cp_model.IntVar]:
+        """For each holder of the block, whether it has a FULL head there."""
+        trains = {}
+        for worker in self.placement.holders(block):
+            trains[worker] = self.model.new_bool_var(f"trains{block}_{worker}")
+            for head in self.placement.heads_of(worker, block):
+                self.model.add_implication(self.full[block][head], trains[worker])
+        return trains

@@ -1,0 +1,95 @@
+"""The API process: `create_app(settings)` builds the world, `python -m service.app` serves it.
+
+No HTML documentation pages: those of FastAPI load scripts from a public network. `/openapi.json` is there, behind the
+key.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from typing import Any
+
+import httpx2
+import uvicorn
+from fastapi import FastAPI
+
+from service import problems, routes
+from service.auth import Door
+from service.catalogue import Catalogue
+from service.home import ensure_key, make_home, read_secret
+from service.ray_jobs import RayJobs
+from service.routes import World
+from service.settings import Settings
+from service.store import Store
+from service.streams import Bells
+from service.supervisor import Supervisor
+
+GRACE_S = 3
+NO_RAY = "http://127.0.0.1:9"  # the discard port: nothing answers, and jobs stay queued
+
+
+def create_app(
+    settings: Settings, *, ray_transport: httpx2.AsyncBaseTransport | None = None, supervise: bool = True
+) -> FastAPI:
+    """The whole service over one home. `ray_transport` and `supervise` let tests stand in for Ray or leave it out."""
+    make_home(settings.home)
+    store = Store(settings.store_url)
+    store.keys.ensure(ensure_key(settings.home), "first")
+    bells = Bells(settings.max_streams)
+    store.on_change(bells.ring)
+    ray = RayJobs(settings.ray_address or NO_RAY, read_secret(settings.token_file), ray_transport)
+    world = World(settings, store, bells, ray, Catalogue(settings))
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        bells.attach()
+        world.catalogue.start()
+        supervising = asyncio.create_task(Supervisor(settings, store, ray).run()) if supervise else None
+        yield
+        if supervising is not None:
+            supervising.cancel()
+            with suppress(asyncio.CancelledError):
+                await supervising
+        await world.catalogue.close()
+        await ray.close()
+        store.close()
+
+    app = FastAPI(
+        title="d2ft", version="1", lifespan=lifespan, docs_url=None, redoc_url=None, swagger_ui_oauth2_redirect_url=None
+    )
+    app.state.world = world
+    app.include_router(routes.jobs, prefix="/v1/jobs")
+    app.include_router(routes.jobs, prefix="/jobs", include_in_schema=False)
+    app.include_router(routes.health)
+    app.add_middleware(Door, settings=settings, store=store)
+    problems.install(app)
+    return app
+
+
+def uvicorn_options(settings: Settings) -> dict[str, Any]:
+    """How the server runs: no header says what it is, and open streams do not hold up its end."""
+    return {
+        "host": settings.host,
+        "port": settings.port,
+        "server_header": False,
+        "timeout_graceful_shutdown": GRACE_S,
+        "log_level": "info",
+        "access_log": False,
+    }
+
+
+def main() -> None:
+    """Serve with the settings of the environment."""
+    os.umask(0o077)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("httpx2").setLevel(logging.WARNING)
+    settings = Settings()
+    uvicorn.run(create_app(settings), **uvicorn_options(settings))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+"""What can be known wrong about a job when it is submitted: its model, weights and dataset.
+
+No torch: file headers and directory listings only. Every check returns the issues it found, remedies included; a path
+outside the roots is not looked at further.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import BinaryIO
+
+from scheduler.errors import UserError
+from service.catalogue import Models
+from service.errors import Issue
+from workers.contract import DIGITS_MODEL, JobSpec
+from workers.folder import check_inside, parse_uri, scan_classes
+
+MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
+
+
+def needs_catalogue(spec: JobSpec) -> bool:
+    """The bundled model is known without timm, so that the first job need not wait for the catalogue."""
+    return spec.model != DIGITS_MODEL
+
+
+def check_model(name: str, models: Models) -> list[Issue]:
+    """The model is one of timm's that can be cut into heads."""
+    plain = name if name in models else name.partition(".")[0]
+    if plain in models:
+        reason = models[plain]
+        return (
+            [] if reason is None else [Issue("model", f"'{name}' cannot be trained here: {reason}.", "model_refused")]
+        )
+    trainable = [known for known, reason in models.items() if reason is None]
+    near = difflib.get_close_matches(plain, trainable, n=3, cutoff=0.6)
+    hint = (
+        f"Did you mean {', '.join(near)}?"
+        if near
+        else "Take a vision transformer's name from timm.list_models('vit_*')."
+    )
+    return [Issue("model", f"There is no model '{name[:100]}'. {hint}", "unknown_model")]
+
+
+def check_paths(spec: JobSpec, roots: Sequence[Path]) -> list[Issue]:
+    """The weights and the dataset lie under the roots and are what they should be."""
+    issues = [] if spec.weights is None else _issues(lambda: _check_weights(str(spec.weights), roots))
+    if spec.dataset != "digits":
+        issues += _issues(lambda: _check_folder(spec.dataset, roots))
+    return issues
+
+
+def _check_folder(uri: str, roots: Sequence[Path]) -> None:
+    scan_classes(check_inside(parse_uri(uri), roots, param="dataset"))
+
+
+def _check_weights(weights: str, roots: Sequence[Path]) -> None:
+    if not Path(weights).is_absolute():
+        raise _bad_weights(f"'{weights}' is not an absolute path.")
+    path = check_inside(weights, roots, param="weights")
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            _check_header(path, file, size)
+    except OSError as error:
+        raise _bad_weights(f"'{weights}' cannot be read: {error.strerror}.") from error
+
+
+def _check_header(path: Path, file: BinaryIO, size: int) -> None:
+    """A safetensors file: the length of a JSON header in 8 bytes, the header, then as many bytes as it promises."""
+    length = int.from_bytes(file.read(8), "little")
+    if size < 10 or not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
+        raise _not_safetensors(path)
+    try:
+        header = json.loads(file.read(length))
+        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        raise _not_safetensors(path) from None
+    if not ends:
+        raise _bad_weights(f"'{path}' holds no tensors.")
+    if max(ends) != size - 8 - length:
+        raise _bad_weights(f"'{path}' is cut short: its header promises {max(ends)} bytes of tensors.")
+
+
+def _not_safetensors(path: Path) -> UserError:
+    return _bad_weights(f"'{path}' is not a safetensors file.")
+
+
+def _bad_weights(message: str) -> UserError:
+    remedy = "Give the absolute path of a .safetensors file; other formats can be converted with safetensors.torch."
+    return UserError(message, code="bad_weights", param="weights", remedy=remedy)
+
+
+def _issues(check: Callable[[], None]) -> list[Issue]:
+    try:
+        check()
+    except UserError as error:
+        text = " ".join(part for part in (error.message, error.remedy) if part)
+        return [Issue(error.param or "", text, error.code)]
+    return []

@@ -1,0 +1,108 @@
+"""From the flags of `submit` to the body of the request: a spec file first, flags over it, nothing else added."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import typer
+
+# flag → where it goes in the body
+_PLACES = {
+    "name": ("name",),
+    "model": ("model",),
+    "img_size": ("img_size",),
+    "images_per_class": ("images_per_class",),
+    "strategy": ("method", "strategy"),
+    "score": ("method", "score"),
+    "skip_fill": ("method", "skip_fill"),
+    "lr": ("optimiser", "learning_rate"),
+    "workers": ("workers",),
+    "micro_batches": ("micro_batches",),
+    "micro_batch_size": ("micro_batch_size",),
+    "epochs": ("epochs",),
+    "steps": ("steps",),
+    "window": ("window",),
+    "seed": ("seed",),
+    "placement": ("placement",),
+}
+
+
+def job_body(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """The body that the given flags ask for; flags that were not given are None."""
+    body = _read_spec(flags.get("spec"))
+    for flag, place in _PLACES.items():
+        if flags.get(flag) is not None:
+            _put(body, place, flags[flag])
+    if flags.get("weights"):
+        body["weights"] = str(Path(flags["weights"]).expanduser().absolute())
+    if flags.get("dataset"):
+        body["dataset"] = _dataset_uri(flags["dataset"])
+    if flags.get("model_arg"):
+        body["model_args"] = {**body.get("model_args", {}), **dict(map(_model_arg, flags["model_arg"]))}
+    _put_share(body, flags)
+    return body
+
+
+def _put_share(body: dict[str, Any], flags: Mapping[str, Any]) -> None:
+    """Ratios or budgets. The ratios' sum is the number of micro-batches where that is not given."""
+    if flags.get("ratios"):
+        ratios = _ratios(flags["ratios"])
+        _put(body, ("method", "ratios"), ratios)
+        if flags.get("micro_batches") is None and "micro_batches" not in body:
+            body["micro_batches"] = sum(ratios.values())
+    if flags.get("compute") is not None or flags.get("bytes") is not None:
+        compute = 1.0 if flags.get("compute") is None else flags["compute"]
+        budgets = {"compute": compute, **({} if flags.get("bytes") is None else {"bytes": flags["bytes"]})}
+        _put(body, ("method", "budgets"), budgets)
+
+
+def _ratios(text: str) -> dict[str, int]:
+    try:
+        full, forward, skip = (int(part) for part in text.split(","))
+    except ValueError:
+        raise typer.BadParameter(
+            "give three whole numbers, FULL,FORWARD,SKIP, like 3,0,2", param_hint="--ratios"
+        ) from None
+    return {"full": full, "forward": forward, "skip": skip}
+
+
+def _model_arg(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise typer.BadParameter(f"'{text}' is not NAME=VALUE", param_hint="--model-arg")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
+
+
+def _dataset_uri(text: str) -> str:
+    """A plain path becomes an address; anything with a scheme, and "digits", goes as it is."""
+    if text == "digits" or "://" in text:
+        return text
+    return "folder://" + quote(os.path.abspath(Path(text).expanduser()))  # noqa: PTH100 - resolves .. without links
+
+
+def _read_spec(path: str | None) -> dict[str, Any]:
+    if path is None:
+        return {}
+    try:
+        body = json.loads(sys.stdin.read() if path == "-" else Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise typer.BadParameter(f"{path} is not a readable JSON file: {error}", param_hint="--spec") from None
+    if not isinstance(body, dict):
+        raise typer.BadParameter(f"{path} does not hold a JSON object", param_hint="--spec")
+    return body
+
+
+def _put(body: dict[str, Any], place: tuple[str, ...], value: Any) -> None:
+    *outer, last = place
+    for name in outer:
+        body = body.setdefault(name, {})
+    body[last] = value

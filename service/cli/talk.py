@@ -1,0 +1,168 @@
+"""Words on the terminal. Job names and messages are others' text: their control characters never reach the terminal."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from service.schemas import Artifact, Event, Job
+
+out = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
+err = Console(highlight=False, markup=False, emoji=False, soft_wrap=True, stderr=True)
+
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069]")
+_STYLES = {"succeeded": "green", "failed": "red", "cancelled": "yellow", "cancelling": "yellow", "running": "cyan"}
+
+
+def clean(text: str) -> str:
+    """The text with control and direction-changing characters written out as escapes; tabs and newlines stay."""
+    return _CONTROL.sub(lambda found: f"\\x{ord(found.group()):02x}", text)
+
+
+def line(text: str) -> str:
+    """`clean`, in one line."""
+    return clean(text).replace("\n", " ").replace("\t", " ")
+
+
+def say(text: str) -> None:
+    """Talk, on stderr."""
+    err.print(clean(text))
+
+
+def put(text: str) -> None:
+    """Data, on stdout."""
+    out.print(clean(text))
+
+
+def put_json(value: Any) -> None:
+    """One JSON document in one line, as the API sends it."""
+    print(json.dumps(value.model_dump(mode="json") if isinstance(value, BaseModel) else value))
+
+
+def put_job(job: Job) -> None:
+    """A job as label and value, one a line."""
+    rows = {
+        "id": job.id,
+        "name": job.name or "",
+        "status": f"{job.status}{f' ({job.status_reason})' if job.status_reason else ''}",
+        "model": job.model,
+        "dataset": job.dataset,
+        "attempt": str(job.attempt),
+        "progress": progress_text(job),
+        "compute": percent(job.usage.compute_fraction),
+        "bytes": percent(job.usage.bytes_fraction),
+        "error": f"{job.error.code} ({job.error.fault}): {job.error.message}" if job.error else "",
+    }
+    for label, value in rows.items():
+        if value:
+            out.print(Text(f"{label:10}{clean(value)}"))
+
+
+def put_jobs(jobs: list[Job]) -> None:
+    """Jobs as a table."""
+    table = _table("id", "name", "status", "model", "progress", "age")
+    for job in jobs:
+        status = Text(job.status, _STYLES.get(job.status, ""))
+        table.add_row(job.id, line(job.name or ""), status, line(job.model), progress_text(job), age(job.created_at))
+    out.print(table)
+
+
+def put_event(event: Event) -> None:
+    at = time.strftime("%H:%M:%S", time.localtime(event.created_at))
+    put(f"{event.seq:>5}  {at}  {event.level:8}{event.type:16}{line(event.message or json.dumps(event.data))}")
+
+
+def put_artifacts(artifacts: list[Artifact]) -> None:
+    table = _table("name", "bytes", "sha256")
+    for artifact in artifacts:
+        table.add_row(line(artifact.name), f"{artifact.bytes or 0:,}", (artifact.sha256 or "")[:16])
+    out.print(table)
+
+
+def put_ledger(ledger: dict[str, Any]) -> None:
+    """Predicted beside measured; rows and keys that this version does not know are shown as they come."""
+    rows = [row for row in ledger.get("rows", []) if isinstance(row, dict)]
+    if rows:
+        table = _table("", "predicted", "measured", "all FULL")
+        for row in rows:
+            figures = [_figure(row, key) for key in ("predicted", "measured", "all_full")]
+            table.add_row(line(str(row.get("name", ""))), *figures)
+        out.print(table)
+    accuracy = ledger.get("accuracy") or {}
+    if accuracy:
+        put(f"accuracy  {percent(accuracy.get('before'))} before, {percent(accuracy.get('after'))} after")
+    phases = ledger.get("phases") or {}
+    if phases:
+        put(
+            "seconds   " + ", ".join(f"{name} {seconds:.1f}" for name, seconds in phases.items() if _is_number(seconds))
+        )
+    for key in ("steps", "checkpoint"):
+        if ledger.get(key) is not None:
+            put(f"{key:10}{ledger[key]}")
+
+
+def put_plan(plan: dict[str, Any]) -> None:
+    """A plan in a few lines: its forecast, and how many heads each worker owns in each block."""
+    forecast = plan.get("forecast") or {}
+    put(f"plan      version {plan.get('version')}, window {plan.get('window')}")
+    put(f"compute   {percent(plan.get('compute_fraction'))} of all-FULL")
+    put(f"bytes     {percent(plan.get('bytes_fraction'))} of all-FULL")
+    if "step_us" in forecast:
+        put(f"step      {forecast['step_us'] / 1e3:.1f} ms forecast, idle {percent(forecast.get('idle_share'))}")
+    owners = (plan.get("placement") or {}).get("owners") or []
+    if owners:
+        workers = range((plan["placement"].get("num_workers")) or max(map(max, owners)) + 1)
+        table = _table("block", *(f"worker {worker}" for worker in workers), "ops")
+        ops = (plan.get("cycle") or [[[]] * len(owners)])[0]
+        for block, row in enumerate(owners):
+            counts = [str(row.count(worker)) for worker in workers]
+            table.add_row(str(block), *counts, " ".join(ops[block]) if block < len(ops) else "")
+        out.print(table)
+
+
+def put_paths(paths: list[Path]) -> None:
+    for path in paths:
+        put(str(path))
+
+
+def progress_text(job: Job) -> str:
+    total = job.progress.total_steps
+    return f"{job.progress.step}/{total} ({job.progress.fraction:.0%})" if total else ""
+
+
+def percent(value: Any) -> str:
+    return f"{value:.1%}" if _is_number(value) else ""
+
+
+def age(since: int) -> str:
+    seconds = max(0, int(time.time() - since))
+    for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= size:
+            return f"{seconds // size} {unit}"
+    return f"{seconds} s"
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        table.add_column(column, no_wrap=True, overflow="ignore" if column == "id" else "ellipsis")
+    return table
+
+
+def _figure(row: dict[str, Any], key: str) -> str:
+    value = row.get(key)
+    if not _is_number(value):
+        return "-"
+    return f"{value:.4g} s" if "second" in str(row.get("name")) else f"{value:.1%}"
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

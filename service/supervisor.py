@@ -1,0 +1,230 @@
+"""The supervisor: brings what the store wants and what Ray does together, one small look after another.
+
+    queued ──claim──► created ──submit──► submitted ──outcome / Ray says over──► ended ──Ray let go──► settled
+                      (attempt)           events.jsonl ─► store
+
+It keeps nothing in memory that a restart would miss: attempts, offsets and tokens are in the store, the driver has its
+own file, Ray's ids follow from ours. `decide` says what is to be done as a value; the rest does it. A look that fails
+is logged and taken again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import logging
+import shlex
+import time
+from pathlib import Path
+from typing import Any
+
+from service.errors import LostAttemptError, UnavailableError
+from service.home import write_private
+from service.lifecycle import JobState
+from service.processes import package_env
+from service.ray_jobs import RayJob, RayJobs
+from service.settings import Settings
+from service.store import Attempt, Store
+from service.store.attempts import CREATED, ENDED
+from service.tail import read_batch
+from workers.contract import RunContext
+from workers.events import EVENTS_FILE
+
+STOP_WAIT_S = 15
+LOG_TAIL_CHARS = 1500
+KEPT_LOG_CHARS = 4_000_000
+DRIVER_LOG = "driver.log"
+log = logging.getLogger(__name__)
+
+
+class Step(enum.Enum):
+    """What to do about an attempt."""
+
+    SUBMIT = "submit"
+    WAIT = "wait"
+    STOP = "stop"
+    CANCELLED = "cancelled"
+    DIED = "died"
+    SETTLE = "settle"
+
+
+def decide(attempt: Attempt, ray_job: RayJob | None, *, now: float, settle_s: float) -> Step:
+    """What to do, given the attempt as stored, all its events read, and Ray's word (None: Ray does not know it)."""
+    over = ray_job is None or ray_job.is_over
+    if attempt.state == ENDED:
+        if over:
+            return Step.SETTLE
+        return Step.STOP if now - (attempt.ended_at or now) > settle_s else Step.WAIT
+    if attempt.job_state is JobState.CANCELLING:
+        return Step.CANCELLED if over else Step.STOP
+    if attempt.state == CREATED and (ray_job is None or not over):
+        return Step.SUBMIT  # again, where a reply was lost: the id makes it harmless
+    return Step.DIED if over else Step.WAIT
+
+
+class Supervisor:
+    """Follows every open attempt, and starts the next when there is room."""
+
+    def __init__(self, settings: Settings, store: Store, ray: RayJobs) -> None:
+        self._settings = settings
+        self._store = store
+        self._ray = ray
+        self._gpu: bool | None = settings.use_gpu
+
+    async def run(self) -> None:
+        """Look, for ever. Nothing that a look raises ends the loop."""
+        compared = -self._settings.reconcile_s
+        while True:
+            await self._guard(self.look(), "look")
+            if time.monotonic() - compared >= self._settings.reconcile_s:
+                compared = time.monotonic()
+                await self._guard(self.reconcile(), "reconcile")
+            await asyncio.sleep(self._settings.poll_s)
+
+    async def look(self) -> None:
+        """Follow what is open, then start what waits."""
+        for attempt in await asyncio.to_thread(self._store.attempts.open):
+            await self._guard(self._follow(attempt), attempt.submission_id)
+        await self._start_next()
+
+    async def reconcile(self) -> None:
+        """Stop drivers of ours that Ray runs and the store does not follow."""
+        for job in await self._ray.list():
+            if job.is_over or job.metadata.get("home") != str(self._settings.home):
+                continue
+            if not await asyncio.to_thread(self._store.attempts.is_open, job.submission_id):
+                log.warning("stopping %s, which no open attempt owns", job.submission_id)
+                await self._ray.stop(job.submission_id)
+
+    async def _guard(self, work: Any, what: str) -> None:
+        try:
+            await work
+        except UnavailableError as error:
+            log.warning("%s: %s", what, error)
+        except LostAttemptError as error:
+            log.warning("%s: stood down: %s", what, error)
+        except Exception:
+            log.exception("%s failed; it is taken again", what)
+
+    async def _start_next(self) -> None:
+        while await asyncio.to_thread(self._store.attempts.may_claim, self._settings.max_running):
+            try:
+                await self._ray.ping()
+            except UnavailableError as error:
+                await asyncio.to_thread(self._store.attempts.explain_queue, str(error))
+                return
+            await asyncio.to_thread(self._store.attempts.explain_queue, None)
+            attempt = await asyncio.to_thread(self._store.attempts.claim, self._settings.max_running)
+            if attempt is None:
+                return
+            await self._submit(attempt)
+
+    async def _follow(self, attempt: Attempt) -> None:
+        # Ray is asked before the file is read: of a driver that was over then, every line is read now.
+        try:
+            ray_job = await self._ray.get(attempt.submission_id)
+        except UnavailableError as error:
+            attempt = await self._read_events(attempt)
+            await self._explain(attempt, str(error))
+            raise
+        attempt = await self._read_events(attempt)
+        await self._explain(attempt, None)
+        step = decide(attempt, ray_job, now=time.time(), settle_s=self._settings.settle_s)
+        await self._take(step, attempt, ray_job)
+
+    async def _take(self, step: Step, attempt: Attempt, ray_job: RayJob | None) -> None:
+        if step is Step.SUBMIT:
+            await self._submit(attempt)
+        elif step is Step.STOP:
+            await self._ray.stop(attempt.submission_id)
+        elif step is Step.CANCELLED:
+            await self._finish(attempt, JobState.CANCELLED, message="cancelled; its devices are free")
+        elif step is Step.DIED:
+            await self._finish(attempt, JobState.FAILED, error=await self._died(attempt, ray_job))
+        elif step is Step.SETTLE:
+            await self._keep_log(attempt)
+            await asyncio.to_thread(self._store.attempts.settle, attempt)
+
+    async def _submit(self, attempt: Attempt) -> None:
+        run_dir = self._settings.attempt_dir(attempt.job_id, attempt.n)
+        context = await self._context(attempt, run_dir)
+        path = run_dir / "context.json"
+        await asyncio.to_thread(_write_context, path, context)
+        parts = [self._settings.driver_python, "-m", self._settings.driver_module, "--context", str(path)]
+        metadata = {"job_id": attempt.job_id, "attempt": str(attempt.n), "home": str(self._settings.home)}
+        try:
+            await self._ray.submit(attempt.submission_id, shlex.join(parts), self._env_vars(), metadata)
+        except UnavailableError as error:
+            await self._explain(attempt, str(error))
+            raise
+        await asyncio.to_thread(self._store.attempts.mark_submitted, attempt)
+
+    async def _context(self, attempt: Attempt, run_dir: Path) -> RunContext:
+        use_gpu = await self._use_gpu()
+        default = {"CPU": 0.5, "GPU": 1.0} if use_gpu else {"CPU": 0.5}
+        return RunContext(
+            job_id=attempt.job_id,
+            attempt=attempt.n,
+            spec=attempt.spec,
+            run_dir=str(run_dir),
+            storage_path=str(self._settings.storage),
+            resources_per_worker=self._settings.resources_per_worker or default,
+            use_gpu=use_gpu,
+            start_timeout_s=self._settings.start_timeout_s,
+        )
+
+    async def _use_gpu(self) -> bool:
+        if self._gpu is None:
+            self._gpu = await self._ray.has_gpu()
+        return self._gpu
+
+    def _env_vars(self) -> dict[str, str]:
+        """The driver's environment. The poll is short because Ray Train paces every report by it."""
+        return {
+            "RAY_JOB_STOP_SIGNAL": "SIGTERM",
+            "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S),
+            "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+            "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": f"{self._settings.start_timeout_s:g}",
+            "OMP_NUM_THREADS": "1",
+            "HF_HUB_OFFLINE": "1",
+            **package_env(),
+        }
+
+    async def _read_events(self, attempt: Attempt) -> Attempt:
+        """Take over what the driver has written since; returns the attempt as it is then."""
+        path = self._settings.attempt_dir(attempt.job_id, attempt.n) / EVENTS_FILE
+        while attempt.state != ENDED:
+            batch = await asyncio.to_thread(read_batch, path, attempt.events_offset)
+            if batch.offset == attempt.events_offset:
+                return attempt
+            attempt = await asyncio.to_thread(self._store.attempts.absorb, attempt, batch.events, batch.offset)
+        return attempt
+
+    async def _explain(self, attempt: Attempt, reason: str | None) -> None:
+        if attempt.state != ENDED and attempt.status_reason != reason:
+            await asyncio.to_thread(self._store.attempts.explain, attempt, reason)
+
+    async def _finish(self, attempt: Attempt, state: JobState, **why: Any) -> None:
+        await asyncio.to_thread(lambda: self._store.attempts.finish(attempt, state, **why))
+
+    async def _died(self, attempt: Attempt, ray_job: RayJob | None) -> dict[str, Any]:
+        """The error of a driver that ended without a last word, with the end of what it printed."""
+        if ray_job is None:
+            said = "Ray no longer knows the run; the cluster was restarted."
+        else:
+            said = f"The run ended ({ray_job.status.lower()}) without saying how. {ray_job.message}".strip()
+        printed = await self._ray.logs(attempt.submission_id) if ray_job is not None else None
+        tail = f"\nThe end of its log:\n{printed[-LOG_TAIL_CHARS:].strip()}" if printed else ""
+        return {"code": "driver_died", "fault": "system", "message": said + tail, "param": None}
+
+    async def _keep_log(self, attempt: Attempt) -> None:
+        """Copy what the driver printed: Ray forgets it with its next restart."""
+        printed = await self._ray.logs(attempt.submission_id)
+        if printed is not None:
+            path = self._settings.attempt_dir(attempt.job_id, attempt.n) / DRIVER_LOG
+            await asyncio.to_thread(write_private, path, printed[-KEPT_LOG_CHARS:])
+
+
+def _write_context(path: Path, context: RunContext) -> None:
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    write_private(path, context.model_dump_json(indent=2))

@@ -1,0 +1,105 @@
+"""A driver that behaves like `workers.loop --context FILE`, without a model: it writes a run's events and its result.
+
+What it does is in the spec's metadata: "outcome" succeeded (default), failed, crash (dies without a last word) or hang.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import time
+from pathlib import Path
+
+from workers.contract import RunContext
+from workers.events import EventLog
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--context", type=Path, required=True)
+    context = RunContext.model_validate_json(parser.parse_args().context.read_text())
+    with EventLog(context.run_dir) as events:
+        run(context, events)
+
+
+def run(context: RunContext, events: EventLog) -> None:
+    metadata = context.spec.metadata
+    outcome, pause_s = metadata.get("outcome", "succeeded"), float(metadata.get("pause_s", "0"))
+    print(f"fake driver of {context.job_id}", flush=True)
+    events.emit("phase", name="starting")
+    events.emit("phase", name="planning")
+    events.emit("plan.created", **plan())
+    events.emit("phase", name="running")
+    events.emit("evaluation", when="before", accuracy=0.11, loss=2.3, num_images=100)
+    steps = context.spec.steps or 10
+    for step in range(1, steps + 1):
+        events.emit("metrics", **metrics(step, steps))
+        time.sleep(pause_s)
+        if outcome == "crash" and step == steps // 2:
+            print("about to crash", flush=True)
+            os._exit(13)
+    while outcome == "hang":
+        time.sleep(0.05)
+    events.emit("phase", name="finalizing")
+    if outcome == "failed":
+        error = {"code": "bad_image", "fault": "user", "message": "train/cat/3.jpg cannot be read", "param": "dataset"}
+        events.emit("outcome", status="failed", error=error)
+        return
+    finish(context, events, steps)
+
+
+def finish(context: RunContext, events: EventLog, steps: int) -> None:
+    result = Path(context.run_dir) / "result"
+    result.mkdir(exist_ok=True)
+    for name, content in (("model.safetensors", b"weights" * 100), ("ledger.json", b"{}")):
+        (result / name).write_bytes(content)
+        digest = hashlib.sha256(content).hexdigest()
+        events.emit("artifact.ready", name=name, path=str(result / name), bytes=len(content), sha256=digest)
+    events.emit("evaluation", when="after", accuracy=0.87, loss=0.4, num_images=100)
+    events.emit("ledger", **ledger(steps, str(result)))
+    events.emit("outcome", status="succeeded", error=None)
+
+
+def metrics(step: int, steps: int) -> dict[str, float | int]:
+    return {
+        "step": step,
+        "total_steps": steps,
+        "epoch": 0,
+        "loss": 2.0 / step,
+        "learning_rate": 5e-4,
+        "grad_norm": 1.0,
+        "step_seconds": 0.05,
+        "idle_share": 0.1,
+        "compute_fraction": 0.6,
+        "bytes_fraction": 0.5,
+    }
+
+
+def plan() -> dict[str, object]:
+    return {
+        "version": 1,
+        "window": 0,
+        "placement": {"owners": [[0, 0, 1], [0, 1, 1]], "num_workers": 2, "classifier": 1},
+        "cycle": [[["FFS", "FOS", "FFF"], ["FFS", "FOS", "FFF"]]],
+        "forecast": {"step_us": 52_000, "idle_share": 0.08},
+        "compute_fraction": 0.6,
+        "bytes_fraction": 0.48,
+    }
+
+
+def ledger(steps: int, checkpoint: str) -> dict[str, object]:
+    return {
+        "rows": [
+            {"name": "compute fraction", "predicted": 0.6, "measured": 0.61, "all_full": 1.0},
+            {"name": "step seconds", "predicted": 0.052, "measured": 0.05, "all_full": None},
+        ],
+        "accuracy": {"before": 0.11, "after": 0.87},
+        "phases": {"starting": 1.0, "running": 2.0},
+        "steps": steps,
+        "checkpoint": checkpoint,
+    }
+
+
+if __name__ == "__main__":
+    main()

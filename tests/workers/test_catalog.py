@@ -1,0 +1,59 @@
+"""The catalogue of timm's models."""
+
+from __future__ import annotations
+
+import json
+import stat
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+
+from workers import catalog
+from workers.contract import DIGITS_MODEL
+
+SOME = ["vit_small_patch14_dinov2", "vit_small_patch14_reg4_dinov2", "deit_tiny_distilled_patch16_224", "resnet50"]
+
+
+def test_some_known_models_are_judged_rightly(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timm, "list_models", lambda: SOME)
+    built = catalog.build_catalog()
+    assert built["timm"] == timm.__version__
+    assert built["models"] == {
+        DIGITS_MODEL: None,
+        "vit_small_patch14_dinov2": None,
+        "vit_small_patch14_reg4_dinov2": "register tokens",
+        "deit_tiny_distilled_patch16_224": "architecture VisionTransformerDistilled is not a plain VisionTransformer",
+        "resnet50": "architecture resnet is not a plain VisionTransformer",
+    }
+
+
+def test_the_command_covers_every_name_that_timm_registers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "new/catalog.json"
+    monkeypatch.setattr(sys, "argv", ["catalog", "--out", str(path)])
+    catalog.main()
+    models = json.loads(path.read_text())["models"]
+    assert set(models) == {DIGITS_MODEL, *timm.list_models()}
+    supported = [name for name, reason in models.items() if reason is None]
+    assert len(supported) > 60
+    assert f"{len(supported)} of {len(models)} models work" in capsys.readouterr().out
+
+
+def test_the_file_is_readable_by_all_and_written_whole_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "catalog.json"
+    catalog.write_atomically(path, "old")
+    assert stat.S_IMODE(path.stat().st_mode) == 0o644
+
+    def fail(_: int) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(catalog.os, "fsync", fail)
+    with pytest.raises(OSError, match="disk full"):
+        catalog.write_atomically(path, "new")
+    assert path.read_text() == "old"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["catalog.json"]

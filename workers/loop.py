@@ -1,0 +1,240 @@
+"""Runs one attempt of a job on a Ray cluster: `python -m workers.loop --context FILE` or `--spec job.json`.
+
+The driver waits until the cluster can hold the workers, finds or starts the scheduler actor, and hands a Ray Train group to
+`Session`. It runs alike as a Ray job of our service and under plain `ray job submit`. What happened is in
+the run's event file, whose last line is the outcome; the exit status is 0 for succeeded, 1 for failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import ray
+import ray.train
+import torch
+from pydantic import ValidationError
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer, get_device
+
+from scheduler import actor
+from scheduler.domain import DeviceProfile, Plan
+from scheduler.errors import CapacityError, D2ftError, SystemFault, UserError, from_dict
+from workers.contract import JobSpec, RunContext
+from workers.events import EventLog
+from workers.profiling import keep_freed_memory
+from workers.session import Place, Session
+from workers.transport import Gloo, Nccl
+
+FAILURES_DIR = "failures"
+POLL_S = 0.05
+PLAN_TIMEOUT_S = 300.0
+# A group without a member's heartbeat for this long is given up by the collectives.
+COLLECTIVE_TIMEOUT_S = 120
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    context = read_context(argv)
+    ray.init(namespace=actor.NAMESPACE, log_to_driver=True, logging_level="warning")
+    with EventLog(context.run_dir) as log:
+        log.emit("phase", name="starting")
+        error = _attempt(context)
+        log.emit(
+            "outcome",
+            "succeeded" if error is None else error.message,
+            level="info" if error is None else "error",
+            status="succeeded" if error is None else "failed",
+            error=None if error is None else error.to_dict(),
+        )
+    if error is not None:
+        print(f"d2ft: job {context.job_id} failed: {error.to_dict()['message']}", file=sys.stderr)
+    return 0 if error is None else 1
+
+
+def read_context(argv: Sequence[str] | None) -> RunContext:
+    """Parse the command line; a bad file ends the process with status 2 and says what is wrong."""
+    parser = argparse.ArgumentParser(prog="python -m workers.loop", description="Run one fine-tuning job on Ray.")
+    given = parser.add_mutually_exclusive_group(required=True)
+    given.add_argument("--context", type=Path, help="a run context, as the service writes it")
+    given.add_argument("--spec", type=Path, help="a job spec, the body of POST /v1/jobs")
+    parser.add_argument("--out", type=Path, help="with --spec: where the run goes (default: D2FT_HOME/runs/<time>)")
+    args = parser.parse_args(argv)
+    try:
+        if args.context is not None:
+            return RunContext.model_validate_json(args.context.read_bytes())
+        return _context_of(JobSpec.model_validate_json(args.spec.read_bytes()), args.out)
+    except (ValidationError, OSError) as error:
+        parser.error(str(error))
+
+
+def _context_of(spec: JobSpec, out: Path | None) -> RunContext:
+    home = Path(os.environ.get("D2FT_HOME", "~/.d2ft")).expanduser()
+    run_dir = (out or home / "runs" / time.strftime("%Y%m%d-%H%M%S")).absolute()
+    return RunContext(
+        job_id=run_dir.name,
+        spec=spec,
+        run_dir=str(run_dir),
+        storage_path=str(run_dir / "ray"),
+        use_gpu=bool(ray.cluster_resources().get("GPU")) if ray.is_initialized() else torch.cuda.is_available(),
+    )
+
+
+def _attempt(context: RunContext) -> D2ftError | None:
+    """Run the job; the error that ended it, or None."""
+    try:
+        wait_for_capacity(context)
+        scheduler = actor.connect()
+        _trainer(context).fit()
+        ray.get(scheduler.forget.remote(context.job_id))
+    except D2ftError as error:
+        return error
+    except Exception as error:
+        return root_cause(Path(context.run_dir)) or SystemFault(
+            f"The run ended with {type(error).__name__}: {str(error).strip().splitlines()[-1] if str(error) else ''}",
+            code="driver_failed",
+        )
+    return None
+
+
+def wait_for_capacity(context: RunContext) -> None:
+    """Wait until the cluster is large enough; raises CapacityError after `start_timeout_s`."""
+    need = {name: amount * context.spec.workers for name, amount in _resources(context).items()}
+    deadline = time.monotonic() + context.start_timeout_s
+    while True:
+        have = ray.cluster_resources()
+        short = [name for name, amount in need.items() if have.get(name, 0) + 1e-9 < amount]
+        if not short:
+            return
+        if time.monotonic() > deadline:
+            name = short[0]
+            raise CapacityError(
+                f"{context.spec.workers} workers need {need[name]:g} {name}, "
+                f"but after {context.start_timeout_s:g} s the cluster has {have.get(name, 0):g}.",
+                code="cluster_too_small",
+                param="workers",
+                remedy="Ask for fewer workers or add nodes.",
+            )
+        time.sleep(0.5)
+
+
+def _trainer(context: RunContext) -> TorchTrainer:
+    backend = "nccl" if context.use_gpu else "gloo"
+    return TorchTrainer(
+        run_worker,
+        train_loop_config={"context": context.model_dump_json()},
+        torch_config=TorchConfig(backend=backend, timeout_s=COLLECTIVE_TIMEOUT_S),
+        scaling_config=ScalingConfig(
+            num_workers=context.spec.workers, use_gpu=context.use_gpu, resources_per_worker=_resources(context)
+        ),
+        run_config=RunConfig(
+            name=f"{context.job_id}-a{context.attempt}",
+            storage_path=context.storage_path,
+            failure_config=FailureConfig(max_failures=0, controller_failure_limit=1),
+        ),
+    )
+
+
+def _resources(context: RunContext) -> dict[str, float]:
+    gpu = {"GPU": 1.0} if context.use_gpu else {}
+    return {**gpu, **context.resources_per_worker}
+
+
+def run_worker(config: dict[str, Any]) -> None:
+    """The body of one Ray Train worker."""
+    context = RunContext.model_validate_json(config["context"])
+    ranks = ray.train.get_context()
+    rank = ranks.get_world_rank()
+    # Threads follow what was booked; more would only take turns on the same cores.
+    torch.set_num_threads(max(1, int(context.resources_per_worker.get("CPU", 1))))
+    keep_freed_memory()
+    device = str(get_device()) if context.use_gpu else "cpu"
+    runtime = ray.get_runtime_context()
+    place = Place(runtime.get_node_id(), runtime.get_node_labels(), device, ranks.get_local_world_size())
+    transport = Nccl(device) if context.use_gpu else Gloo()
+    planner = ActorPlanner(context, rank, ranks.get_world_size())
+    log = EventLog(context.run_dir) if rank == 0 else None
+    try:
+        Session(context.spec, context.run_dir, transport, planner, log, place).run()
+    except Exception as error:
+        _record_failure(Path(context.run_dir), rank, error)
+        raise
+    finally:
+        if log is not None:
+            log.close()
+
+
+@dataclass
+class ActorPlanner:
+    """Asks the scheduler actor, by name; each call can be repeated after the actor's restart."""
+
+    context: RunContext
+    rank: int
+    world_size: int
+
+    def __post_init__(self) -> None:
+        self._actor = actor.connect()
+        self._announcement: dict[str, Any] = {}
+
+    def announce(self, announcement: dict[str, Any]) -> None:
+        self._announcement = announcement
+        job, attempt = self.context.job_id, self.context.attempt
+        ray.get(self._actor.announce.remote(job, attempt, self.world_size, self.rank, announcement))
+
+    def plan(self, window: int) -> tuple[Plan, list[DeviceProfile]]:
+        deadline = time.monotonic() + PLAN_TIMEOUT_S
+        while time.monotonic() < deadline:
+            answer = ray.get(self._actor.plan.remote(self.context.job_id, self.context.attempt, window))
+            if "error" in answer:
+                raise from_dict(answer["error"])
+            if "plan" in answer:
+                return Plan.from_dict(answer["plan"]), [DeviceProfile.from_dict(p) for p in answer["profiles"]]
+            if answer.get("unknown"):
+                # The actor was restarted and has forgotten: say it again.
+                self.announce(self._announcement)
+            time.sleep(POLL_S)
+        raise SystemFault(
+            f"No plan for window {window} came within {PLAN_TIMEOUT_S:g} s: {answer}", code="plan_timeout"
+        )
+
+
+def _record_failure(run_dir: Path, rank: int, error: Exception) -> None:
+    """Leave this worker's error where the driver looks for the root cause."""
+    known = error if isinstance(error, D2ftError) else _as_fault(error, rank)
+    path = run_dir / FAILURES_DIR / f"rank{rank}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    trace = "".join(traceback.format_exception(error))
+    record = {"at": time.time(), "rank": rank, "type": type(error).__name__, "error": known.to_dict(), "trace": trace}
+    path.write_text(json.dumps(record))
+
+
+def _as_fault(error: Exception, rank: int) -> D2ftError:
+    if isinstance(error, MemoryError | torch.cuda.OutOfMemoryError):
+        return CapacityError(
+            f"Worker {rank} ran out of memory ({psutil.virtual_memory().available >> 20} MiB of main memory left).",
+            code="out_of_memory",
+            param="micro_batch_size",
+            remedy="Lower micro_batch_size, or spread the model over more workers.",
+        )
+    return SystemFault(f"Worker {rank} ended with {type(error).__name__}: {error}", code="worker_failed")
+
+
+def root_cause(run_dir: Path) -> D2ftError | None:
+    """The first failure that a worker recorded, but one that says only that a peer is gone comes last."""
+    records = [json.loads(path.read_text()) for path in (run_dir / FAILURES_DIR).glob("rank*.json")]
+    if not records:
+        return None
+    first = min(records, key=lambda r: (r["type"] in ("RuntimeError", "DistBackendError"), r["at"]))
+    return from_dict(first["error"])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
