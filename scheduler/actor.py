@@ -3,10 +3,11 @@
     worker ── announce(job, attempt, rank, profile, scores) ──►┐
     worker ── plan(job, attempt, window) ──► {"waiting": n} … plan ◄── solved once, the same for every rank
 
-The decisions are in `Scheduler`, plain Python; `connect` wraps it in Ray, and this is the planner's only file that knows Ray.
-Ray may run a call twice, so calls are idempotent, keyed by (job, attempt). The actor's memory is lost when it restarts:
-`plan` then answers with the error `unknown_attempt`, and the workers announce again, rank 0 with the placement in use.
-Everything that crosses its line is dicts, lists, numbers and text. Errors are answers, `{"error": {...}}`, not exceptions.
+The decisions are in `Scheduler`, plain Python; `connect` wraps it in Ray, and this is the planner's only file that
+knows Ray. Ray may run a call twice, so calls are idempotent, keyed by (job, attempt). The actor's memory is lost when
+it restarts: `plan` then answers with the error `unknown_attempt`, and the workers announce again, rank 0 with the
+placement in use. Everything that crosses its line is dicts, lists, numbers and text. Errors are answers, `{"error":
+{...}}`, not exceptions.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import numpy as np
 import ray
 
 from scheduler.cost import Costs
-from scheduler.domain import DeviceProfile, ModelShape, Placement, Plan, Scores, StepShape
+from scheduler.domain import DeviceProfile, ModelShape, Placement, Scores, StepShape
 from scheduler.errors import D2ftError, SystemFault, UserError
 from scheduler.plan import PlanRequest, make_plan
 from scheduler.scores import FloatArray, make_scores, merge
@@ -145,12 +146,13 @@ def connect() -> Any:
 
 def _answer(found: _Attempt, window: int, timings: dict[str, Any]) -> Answer:
     try:
-        return _solve(found, window, timings).to_dict()
+        return _solve(found, window, timings)
     except D2ftError as error:
         return {"error": error.to_dict()}
 
 
-def _solve(found: _Attempt, window: int, timings: dict[str, Any]) -> Plan:
+def _solve(found: _Attempt, window: int, timings: dict[str, Any]) -> Answer:
+    """The plan with the profiles that it was made for: all ranks compile their programs from the same ones."""
     heard = [found.announcements[rank] for rank in range(found.world_size)]
     first = heard[0]
     if any((other.shape, other.step, other.request) != (first.shape, first.step, first.request) for other in heard):
@@ -162,7 +164,7 @@ def _solve(found: _Attempt, window: int, timings: dict[str, Any]) -> Plan:
         first.request, costs, _scores(found, heard, timings), version=window + 1, window=window, placement=placement
     )
     found.placement = plan.placement
-    return plan
+    return {**plan.to_dict(), "profiles": [asdict(profile) for profile in costs.profiles]}
 
 
 def _scores(found: _Attempt, heard: list[Announcement], timings: dict[str, Any]) -> Scores:

@@ -1,12 +1,12 @@
 """Budgets: the mix of FULL, FORWARD and SKIP worth most within fractions of all-FULL's compute and bytes.
 
-A *mix* is (mean SKIPs per step, price of backward messages, togetherness of blocks). Given the SKIPs, the compute budget says how many
-FULL runs are left, so compute is always used up; price and togetherness buy bytes with worth and with chance. Mixes are tried
-in order of their worth if bytes were free, each drawn and measured by the exact judges `step_flops` and `step_bytes`; the search
-ends when no mix left could be worth more than the best that fits.
+A *mix* is (mean SKIPs per step, price of backward messages, togetherness of blocks). Given the SKIPs, the compute
+budget says how many FULL runs are left, so compute is always used up; price and togetherness buy bytes with worth and
+with chance. Mixes are tried in order of their worth if bytes were free, each drawn and measured by the exact judges
+`step_flops` and `step_bytes`; the search ends when no mix left could be worth more than the best that fits.
 
-Certificate: the LP over runs a[l, h] and FULL runs y[l, h] with a lower bound on bytes (P workers in a block exchange at least
-3·(P − 1) messages each way) bounds the worth of every selection, held or not.
+Certificate: the LP over runs a[l, h] and FULL runs y[l, h] with a lower bound on bytes (P workers in a block exchange
+at least 3·(P − 1) messages each way) bounds the worth of every selection, held or not.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from scheduler.transfers import step_bytes
 
 PRICES = (0.0, 0.1, 0.4, 2.0, 50.0)  # of one backward message per micro-batch, in mean heads' worth
 TOGETHER = (0.5, 0.8, 1.0)
+GLANCE, FAR_OFF = 2, 1.15  # a mix whose first two steps send 15 % too much is not measured further
 GRID = 20  # steps between no SKIP and all but one
 
 
@@ -190,6 +191,10 @@ class _Search:
 
     def fits(self, cycle: tuple[OpTable, ...]) -> bool:
         self.tried += 1
+        glance = np.mean([self._bytes(ops) for ops in cycle[:GLANCE]]) / max(1, self.all_full_bytes)
+        if glance > FAR_OFF * self.request.max_bytes:
+            self.least_bytes = min(self.least_bytes, float(glance))
+            return False
         spent = np.mean([self._bytes(ops) for ops in cycle]) / max(1, self.all_full_bytes)
         self.least_bytes = min(self.least_bytes, float(spent))
         return bool(spent <= self.request.max_bytes)

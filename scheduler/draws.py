@@ -1,15 +1,15 @@
 """Draws: the part of a selection that changes from step to step, as a cycle of op tables.
 
-A *unit* draws together: the heads of one worker in one block ("coherent", so that the worker has nothing to exchange when they
-sit out), or one head ("scattered"). Micro-batches are dealt like cards:
+A *unit* draws together: the heads of one worker in one block ("coherent", so that the worker has nothing to exchange
+when they sit out), or one head ("scattered"). Micro-batches are dealt like cards:
 
 - *apart*: what the other units of the block were dealt in this table comes last, so that two workers of a block sit out
   different micro-batches and each of those has one participant and no exchange;
 - *even*: then what the unit was dealt least often over the cycle, then by chance;
 - *together*: with this probability a block copies the block below it, so that x stays with the worker that runs.
 
-A count that is not whole, such as 0.5 SKIPs per step, is met over the cycle, and in every step as nearly as can be by each worker.
-No micro-batch is left without a FULL head.
+A count that is not whole, such as 0.5 SKIPs per step, is met over the cycle, and in every step as nearly as can be by
+each worker. No micro-batch is left without a FULL head.
 """
 
 from __future__ import annotations

@@ -3,9 +3,10 @@
     maximise   Σ worth of the FULL heads − price · messages of their backward passes
     subject to `total` FULL heads, each worker its share of them (by heads owned, rounded down or up)
 
-Messages per micro-batch, over FULL-bearing workers P_l of block l: 4·(|P_l| − 1) for the gradient sums of both sub-layers, and
-one for each worker that needs the gradient of block l + 1 and did not take part there. Participation is a fixed charge: a
-worker's first FULL head of a block pays it, the others are free. With price 0 this is the most worthy heads of each worker.
+Messages per micro-batch, over FULL-bearing workers P_l of block l: 4·(|P_l| − 1) for the gradient sums of both
+sub-layers, and one for each worker that needs the gradient of block l + 1 and did not take part there. Participation is
+a fixed charge: a worker's first FULL head of a block pays it, the others are free. With price 0 this is the most worthy
+heads of each worker.
 """
 
 from __future__ import annotations

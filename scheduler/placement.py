@@ -1,6 +1,7 @@
 """Placement: which worker owns which head, solved by CP-SAT over head counts.
 
-The instance, and what its objective means, is in `teams`; `plan` simulates the candidates from here and has the last word.
+The instance, and what its objective means, is in `teams`; `plan` simulates the candidates from here and has the last
+word.
 
 | mode | teams that a block may have |
 |---|---|
@@ -45,40 +46,48 @@ def propose(
 ) -> list[tuple[Placement, SolverReport]]:
     """Candidate placements of a mode, the best by proxy first; "auto" offers split, whole and mixed ones.
 
-    Raises InfeasibleError when the model does not fit into the fleet's memory in any of the ways of the mode.
+    With scores, split blocks are offered in two ways, see `assign_heads`. Raises InfeasibleError when the model does
+    not fit into the fleet's memory in any of the ways of the mode.
     """
     if mode not in MODES:
         raise UserError(f"'{mode}' is not a placement mode.", code="unknown_placement", param="placement")
-    found: dict[bytes, tuple[Placement, SolverReport]] = {}
+    solved: list[Solved] = []
     misses: list[InfeasibleError] = []
     for kind in KINDS[mode] if costs.num_workers > 1 else ("whole",):
-        best = min(found.values(), key=lambda pair: pair[1].objective, default=None)
+        best = min(solved, key=lambda found: found.report.objective, default=None)
         try:
-            placement, report = solve(costs, kind, scores=scores, limits=limits, hint=best and best[0])
-            found.setdefault(placement.owner_LH.tobytes(), (placement, report))
+            solved.append(solve(costs, kind, limits=limits, hint=best and best.counts_LW))
         except InfeasibleError as error:
             misses.append(error)
-    if not found:
+    if not solved:
         raise misses[-1]
-    return sorted(found.values(), key=lambda pair: pair[1].objective)
+    candidates: dict[bytes, tuple[Placement, SolverReport]] = {}
+    for found in sorted(solved, key=lambda found: found.report.objective):
+        for style in ("even", "lead") if scores is not None else ("even",):
+            owner_LH = assign_heads(found.counts_LW, found.classifier, scores, style)
+            placement = Placement(owner_LH, costs.num_workers, found.classifier)
+            candidates.setdefault(owner_LH.tobytes(), (placement, found.report))
+    return list(candidates.values())
 
 
-def solve(
-    costs: Costs,
-    kind: str,
-    *,
-    scores: Scores | None = None,
-    limits: Limits | None = None,
-    hint: Placement | None = None,
-) -> tuple[Placement, SolverReport]:
-    """The best placement of one kind ("split", "whole" or "mixed") by the proxy, with the solver's bound.
+@dataclass(frozen=True, eq=False)
+class Solved:
+    """Head counts of one kind of placement, with the solver's status, objective and bound."""
 
-    Raises InfeasibleError, naming the worker that lacks memory.
+    counts_LW: IntArray
+    classifier: int
+    report: SolverReport
+
+
+def solve(costs: Costs, kind: str, *, limits: Limits | None = None, hint: IntArray | None = None) -> Solved:
+    """The best counts of one kind ("split", "whole" or "mixed") by the proxy; `hint` are counts to start from.
+
+    Raises InfeasibleError, naming the workers that lack memory.
     """
     limits = limits or Limits()
     model = _Model(Instance(costs, teams_of(costs, kind)), kind)
     if hint is not None:
-        model.hint(counts_of(hint))
+        model.hint(hint)
     solver = _solver(limits)
     status = solver.solve(model.model)
     if status == cp_model.INFEASIBLE:
@@ -88,8 +97,7 @@ def solve(
             f"No {kind} placement was found in {limits.seconds:g} s.", code="placement_unsolved", param="placement"
         )
     counts_LW, classifier = model.read(solver)
-    placement = Placement(assign_heads(counts_LW, classifier, scores), costs.num_workers, classifier)
-    return placement, _report(solver, kind, status, counts_LW)
+    return Solved(counts_LW, classifier, _report(solver, kind, status, counts_LW))
 
 
 def counts_of(placement: Placement) -> IntArray:
@@ -98,23 +106,43 @@ def counts_of(placement: Placement) -> IntArray:
     return np.array(rows, dtype=np.int64)
 
 
-def assign_heads(counts_LW: IntArray, classifier: int, scores: Scores | None = None) -> IntArray:
-    """Owners [L, H] from counts: a block's most worthy heads go to its *lead*, so that FULL heads can lie on few workers.
+def assign_heads(counts_LW: IntArray, classifier: int, scores: Scores | None = None, style: str = "even") -> IntArray:
+    """Owners [L, H] from counts, by the backward worth of heads; without scores their index is their rank.
 
-    Consecutive blocks with the same team share out the lead in proportion to their members' heads, the classifier's worker
-    on top: a held-still set of FULL heads then needs no gradient sums and few crossings. Without scores the order is by index.
+    "even" lets the members of a block take turns, so that all train alike: short steps where links are fast. "lead"
+    gives a block's most worthy heads to one member, so that a held-still set of FULL heads can lie on few workers: few
+    bytes.
     """
     num_heads = int(counts_LW[0].sum())
     owner_LH = np.zeros((len(counts_LW), num_heads), dtype=np.int64)
     for block, members in enumerate(_leads(counts_LW, classifier)):
         worth_H = np.zeros(num_heads) if scores is None else scores.backward_LH[block]
         order = np.argsort(-worth_H, kind="stable")
-        owner_LH[block, order] = np.repeat(members, counts_LW[block, members])
+        counts = [int(counts_LW[block, w]) for w in members]
+        if style == "even" and scores is not None:
+            owner_LH[block, order] = _turns(members, counts, block)
+        else:
+            owner_LH[block, order] = np.repeat(members, counts)
     return owner_LH
 
 
+def _turns(members: Sequence[int], counts: Sequence[int], first: int) -> list[int]:
+    """Members in the order in which they take a head: who has the largest part of its count to go; `first` breaks ties."""
+    left = list(counts)
+    out: list[int] = []
+    for _ in range(sum(counts)):
+        place = max(range(len(left)), key=lambda i: (left[i] / counts[i], (i + first) % len(left)))
+        left[place] -= 1
+        out.append(members[place])
+    return out
+
+
 def _leads(counts_LW: IntArray, classifier: int) -> list[list[int]]:
-    """For each block its members, the lead first."""
+    """For each block its members, the lead first.
+
+    Consecutive blocks with the same team share out the lead in proportion to their members' heads, the classifier's
+    worker on top, so that the gradient crosses between leads seldom.
+    """
     out: list[list[int]] = []
     for team, blocks in itertools.groupby(range(len(counts_LW)), key=lambda b: tuple(np.flatnonzero(counts_LW[b]))):
         run = list(blocks)

@@ -1,14 +1,15 @@
 """Plans: placement, selection and forecast for one window, and the judge that knows no solver.
 
-    propose placements ─► select ops on each ─► compile and simulate its cycle ─► keep the fastest that meets the budgets
+    propose placements ─► select ops on each ─► compile and simulate its cycle ─► keep the fastest that meets the
+    budgets
 
-Of several placements, the one with the shortest simulated step *under its own selection* wins: all-FULL steps would favour
-placements whose gain the selection takes away again. A placement that cannot meet the budgets is passed over.
+Of several placements, the one with the shortest simulated step *under its own selection* wins: all-FULL steps would
+favour placements whose gain the selection takes away again. A placement that cannot meet the budgets is passed over.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +37,7 @@ from scheduler.simulate import simulate
 from scheduler.teams import Instance
 from scheduler.transfers import step_bytes
 
+SAMPLED = 2  # steps simulated to compare placements; the plan's forecast is over the whole cycle
 KEPT = SolverReport("kept", "KEPT", 0.0, 0.0, 0.0, 0.0, "the placement of the last window")
 
 
@@ -65,6 +67,13 @@ class PlanRequest:
                 param="method.strategy",
                 remedy=f"Use one of {', '.join(STRATEGIES)}.",
             )
+
+    @property
+    def holds_heads(self) -> bool:
+        """Whether some heads are FULL and others FORWARD for a whole window, so that who owns which head matters."""
+        return self.strategy == "held" and (
+            self.compute is not None or (self.ratios is not None and self.ratios[1] > 0)
+        )
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> PlanRequest:
@@ -103,22 +112,58 @@ def make_plan(
     if placement is not None:
         candidates = [(placement, KEPT)]
     else:
+        ranked = scores if request.holds_heads else None
         limits = limits or Limits(seed=request.seed)
-        candidates = propose(costs, request.placement, scores=scores, limits=limits)
-    plans: list[Plan] = []
+        candidates = propose(costs, request.placement, scores=ranked, limits=limits)
+    drafts = _drafts(request, costs, scores, candidates, window)
+    best = min(drafts, key=lambda draft: draft.step_us)
+    full = uniform_ops(costs.shape, costs.step.num_micro_batches, Op.FULL)
+    plan = Plan(
+        version=version,
+        window=window,
+        placement=best.placement,
+        cycle=best.selection.cycle,
+        forecast=mean_forecast(forecast(request, best.placement, ops, costs) for ops in best.selection.cycle),
+        all_full=forecast(request, best.placement, full, costs),
+        placement_report=best.placement_report,
+        selection_report=best.selection.report,
+        skip_fill=request.skip_fill,
+    )
+    if faults := check(plan, costs, request, play=False):
+        raise SystemFault(f"The planner broke its own rules: {'; '.join(faults)}.", code="bad_plan")
+    return plan
+
+
+@dataclass(frozen=True, eq=False)
+class _Draft:
+    """A placement with its selection, and the simulated µs of its first steps."""
+
+    placement: Placement
+    placement_report: SolverReport
+    selection: Selection
+    step_us: int
+
+
+def _drafts(
+    request: PlanRequest,
+    costs: Costs,
+    scores: Scores,
+    candidates: Sequence[tuple[Placement, SolverReport]],
+    window: int,
+) -> list[_Draft]:
+    drafts: list[_Draft] = []
     misses: list[InfeasibleError] = []
-    for candidate, report in candidates:
+    for placement, report in candidates:
         try:
-            plans.append(_plan(request, costs, scores, candidate, report, version, window))
+            selection = select(request, placement, costs, scores, window)
         except InfeasibleError as error:
             misses.append(error)
-    if not plans:
+            continue
+        steps = [forecast(request, placement, ops, costs) for ops in selection.cycle[:SAMPLED]]
+        drafts.append(_Draft(placement, report, selection, mean_forecast(steps).step_us))
+    if not drafts:
         raise _no_plan(misses)
-    best = min(plans, key=lambda plan: plan.forecast.step_us)
-    faults = check(best, costs, request, play=False)
-    if faults:
-        raise SystemFault(f"The planner broke its own rules: {'; '.join(faults)}.", code="bad_plan")
-    return best
+    return drafts
 
 
 def select(request: PlanRequest, placement: Placement, costs: Costs, scores: Scores, window: int = 0) -> Selection:
@@ -154,30 +199,6 @@ def check(plan: Plan, costs: Costs, request: PlanRequest, *, play: bool = True) 
     if play:
         faults += _play_faults(plan, costs, request)
     return faults
-
-
-def _plan(
-    request: PlanRequest,
-    costs: Costs,
-    scores: Scores,
-    placement: Placement,
-    report: SolverReport,
-    version: int,
-    window: int,
-) -> Plan:
-    selection = select(request, placement, costs, scores, window)
-    full = uniform_ops(costs.shape, costs.step.num_micro_batches, Op.FULL)
-    return Plan(
-        version=version,
-        window=window,
-        placement=placement,
-        cycle=selection.cycle,
-        forecast=mean_forecast(forecast(request, placement, ops, costs) for ops in selection.cycle),
-        all_full=forecast(request, placement, full, costs),
-        placement_report=report,
-        selection_report=selection.report,
-        skip_fill=request.skip_fill,
-    )
 
 
 def _no_plan(misses: list[InfeasibleError]) -> InfeasibleError:

@@ -64,7 +64,8 @@ class Selection:
 def select_ratios(request: SelectionRequest, placement: Placement, scores: Scores, num_micro_batches: int) -> Selection:
     """A selection whose counts over all (head, micro-batch) are exactly the ratios, in every table.
 
-    Raises UserError when they do not sum to the step's micro-batches, InfeasibleError when a micro-batch would train nothing.
+    Raises UserError when they do not sum to the step's micro-batches, InfeasibleError when a micro-batch would train
+    nothing.
     """
     full, forward, skip = _checked(request, num_micro_batches)
     draw = Draw(num_micro_batches, request.key, TOGETHER)

@@ -1,15 +1,15 @@
 """Teams: the instance behind placement, and the judge of its objective that knows no solver.
 
-Heads of a block cost the same until their worths differ, so a placement is head counts n[l, w]; the *team* of a block is
-the workers with n[l, w] > 0. Per micro-batch, in µs, with M micro-batches of which F are in flight at a time:
+Heads of a block cost the same until their worths differ, so a placement is head counts n[l, w]; the *team* of a block
+is the workers with n[l, w] > 0. Per micro-batch, in µs, with M micro-batches of which F are in flight at a time:
 
     load_w     Σ_l curve_w(n[l, w]), and the embedding and the classifier where w has them
     wire_uv    time that link u→v is taken: 2/P messages per exchange of a team of P (the root rotates), and crossings
     path       Σ_l (slowest member + hops of its exchanges) + crossings: one micro-batch alone
     proxy      max((M−1)·load_w + update_w·Σ_l n[l, w], (M−1)·wire_uv, (M−1)·path / F) + path
 
-That is GPipe's (M−1)·max + Σ, so it counts the bubble of whole blocks; split blocks interleave, so their loads level out over
-the blocks; and F micro-batches in flight can hide no more than F − 1 parts of a path spent waiting.
+That is GPipe's (M−1)·max + Σ, so it counts the bubble of whole blocks; split blocks interleave, so their loads level
+out over the blocks; and F micro-batches in flight can hide no more than F − 1 parts of a path spent waiting.
 """
 
 from __future__ import annotations

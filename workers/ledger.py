@@ -43,43 +43,58 @@ class Row:
     all_full: float | None
 
 
+@dataclass(frozen=True)
+class Predicted:
+    """What was forecast of one step."""
+
+    step: Forecast
+    all_full: Forecast
+    flops: int
+    sent_bytes: int
+
+
 @dataclass
 class Ledger:
     """Collects a run; `to_dict` is what users see."""
 
     rehearsal: Measured = field(default_factory=Measured)
     training: Measured = field(default_factory=Measured)
-    forecasts: list[tuple[Forecast, Forecast]] = field(default_factory=list)
+    predicted: list[Predicted] = field(default_factory=list)
     accuracy_before: float | None = None
     accuracy_after: float | None = None
     phases: dict[str, float] = field(default_factory=dict)
     checkpoint: str | None = None
 
-    def planned(self, plan: Plan, steps: int) -> None:
-        """`steps` steps ran under `plan`."""
-        self.forecasts += [(plan.forecast, plan.all_full)] * steps
+    def planned(self, plan: Plan, flops: int, sent_bytes: int) -> None:
+        """A step ran under `plan`; FLOPs and bytes are those of its own op table, times the mean over the plan's cycle."""
+        self.predicted.append(Predicted(plan.forecast, plan.all_full, flops, sent_bytes))
 
     def rows(self) -> list[Row]:
-        mine, full = self.training, self.rehearsal
+        mine, full, told = self.training, self.rehearsal, self.predicted
+
+        def row(name: str, predicted: float | None, key: str, scale: float = 1.0) -> Row:
+            return Row(name, predicted, mine.per_step(key) * scale, full.per_step(key) * scale)
+
+        flops, sent = _mean(p.flops for p in told), _mean(p.sent_bytes for p in told)
         return [
             Row(
                 "compute fraction",
-                _ratio((f.flops for f, _ in self.forecasts), (a.flops for _, a in self.forecasts)),
+                _over(flops, _mean(p.all_full.flops for p in told)),
                 _over(mine.per_step("flops"), full.per_step("flops")),
                 1.0,
             ),
             Row(
                 "bytes fraction",
-                _ratio((f.total_bytes for f, _ in self.forecasts), (a.total_bytes for _, a in self.forecasts)),
+                _over(sent, _mean(p.all_full.total_bytes for p in told)),
                 _over(mine.per_step("sent_bytes"), full.per_step("sent_bytes")),
                 1.0,
             ),
-            Row("step seconds", _mean(f.step_us / 1e6 for f, _ in self.forecasts), mine.per_step("wall_s"), full.per_step("wall_s")),
-            Row("idle share", _mean(f.idle_share for f, _ in self.forecasts), mine.per_step("idle_share"), full.per_step("idle_share")),
-            Row("processor seconds per step", _mean(sum(f.busy_us) / 1e6 for f, _ in self.forecasts), mine.per_step("cpu_s"), full.per_step("cpu_s")),
-            Row("bytes per step", _mean(float(f.total_bytes) for f, _ in self.forecasts), mine.per_step("sent_bytes"), full.per_step("sent_bytes")),
-            Row("GFLOP per step", _mean(f.flops / 1e9 for f, _ in self.forecasts), mine.per_step("flops") / 1e9, full.per_step("flops") / 1e9),
-        ]  # fmt: skip
+            row("step seconds", _mean(p.step.step_us / 1e6 for p in told), "wall_s"),
+            row("idle share", _mean(p.step.idle_share for p in told), "idle_share"),
+            row("processor seconds per step", _mean(sum(p.step.busy_us) / 1e6 for p in told), "cpu_s"),
+            row("MB per step", sent and sent / 1e6, "sent_bytes", 1e-6),
+            row("GFLOP per step", flops and flops / 1e9, "flops", 1e-9),
+        ]
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -91,12 +106,8 @@ class Ledger:
         }
 
 
-def _ratio(above: Iterable[float], below: Iterable[float]) -> float | None:
-    return _over(float(sum(above)), float(sum(below)))
-
-
-def _over(above: float, below: float) -> float | None:
-    return above / below if below else None
+def _over(above: float | None, below: float | None) -> float | None:
+    return above / below if above is not None and below else None
 
 
 def _mean(values: Iterable[float]) -> float | None:

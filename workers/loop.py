@@ -187,19 +187,20 @@ class ActorPlanner:
     def announce(self, announcement: dict[str, Any]) -> None:
         self._announcement = announcement
         job, attempt = self.context.job_id, self.context.attempt
-        ray.get(self._actor.announce.remote(job, attempt, self.world_size, self.rank, announcement))
+        answer = ray.get(self._actor.announce.remote(job, attempt, self.world_size, self.rank, announcement))
+        if "error" in answer:
+            raise from_dict(answer["error"])
 
     def plan(self, window: int) -> tuple[Plan, list[DeviceProfile]]:
         deadline = time.monotonic() + PLAN_TIMEOUT_S
         while time.monotonic() < deadline:
             answer = ray.get(self._actor.plan.remote(self.context.job_id, self.context.attempt, window))
-            if "error" in answer:
+            if "cycle" in answer:
+                return Plan.from_dict(answer), [DeviceProfile.from_dict(p) for p in answer["profiles"]]
+            if answer.get("error", {}).get("code") == "unknown_attempt":
+                self.announce(self._announcement)  # the actor was restarted and has forgotten
+            elif "error" in answer:
                 raise from_dict(answer["error"])
-            if "plan" in answer:
-                return Plan.from_dict(answer["plan"]), [DeviceProfile.from_dict(p) for p in answer["profiles"]]
-            if answer.get("unknown"):
-                # The actor was restarted and has forgotten: say it again.
-                self.announce(self._announcement)
             time.sleep(POLL_S)
         raise SystemFault(
             f"No plan for window {window} came within {PLAN_TIMEOUT_S:g} s: {answer}", code="plan_timeout"

@@ -216,12 +216,11 @@ class Session:
                 self.executor.means = self.passes.measure_means(images_BCHW.to(self.device))
             measured = self._run_window(plan, begin, end)
             self.ledger.training.add(self._over_workers(measured))
-            self.ledger.planned(plan, end - begin)
         self.executor.update = None
 
     def _run_window(self, plan: Plan, begin: int, end: int) -> Measured:
         compiled = self._compile(plan)
-        fractions = [_table_fractions(plan, ops_LHM, self.costs, self.spec.train_embed) for ops_LHM in plan.cycle]
+        tolls = [_toll(plan, ops_LHM, self.costs, self.spec.train_embed) for ops_LHM in plan.cycle]
         measured = Measured()
 
         def needs(step: int) -> Needs | None:
@@ -234,7 +233,8 @@ class Session:
                 report = self.executor.run(compiled[which], self._batch(batches, step))
                 self._check_finite(report, step)
                 measured.add(_measured(report))
-                self._emit_metrics(report, step, learning_rate, *fractions[which])
+                self.ledger.planned(plan, *tolls[which])
+                self._emit_metrics(report, step, learning_rate, plan, *tolls[which])
         return measured
 
     def _batch(self, batches: Prefetcher, step: int) -> Batch:
@@ -242,7 +242,9 @@ class Session:
         to = self.device
         return Batch({m: x.to(to) for m, x in data.images.items()}, {m: y.to(to) for m, y in data.labels.items()})
 
-    def _emit_metrics(self, report: StepReport, step: int, learning_rate: float, compute: float, sent: float) -> None:
+    def _emit_metrics(
+        self, report: StepReport, step: int, learning_rate: float, plan: Plan, flops: int, sent_bytes: int
+    ) -> None:
         images = self.step_shape.num_micro_batches * self.step_shape.micro_batch_size
         self._emit(
             "metrics",
@@ -255,8 +257,8 @@ class Session:
             grad_norm=report.grad_norm,
             step_seconds=report.wall_s,
             idle_share=report.idle_share,
-            compute_fraction=compute,
-            bytes_fraction=sent,
+            compute_fraction=flops / plan.all_full.flops,
+            bytes_fraction=sent_bytes / max(1, plan.all_full.total_bytes),
         )
 
     def _check_finite(self, report: StepReport, step: int) -> None:
@@ -323,11 +325,9 @@ class Session:
 def plan_request(spec: JobSpec) -> dict[str, Any]:
     """What the planner needs to know of a job."""
     method = spec.method
-    ratios, budgets = method.ratios, method.budgets
     return {
-        "ratios": [ratios.full, ratios.forward, ratios.skip] if ratios else None,
-        "compute": budgets.compute if budgets else None,
-        "bytes": budgets.bytes if budgets else None,
+        "ratios": method.ratios and method.ratios.model_dump(),
+        "budgets": method.budgets and method.budgets.model_dump(),
         "strategy": method.strategy,
         "score": method.score,
         "skip_fill": method.skip_fill,
@@ -345,9 +345,7 @@ def _measured(report: StepReport) -> Measured:
     return Measured(1, report.flops, float(sum(report.sent_bytes)), report.wall_s, report.cpu_s, report.idle_share)
 
 
-def _table_fractions(plan: Plan, ops_LHM: OpTable, costs: Costs, embed_grad: bool) -> tuple[float, float]:
-    """(compute, bytes) of one step's op table against all-FULL."""
-    flops = step_flops(costs.shape, costs.step, ops_LHM)
-    sent = int(step_bytes(plan.placement, ops_LHM, costs.shape, costs.step, embed_grad).sum())
-    full_bytes = plan.all_full.total_bytes
-    return flops / plan.all_full.flops, sent / full_bytes if full_bytes else 0.0
+def _toll(plan: Plan, ops_LHM: OpTable, costs: Costs, embed_grad: bool) -> tuple[int, int]:
+    """(FLOPs, bytes) of one step under an op table."""
+    sent = step_bytes(plan.placement, ops_LHM, costs.shape, costs.step, embed_grad).sum()
+    return step_flops(costs.shape, costs.step, ops_LHM), int(sent)
