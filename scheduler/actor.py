@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -28,7 +28,12 @@ from scheduler.scores import FloatArray, make_scores, merge
 
 NAME, NAMESPACE = "d2ft-scheduler", "d2ft"
 MAX_ATTEMPTS = 100  # kept in memory; the oldest are dropped
-CONCURRENCY = 16  # calls at a time: one may solve while others announce and ask
+RAY_OPTIONS: dict[str, Any] = {
+    "num_cpus": 0,
+    "max_restarts": -1,
+    "max_task_retries": -1,
+    "max_concurrency": 16,  # calls at a time: some may solve while others announce and ask
+}
 FRESH = 0.5  # weight of a window's new Fisher against the old
 
 Answer = dict[str, Any]
@@ -49,8 +54,10 @@ class Announcement:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Announcement:
-        """Keys: profile, fisher [L][H] sums, samples, magnitude [L][H], shape, step, request; placement where one is in use."""
-        sizes = {key: tuple(value) if isinstance(value, list) else value for key, value in data["shape"].items()}
+        """Keys: profile, fisher [L][H] sums, samples, magnitude [L][H], shape, step, request; placement if in use."""
+        sizes: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in data["shape"].items()
+        }
         placement = data.get("placement")
         return cls(
             DeviceProfile.from_dict(data["profile"]),
@@ -66,7 +73,7 @@ class Announcement:
 
 @dataclass(eq=False)
 class _Attempt:
-    """One attempt of a job. `lock` is held while solving, so that callers of the same attempt wait and others do not."""
+    """One attempt of a job. `lock` is held while solving: callers of the same attempt wait, others do not."""
 
     world_size: int
     announcements: dict[int, Announcement] = field(default_factory=dict)
@@ -102,15 +109,24 @@ class Scheduler:
                 self._attempts.popitem(last=False)
             return {"announced": len(found.announcements), "world_size": world_size}
 
-    def plan(self, job: str, attempt: int, window: int = 0, timings: dict[str, Any] | None = None) -> Answer:
+    def plan(
+        self,
+        job: str,
+        attempt: int,
+        window: int = 0,
+        timings: dict[str, Any] | None = None,
+        rank: int | None = None,
+    ) -> Answer:
         """The plan of a window as a dict, `{"waiting": n}` for n ranks that have not announced, or `{"error": {...}}`.
 
-        The first caller of a window has it solved, the others get the same. Windows after the first keep the placement.
-        `timings` may hold newer measurements: `profiles` {rank: profile} and `fisher` [L][H] means per sample.
+        The first caller of a window has it solved, the others get the same; it carries the `profiles` it rests on, in
+        rank order. Windows after the first keep the placement. `timings` may hold newer measurements: `profiles`
+        {rank: profile} and `fisher` [L][H] means per sample. A caller that gives its `rank` is told `unknown_attempt`
+        when it has to announce.
         """
         found = self._attempts.get((job, attempt))
-        if found is None:
-            return {"error": SystemFault("Nobody announced this attempt.", code="unknown_attempt").to_dict()}
+        if found is None or (rank is not None and rank not in found.announcements):
+            return {"error": SystemFault("The scheduler does not know this attempt.", code="unknown_attempt").to_dict()}
         waiting = found.world_size - len(found.announcements)
         if waiting:
             return {"waiting": waiting}
@@ -138,10 +154,12 @@ class Scheduler:
             return len(keys)
 
 
+SchedulerActor: Any = ray.remote(**RAY_OPTIONS)(Scheduler)
+
+
 def connect() -> Any:
-    """The cluster's scheduler actor, made if it is not there; its methods are those of `Scheduler`, called with `.remote`."""
-    shell = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1, max_concurrency=CONCURRENCY)(Scheduler)
-    return shell.options(name=NAME, namespace=NAMESPACE, lifetime="detached", get_if_exists=True).remote()
+    """The cluster's scheduler actor, made if it is not there; the methods of `Scheduler`, called with `.remote`."""
+    return SchedulerActor.options(name=NAME, namespace=NAMESPACE, lifetime="detached", get_if_exists=True).remote()
 
 
 def _answer(found: _Attempt, window: int, timings: dict[str, Any]) -> Answer:
@@ -158,7 +176,9 @@ def _solve(found: _Attempt, window: int, timings: dict[str, Any]) -> Answer:
     if any((other.shape, other.step, other.request) != (first.shape, first.step, first.request) for other in heard):
         raise UserError("The ranks announce different models or requests.", code="ranks_differ", param="workers")
     newer = {int(rank): DeviceProfile.from_dict(profile) for rank, profile in timings.get("profiles", {}).items()}
-    costs = Costs(first.shape, first.step, [newer.get(rank, h.profile) for rank, h in enumerate(heard)])
+    # memory was free before the model was placed; what a profile measures later is less and means nothing here
+    profiles = [replace(newer.get(rank, h.profile), free_bytes=h.profile.free_bytes) for rank, h in enumerate(heard)]
+    costs = Costs(first.shape, first.step, profiles)
     placement = found.placement or first.placement
     plan = make_plan(
         first.request, costs, _scores(found, heard, timings), version=window + 1, window=window, placement=placement

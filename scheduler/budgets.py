@@ -30,7 +30,7 @@ from scheduler.transfers import step_bytes
 PRICES = (0.0, 0.1, 0.4, 2.0, 50.0)  # of one backward message per micro-batch, in mean heads' worth
 TOGETHER = (0.5, 0.8, 1.0)
 GLANCE, FAR_OFF = 2, 1.15  # a mix whose first two steps send 15 % too much is not measured further
-GRID = 20  # steps between no SKIP and all but one
+GRID = 32  # steps between no SKIP and all but one
 
 
 def select_budgets(request: SelectionRequest, placement: Placement, costs: Costs, scores: Scores) -> Selection:
@@ -41,8 +41,6 @@ def select_budgets(request: SelectionRequest, placement: Placement, costs: Costs
     began = time.monotonic()
     search = _Search(request, placement, costs, scores)
     mixes = sorted(search.mixes(), reverse=True)
-    if not mixes:
-        raise _compute_error(search)
     best: Selection | None = None
     for mix in mixes:
         if best is not None and mix.ceiling <= best.report.objective:
@@ -51,28 +49,34 @@ def select_budgets(request: SelectionRequest, placement: Placement, costs: Costs
         if found is not None and (best is None or found.report.objective > best.report.objective):
             best = found
     if best is None:
-        raise _bytes_error(search)
+        raise _bytes_error(search) if search.tried else _compute_error(search)
     worth, bound = best.report.objective, worth_bound(search)
     report = replace(best.report, bound=bound, gap=max(0.0, bound - worth) / bound, seconds=time.monotonic() - began)
     return Selection(best.cycle, report)
 
 
 def _compute_error(search: _Search) -> InfeasibleError:
-    least = search.least_compute
+    least = next(percent for percent in range(1, 101) if _feeds(search, percent / 100)) / 100
     return InfeasibleError(
-        f"No plan runs on {search.request.compute:.2f} of the compute: when every head sits out all micro-batches but one and each "
-        f"micro-batch trains one head, {least:.2f} are left.",
+        f"No {search.request.strategy} selection runs on {search.request.compute:.2f} of the compute: the least with which "
+        f"every micro-batch trains a head on this placement is {least:.2f}.",
         code="budgets_infeasible",
         param="method.budgets",
-        remedy=f"Set compute to {_up(least)} or more.",
+        remedy=f"Set compute to {least:.2f} or more.",
     )
+
+
+def _feeds(search: _Search, compute: float) -> bool:
+    """Whether some selection within this much compute starves no micro-batch."""
+    wider = _Search(replace(search.request, compute=compute), search.placement, search.costs, search.scores)
+    return any(wider.fed(mix, PRICES[0], TOGETHER[0]) is not None for mix in wider.mixes())
 
 
 def _bytes_error(search: _Search) -> InfeasibleError:
     request, least = search.request, search.least_bytes
     return InfeasibleError(
-        f"No {request.strategy} selection sends {request.max_bytes:.2f} of the bytes: the least bytes fraction found at compute "
-        f"{request.compute or 1.0:.2f} on this placement is {least:.2f}.",
+        f"No {request.strategy} selection sends only {request.max_bytes:.2f} of the bytes: the least bytes fraction "
+        f"found at compute {request.compute or 1.0:.2f} on this placement is {least:.2f}.",
         code="budgets_infeasible",
         param="method.budgets",
         remedy=f"Set bytes to {_up(least)} or more, lower compute, or choose another placement.",
@@ -80,6 +84,7 @@ def _bytes_error(search: _Search) -> InfeasibleError:
 
 
 def _up(fraction: float) -> str:
+    """Rounded up to what can be asked for."""
     return f"{min(1.0, np.ceil(fraction * 100) / 100):.2f}"
 
 
@@ -124,14 +129,6 @@ class _Search:
         return (self.request.compute or 1.0) * self.all_full_flops - trunk
 
     @property
-    def least_compute(self) -> float:
-        """Fraction of compute of the leanest step: one run per head, one FULL run per micro-batch."""
-        forward, shape = self.forward_flops, self.costs.shape
-        trunk = self.num_micro_batches * shape.trunk_flops(self.costs.step.micro_batch_size)
-        heads = shape.num_blocks * forward.sum() + 2 * self.num_micro_batches * forward.max()
-        return float((trunk + heads) / self.all_full_flops)
-
-    @property
     def fixed_bytes(self) -> int:
         """Bytes that every selection sends: tallies, and the embedding's gradient where several workers hold it."""
         workers, embedders = self.placement.num_workers, len(self.placement.embedders)
@@ -140,7 +137,7 @@ class _Search:
         return tallies + embedding * self.request.embed_grad
 
     def mixes(self) -> Iterator[Mix]:
-        """What the compute budget allows, for every number of SKIPs; without a FULL run for every micro-batch it is no mix."""
+        """What the compute budget allows for every number of SKIPs, if each micro-batch can have a FULL run."""
         shape, forward = self.costs.shape, self.forward_flops
         heads = shape.num_blocks * shape.num_heads
         every = max(1, round(PERIOD * (self.num_micro_batches - 1) / GRID))
@@ -159,25 +156,25 @@ class _Search:
         return float(worth / self.num_micro_batches / (forward.sum() + backward.sum()))
 
     def best_of(self, mix: Mix) -> Selection | None:
-        """The most worthy selection of a mix that fits the bytes; the cheapest in bytes is tried first, to give up early."""
+        """The most worthy selection of a mix that fits the bytes; the leanest is tried first, to give up early."""
         prices = PRICES if self.request.strategy == "held" else PRICES[:1]
         together = TOGETHER if self.request.strategy != "scattered" else TOGETHER[:1]
-        if self.fitting(mix, prices[-1], together[-1]) is None:
+        leanest = self.fed(mix, prices[-1], together[-1])
+        if leanest is not None and not self.fits(leanest):
             return None
         for price in prices:
             for follow in together:
-                cycle = self.fitting(mix, price, follow)
-                if cycle is not None:
+                cycle = self.fed(mix, price, follow)
+                if cycle is not None and self.fits(cycle):
                     return Selection(cycle, self._report(cycle, mix, price, follow))
         return None
 
-    def fitting(self, mix: Mix, price: float, together: float) -> tuple[OpTable, ...] | None:
-        """The cycle drawn, if it keeps within the bytes and starves no micro-batch."""
+    def fed(self, mix: Mix, price: float, together: float) -> tuple[OpTable, ...] | None:
+        """The cycle drawn, if every micro-batch has a FULL head."""
         try:
-            cycle = self.draw(mix, price, together)
+            return self.draw(mix, price, together)
         except InfeasibleError:
             return None
-        return cycle if self.fits(cycle) else None
 
     def draw(self, mix: Mix, price: float, together: float) -> tuple[OpTable, ...]:
         draw = Draw(self.num_micro_batches, self.request.key, together)
@@ -192,8 +189,7 @@ class _Search:
     def fits(self, cycle: tuple[OpTable, ...]) -> bool:
         self.tried += 1
         glance = np.mean([self._bytes(ops) for ops in cycle[:GLANCE]]) / max(1, self.all_full_bytes)
-        if glance > FAR_OFF * self.request.max_bytes:
-            self.least_bytes = min(self.least_bytes, float(glance))
+        if glance > max(FAR_OFF * self.request.max_bytes, self.least_bytes):
             return False
         spent = np.mean([self._bytes(ops) for ops in cycle]) / max(1, self.all_full_bytes)
         self.least_bytes = min(self.least_bytes, float(spent))
@@ -206,7 +202,8 @@ class _Search:
     def _report(self, cycle: tuple[OpTable, ...], mix: Mix, price: float, together: float) -> SolverReport:
         worth = worth_fraction(cycle, self.scores)
         full = mix.fulls / self.placement.owner_LH.size
-        note = f"{full:.2f} FULL and {mix.skip:g} SKIP of {self.num_micro_batches}; price {price:g}, together {together:g}; {self.tried} tried"
+        note = f"{full:.2f} FULL and {mix.skip:g} SKIP of {self.num_micro_batches} micro-batches per head; "
+        note += f"price {price:g}, together {together:g}; {self.tried} tried"
         return SolverReport(f"search {self.request.strategy}", "FEASIBLE", worth, 1.0, 1.0 - worth, 0.0, note)
 
 

@@ -30,7 +30,8 @@ def compile_step(
 ) -> tuple[Program, ...]:
     """Programs of one training step, one per worker.
 
-    `max_in_flight` bounds the micro-batches between first forward and last backward (activation memory); by default max(2, W).
+    `max_in_flight` bounds the micro-batches between first forward and last backward (activation memory);
+    by default max(2, W).
     """
     num_micro_batches = ops_LHM.shape[2]
     lanes = [

@@ -43,7 +43,7 @@ class ModelShape:
     """Sizes of a vision transformer cut into heads and a trunk.
 
     `mlp_dims[h]` is the width of head h's slice of the MLP. Parameter counts: `head_params[h]` of one head with its
-    slices, `embed_params`, `norm_params` (both norms, layer scales and output biases of one block), `classifier_params`.
+    slices, `embed_params`, `norm_params` (norms, layer scales and output biases of one block), `classifier_params`.
     """
 
     num_blocks: int
@@ -126,7 +126,7 @@ class DeviceProfile:
 
 @dataclass(frozen=True, eq=False)
 class Scores:
-    """Worth of every head, normalised to mean 1: `backward_LH` of a FULL op over FORWARD, `forward_LH` of FORWARD over SKIP."""
+    """Worth of every head, with mean 1: `backward_LH` of FULL over FORWARD, `forward_LH` of FORWARD over SKIP."""
 
     backward_LH: npt.NDArray[np.float64]
     forward_LH: npt.NDArray[np.float64]
@@ -254,8 +254,8 @@ class SolverReport:
 class Plan:
     """Placement, op tables and forecast for one window; immutable and versioned.
 
-    Step s of the window runs `cycle[s % len(cycle)]`. `forecast` is the mean over the cycle, `all_full` the forecast of a step in
-    which every head is FULL under the same placement: fractions are taken against it.
+    Step s of the window runs `cycle[s % len(cycle)]`. `forecast` is the mean over the cycle, `all_full` the forecast of
+    a step in which every head is FULL under the same placement: fractions are taken against it.
     """
 
     version: int

@@ -51,7 +51,7 @@ class Draw:
 
 @dataclass(frozen=True)
 class Swing:
-    """One head that is FULL for `runs` of the micro-batches it runs: it makes the total exact where whole heads do not."""
+    """One head that is FULL for `runs` of the micro-batches it runs: it makes up what whole heads leave of a total."""
 
     block: int
     head: int
@@ -118,9 +118,9 @@ def redrawn_cycle(placement: Placement, scattered: bool, fulls: float, skip: flo
 
 
 def counts_over_cycle(units: Sequence[Unit], mean: float | npt.NDArray[np.float64], aligned: bool) -> IntArray:
-    """[T, U]: whole counts per table whose mean is `mean` (of all units, or of each; multiples of 1/`PERIOD`), staggered over the units of a worker.
+    """[T, U]: whole counts per table whose mean over the cycle is `mean`, staggered over the units of a worker.
 
-    With `aligned`, all units of a worker have the same count.
+    `mean` is for all units or for each, in multiples of 1/`PERIOD`. If `aligned`, a worker's units have the same count.
     """
     seen: dict[int, int] = {}
     owned = {worker: sum(u.worker == worker for u in units) for worker in {u.worker for u in units}}

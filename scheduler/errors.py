@@ -1,11 +1,11 @@
 """Everything that can go wrong, as one tree; every error pickles and names its remedy.
 
-    D2ftError                code, fault, param, remedy as attributes; str() is the message
-    ├── UserError            the request is wrong; trying again unchanged fails again   (fault "user")
-    │   └── InfeasibleError  no plan meets the constraints; names the tight one          (fault "user")
-    ├── CapacityError        the cluster is too small or too slow to start now           (fault "capacity")
-    └── SystemFault          ours, or the machine's; trying again may help               (fault "system")
-        └── DeadlockError    a program waits for a message that nobody will send
+D2ftError                code, fault, param, remedy as attributes; str() is the message
+├── UserError            the request is wrong; trying again unchanged fails again   (fault "user")
+│   └── InfeasibleError  no plan meets the constraints; names the tight one          (fault "user")
+├── CapacityError        the cluster is too small or too slow to start now           (fault "capacity")
+└── SystemFault          ours, or the machine's; trying again may help               (fault "system")
+    └── DeadlockError    a program waits for a message that nobody will send
 """
 
 from __future__ import annotations
@@ -71,7 +71,5 @@ def from_dict(data: dict[str, str | None]) -> D2ftError:
     return kind(str(data["message"]), code=data["code"] or "internal", param=data["param"])
 
 
-def _rebuild(
-    kind: type[D2ftError], message: str, code: str, param: str | None, remedy: str | None
-) -> D2ftError:
+def _rebuild(kind: type[D2ftError], message: str, code: str, param: str | None, remedy: str | None) -> D2ftError:
     return kind(message, code=code, param=param, remedy=remedy)

@@ -12,6 +12,7 @@ heads of each worker.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -75,11 +76,11 @@ class _Knapsack:
         messages = self._messages() if price and placement.num_workers > 1 else 0
         self.model.maximize(worth - price * messages)
 
-    def _messages(self) -> cp_model.LinearExprT:
+    def _messages(self) -> Any:
         blocks = range(len(self.full))
         trains = [self._trains(block) for block in blocks]
         top = {self.placement.classifier: 1}
-        terms: list[cp_model.LinearExprT] = []
+        terms: list[Any] = []
         for block in blocks:
             beyond = self.model.new_int_var(0, self.placement.num_workers, f"beyond{block}")
             self.model.add(beyond >= sum(trains[block].values()) - 1)

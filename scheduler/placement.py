@@ -16,6 +16,7 @@ import itertools
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import numpy as np
 from ortools.sat.python import cp_model
@@ -31,10 +32,12 @@ PROVED_WITHIN = 0.005  # the proxy itself is a few percent off the simulation
 CEILING = 1 << 44  # above every time in µs and every size in bytes that a model here can have
 GB = 1e9
 
+Linear: TypeAlias = Any  # a sum of CP-SAT variables, or a plain number where there are none
+
 
 @dataclass(frozen=True)
 class Limits:
-    """How long and with how many threads to solve. What is proved optimal depends on the seed alone, not on the clock."""
+    """How long and with how many threads to solve."""
 
     seconds: float = 4.0
     workers: int = 2
@@ -56,7 +59,7 @@ def propose(
     for kind in KINDS[mode] if costs.num_workers > 1 else ("whole",):
         best = min(solved, key=lambda found: found.report.objective, default=None)
         try:
-            solved.append(solve(costs, kind, limits=limits, hint=best and best.counts_LW))
+            solved.append(solve(costs, kind, limits=limits, hint=None if best is None else best.counts_LW))
         except InfeasibleError as error:
             misses.append(error)
     if not solved:
@@ -127,7 +130,7 @@ def assign_heads(counts_LW: IntArray, classifier: int, scores: Scores | None = N
 
 
 def _turns(members: Sequence[int], counts: Sequence[int], first: int) -> list[int]:
-    """Members in the order in which they take a head: who has the largest part of its count to go; `first` breaks ties."""
+    """Members in the order in which they take a head: who has most of its count to go; `first` breaks ties."""
     left = list(counts)
     out: list[int] = []
     for _ in range(sum(counts)):
@@ -196,8 +199,8 @@ def _memory_error(instance: Instance, kind: str, limits: Limits) -> InfeasibleEr
                 f"worker {worker} needs {lack:.3g} GB more ({need / GB:.3g} needed, {profile.free_bytes / GB:.3g} free)"
             )
     return InfeasibleError(
-        f"The model does not fit: even in the {kind} placement that lacks least, {', '.join(parts)}. Counted are weights, "
-        f"gradients and AdamW's moments, and the activations of {instance.in_flight} micro-batches in flight.",
+        f"The model does not fit: even in the {kind} placement that lacks least, {', '.join(parts)}. Counted are "
+        f"weights, gradients, AdamW's moments, and the activations of {instance.in_flight} micro-batches in flight.",
         code="memory_infeasible",
         param="workers",
         remedy="Add workers, free memory, or make micro-batches smaller.",
@@ -205,7 +208,7 @@ def _memory_error(instance: Instance, kind: str, limits: Limits) -> InfeasibleEr
 
 
 class _Model:
-    """The CP-SAT model: plays[t][p] blocks have team t in its pattern p; goes[s, t] team t follows s, None is the end."""
+    """The CP-SAT model: plays[t][p] blocks have team t in its pattern p; goes[s, t] t follows s, None ends."""
 
     def __init__(self, instance: Instance, kind: str, *, slack: bool = False) -> None:
         self.instance = instance
@@ -259,7 +262,7 @@ class _Model:
         ends: list[int | None] = [None, *range(len(self.used))]
         pairs = [(s, t) for s, t in itertools.product(ends, repeat=2) if s != t]
         self.goes = {(s, t): self.model.new_bool_var(f"goes{s}_{t}") for s, t in pairs}
-        arcs = [(_node(s), _node(t), goes) for (s, t), goes in self.goes.items()]
+        arcs: list[tuple[int, int, Any]] = [(_node(s), _node(t), goes) for (s, t), goes in self.goes.items()]
         arcs += [(_node(t), _node(t), used.negated()) for t, used in enumerate(self.used)]
         self.model.add_circuit(arcs)
         for used, plays in zip(self.used, self.plays, strict=True):
@@ -273,10 +276,10 @@ class _Model:
     def _with(self, worker: int) -> list[int]:
         return [t for t, team in enumerate(self.instance.teams) if worker in team]
 
-    def _embeds(self, worker: int) -> cp_model.LinearExprT:
+    def _embeds(self, worker: int) -> Linear:
         return sum(self.goes[None, t] for t in self._with(worker))
 
-    def _total(self, worker: int, each: Sequence[int]) -> cp_model.LinearExprT:
+    def _total(self, worker: int, each: Sequence[int]) -> Linear:
         """Σ over the blocks of each[heads that the worker has there]."""
         terms = []
         for t in self._with(worker):
@@ -309,7 +312,7 @@ class _Model:
             self.model.add(slowest >= more * sum(wire))
         self.model.minimize(slowest + path)
 
-    def _path(self) -> cp_model.LinearExprT:
+    def _path(self) -> Linear:
         instance, costs = self.instance, self.instance.costs
         terms = [costs.classify_us(w) * c for w, c in enumerate(self.classifies)]
         for t, team in enumerate(instance.teams):
@@ -325,10 +328,10 @@ class _Model:
         teams = self.instance.teams
         return [(teams[s], teams[t], goes) for (s, t), goes in self.goes.items() if s is not None and t is not None]
 
-    def _wires(self) -> dict[Link, list[cp_model.LinearExprT]]:
+    def _wires(self) -> dict[Link, list[Linear]]:
         """Terms of the time that each link is taken."""
         instance = self.instance
-        wires: dict[Link, list[cp_model.LinearExprT]] = {}
+        wires: dict[Link, list[Linear]] = {}
         for team, plays in zip(instance.teams, self.plays, strict=True):
             for link, us in instance.exchange_us(team).items():
                 wires.setdefault(link, []).append(us * sum(plays))

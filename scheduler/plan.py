@@ -32,12 +32,13 @@ from scheduler.domain import (
 )
 from scheduler.errors import D2ftError, InfeasibleError, SystemFault, UserError
 from scheduler.placement import Limits, counts_of, propose
-from scheduler.selection import STRATEGIES, Selection, SelectionRequest, all_full, select_ratios
+from scheduler.selection import STRATEGIES, Selection, SelectionRequest, all_full, select_ratios, worth_fraction
 from scheduler.simulate import simulate
 from scheduler.teams import Instance
 from scheduler.transfers import step_bytes
 
 SAMPLED = 2  # steps simulated to compare placements; the plan's forecast is over the whole cycle
+NEARLY = 0.98  # of the best worth: what a faster placement may cost
 KEPT = SolverReport("kept", "KEPT", 0.0, 0.0, 0.0, 0.0, "the placement of the last window")
 
 
@@ -116,7 +117,8 @@ def make_plan(
         limits = limits or Limits(seed=request.seed)
         candidates = propose(costs, request.placement, scores=ranked, limits=limits)
     drafts = _drafts(request, costs, scores, candidates, window)
-    best = min(drafts, key=lambda draft: draft.step_us)
+    worthy = max(draft.worth for draft in drafts) * NEARLY
+    best = min((draft for draft in drafts if draft.worth >= worthy), key=lambda draft: draft.step_us)
     full = uniform_ops(costs.shape, costs.step.num_micro_batches, Op.FULL)
     plan = Plan(
         version=version,
@@ -136,11 +138,12 @@ def make_plan(
 
 @dataclass(frozen=True, eq=False)
 class _Draft:
-    """A placement with its selection, and the simulated µs of its first steps."""
+    """A placement with its selection, what that is worth, and the simulated µs of its first steps."""
 
     placement: Placement
     placement_report: SolverReport
     selection: Selection
+    worth: float
     step_us: int
 
 
@@ -160,7 +163,8 @@ def _drafts(
             misses.append(error)
             continue
         steps = [forecast(request, placement, ops, costs) for ops in selection.cycle[:SAMPLED]]
-        drafts.append(_Draft(placement, report, selection, mean_forecast(steps).step_us))
+        worth = worth_fraction(selection.cycle, scores)
+        drafts.append(_Draft(placement, report, selection, worth, mean_forecast(steps).step_us))
     if not drafts:
         raise _no_plan(misses)
     return drafts
@@ -191,7 +195,7 @@ def forecast(request: PlanRequest, placement: Placement, ops_LHM: OpTable, costs
 
 
 def check(plan: Plan, costs: Costs, request: PlanRequest, *, play: bool = True) -> list[str]:
-    """Everything wrong with a plan, one sentence each; an empty list is a good plan. `play` also compiles and simulates it."""
+    """Everything wrong with a plan, one sentence each; none for a good plan. `play` also compiles and simulates it."""
     shapes = [*_placement_faults(plan.placement, costs), *_table_faults(plan, costs)]
     if shapes:
         return shapes

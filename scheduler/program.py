@@ -43,10 +43,11 @@ MessageKey = tuple[str, int, str, int, int, int]
 class Instruction:
     """One line. Fields that a kind does not use keep their defaults.
 
-    `cargo` what is sent, received, summed or freed · (`block`, `part`) the sub-layer, or block -1 with part "embed"/"classify"
-    · `mb` the micro-batch · `peer` the other end · `full`/`only` heads run FULL / FORWARD · `of` ranks whose parts are added
-    · `units` trunk units, -1 the embedding · `fill` skipped heads whose mean is added · `running` how many heads of the
-    block run, when they are scaled up (0: not) · flags: keep, lead, floor (the gradient goes no lower), grad.
+    `cargo` what is sent, received, summed or freed · (`block`, `part`) the sub-layer, or block -1 with part "embed" or
+    "classify" · `mb` the micro-batch · `peer` the other end · `full`, `only` heads run FULL, FORWARD · `of` ranks whose
+    parts are added · `units` trunk units, -1 the embedding · `fill` skipped heads whose mean is added · `running` how
+    many heads of the block run, when they are scaled up (0: not) · flags: keep, lead, floor (the gradient goes no
+    lower), grad.
     """
 
     kind: str
@@ -152,7 +153,8 @@ class Program:
         match = re.fullmatch(r"program w(\d+) of (\d+) over m(\d+)", header)
         if match is None:
             raise ValueError(f"not a program header: {header}")
-        return cls(*map(int, match.groups()), tuple(map(parse_instruction, lines)))
+        worker, num_workers, num_micro_batches = map(int, match.groups())
+        return cls(worker, num_workers, num_micro_batches, tuple(map(parse_instruction, lines)))
 
     @cached_property
     def image_micro_batches(self) -> tuple[int, ...]:

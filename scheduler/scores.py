@@ -2,7 +2,7 @@
 
 | score | worth of FULL over FORWARD (`backward_LH`) | worth of FORWARD over SKIP (`forward_LH`) |
 |---|---|---|
-| fisher | empirical Fisher of a gate on the head's output: mean over samples of (∂loss/∂gate)² | magnitude of its weights |
+| fisher | empirical Fisher of a gate on the head: mean over samples of (∂loss/∂gate)² | magnitude of its weights |
 | magnitude | magnitude of its weights | magnitude of its weights |
 | random | drawn from the seed | drawn from the seed |
 

@@ -32,7 +32,7 @@ TOGETHER = 0.5  # unless bytes are short, half of the blocks follow the one belo
 
 @dataclass(frozen=True)
 class SelectionRequest:
-    """What to select. `ratios` (full, forward, skip) or `compute` with `max_bytes`, fractions of all-FULL; neither: all-FULL."""
+    """What to select: `ratios` (full, forward, skip), or `compute` and `max_bytes` as fractions of all-FULL."""
 
     ratios: tuple[int, int, int] | None = None
     compute: float | None = None
@@ -101,7 +101,7 @@ def worth_fraction(cycle: tuple[OpTable, ...], scores: Scores) -> float:
 
 
 def pick_swing(worth_LH: np.ndarray, full_LH: BoolArray, placement: Placement, runs: int) -> Swing | None:
-    """The head that makes up the rest of a total: the most worthy left, first where its worker trains the block anyway."""
+    """The head that makes up the rest of a total: the most worthy left, if possible where its worker trains anyway."""
     if runs <= 0 or full_LH.all():
         return None
     owner_LH = placement.owner_LH
@@ -119,7 +119,9 @@ def _held(placement: Placement, scores: Scores, full: int, forward: int, skip: i
     cycle = held_cycle(placement, held.full_LH, swing, skip, draw)
     note = f"{total} of {heads} heads FULL"
     if swing is not None:
-        note += f", and head {swing.head} of block {swing.block} for {rest} of {full + forward} micro-batches to make the total exact"
+        note += (
+            f", and head {swing.head} of block {swing.block} for {rest} of {full + forward}, to make the total exact"
+        )
     gap = (held.bound - held.objective) / max(held.bound, 1e-9)
     return Selection(
         cycle, SolverReport("CP-SAT held", held.status, held.objective, held.bound, gap, held.seconds, note)

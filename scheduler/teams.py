@@ -131,7 +131,7 @@ class Instance:
         return tuple(counts.get(w, 0) for w in range(self.num_workers))
 
     def block_bytes(self, heads: int) -> int:
-        """What `heads` heads of one block take: weights, gradients, AdamW, and activations of the micro-batches in flight."""
+        """What `heads` heads of one block take: weights, gradients, AdamW, activations of what is in flight."""
         if heads == 0:
             return 0
         shape = self.costs.shape
@@ -181,7 +181,7 @@ class Instance:
 
 
 def teams_of(costs: Costs, kind: str) -> tuple[Team, ...]:
-    """The teams that a kind of placement ("split", "whole", "mixed") may use; sorted, so the model is the same every time."""
+    """The teams that a kind of placement ("split", "whole", "mixed") may use, sorted."""
     workers = range(costs.num_workers)
     singles = {(w,) for w in workers}
     if kind == "whole" or len(workers) == 1:

@@ -20,7 +20,7 @@ Lanes = Sequence[Sequence[Instruction]]
 
 @dataclass
 class Playback:
-    """What happened: per worker the instructions in the order run, seconds busy and the end; bytes per link; peak bytes kept."""
+    """What happened: per worker the instructions as run, µs busy, the end and peak bytes kept; bytes per link."""
 
     order: list[list[Instruction]]
     busy_us: list[int]
@@ -100,7 +100,7 @@ class _Clock:
         return instructions[begin:end]
 
     def _next(self, worker: int) -> tuple[int, int] | None:
-        """(earliest start, lane) of the worker's best next instruction, or None when all its lanes wait for unsent messages."""
+        """(earliest start, lane) of the worker's next instruction; None when all its lanes wait for unsent messages."""
         now, best = self.now[worker], None
         lanes, position = self.workers[worker], self.position[worker]
         for lane in range(self.lowest, min(self.lowest + self.window, len(lanes))):

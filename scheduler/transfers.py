@@ -1,6 +1,7 @@
 """First pass of the compiler: which worker computes and which message travels, one micro-batch at a time.
 
-The residual is lazy: x is brought only to the workers that run a head of the next sub-layer that runs at all. There the partial sums are
+The residual is lazy: x is brought only to the workers that run a head of the next sub-layer that runs at all. There
+the partial sums are
 
     one worker        not exchanged
     two, both go on   swapped: one message each way, one hop
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -175,7 +177,7 @@ class _Lowering:
     def _forward(self, sublayer: Sublayer, after: Sequence[int], floor: bool) -> None:
         runners = sublayer.runners
         self._bring("x", sublayer.block, sublayer.part, runners)
-        place = {"block": sublayer.block, "part": sublayer.part, "mb": self.mb}
+        place: dict[str, Any] = {"block": sublayer.block, "part": sublayer.part, "mb": self.mb}
         for worker in runners:
             full, only = sublayer.full.get(worker, ()), sublayer.only.get(worker, ())
             self._emit(worker, Instruction("fwd", full=full, only=only, floor=floor and bool(full), **place))
@@ -203,11 +205,11 @@ class _Lowering:
     def _backward(self, sublayer: Sublayer, below: Sequence[int], floor: bool) -> None:
         trainers = sublayer.trainers
         self._bring("g", sublayer.block, sublayer.part, trainers)
-        place = {"block": sublayer.block, "part": sublayer.part, "mb": self.mb}
+        place: dict[str, Any] = {"block": sublayer.block, "part": sublayer.part, "mb": self.mb}
         lead = self.leads[sublayer.block, sublayer.part]
         for worker in trainers:
             full = sublayer.full[worker]
-            flags = {"lead": worker == lead, "floor": floor, "running": self._running(sublayer)}
+            flags: dict[str, Any] = {"lead": worker == lead, "floor": floor, "running": self._running(sublayer)}
             self._emit(worker, Instruction("bwd", full=full, **flags, **place))
         if floor:
             return

@@ -42,8 +42,8 @@ class Budgets(Frozen):
 class Method(Frozen):
     """How the work is chosen. Give `ratios` or `budgets`, not both; neither means all-FULL.
 
-    strategy "held" holds FULL/FORWARD still per head over a window and redraws coherent SKIPs per step; "coherent" redraws all
-    three per (worker, block); "scattered" redraws per head. `skip_fill` says what a skipped head adds.
+    strategy "held" holds FULL/FORWARD still per head over a window and redraws coherent SKIPs per step; "coherent"
+    redraws all three per (worker, block); "scattered" redraws per head. `skip_fill` says what a skipped head adds.
     """
 
     type: Literal["d2ft"] = "d2ft"
@@ -75,8 +75,8 @@ class JobSpec(Frozen):
     """One fine-tuning job.
 
     `model` is a timm name, or "d2ft_digits" for the small bundled one; `model_args` are passed to `timm.create_model`.
-    `dataset` is "digits" or "folder:///path" with `train/CLASS/*.jpg` and `test/` or `val/` beside it. Length is `epochs`, or `steps`
-    when that is given.
+    `dataset` is "digits" or "folder:///path" with `train/CLASS/*.jpg` and `test/` or `val/` beside it. Length is
+    `epochs`, or `steps` when that is given.
     """
 
     name: Annotated[str, Field(max_length=200)] | None = None

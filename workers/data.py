@@ -17,7 +17,7 @@ import torch
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 from scheduler.errors import UserError
 from workers.contract import JobSpec
@@ -34,8 +34,8 @@ DIGITS_TRAIN = 800
 class Batch(NamedTuple):
     """Normalised float32 images [B, C, H, W] and int64 labels [B]."""
 
-    images_BCHW: Tensor  # noqa: N815
-    labels_B: Tensor  # noqa: N815
+    images_BCHW: Tensor
+    labels_B: Tensor
 
 
 class Dataset(Protocol):

@@ -6,8 +6,9 @@ reads on from there, so an outage of the reader loses nothing.
 | type | data |
 |---|---|
 | phase | {"name": "planning" / "starting" / "running" / "finalizing"} |
-| plan.created | the plan as a dict |
-| metrics | step, total_steps, epoch, loss, learning_rate, grad_norm, step_seconds, idle_share, compute_fraction, bytes_fraction |
+| plan.created, plan.changed | the plan as a dict |
+| metrics | step, total_steps, epoch, loss, train_accuracy, learning_rate, grad_norm, step_seconds, idle_share, |
+|  | compute_fraction, bytes_fraction |
 | evaluation | {"when": "before" / "after", "accuracy", "loss", "num_images"} |
 | data.skipped | {"count", "files": first names} |
 | artifact.ready | {"name", "path", "bytes", "sha256"} |
@@ -65,7 +66,7 @@ class EventLog:
 def read_events(path: str | os.PathLike[str], offset: int) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield (offset after the event, event) for every complete line from byte `offset` on; a torn last line waits."""
     try:
-        file = open(path, "rb")
+        file = open(path, "rb")  # noqa: SIM115 - closed by the `with` below
     except FileNotFoundError:
         return
     with file:

@@ -1,8 +1,8 @@
 """Runs a step program on a shard: one short method per instruction kind.
 
 State of a step, by micro-batch m: the residual x[m], its gradient g[m], this worker's partial sums, what arrived
-from others, and for every FULL call (leaf, output) until its backward. A sub-layer is the only autograd graph; the residual
-stream, layer scale γ and output bias b are done by hand:
+from others, and for every FULL call (leaf, output) until its backward. A sub-layer is the only autograd graph; the
+residual stream, layer scale γ and output bias b are done by hand:
 
     forward    x ← x + γ·(c·Σ parts + b)          c = H / running heads under skip_fill "rescale", else 1
     backward   ∂part = c·γ·g,  ∂b = Σ γ·g,  ∂γ = Σ g·(c·Σ parts + b),  g ← g + Σ ∂x of the parts
@@ -107,9 +107,10 @@ Update = Callable[[float], None]
 class Executor:
     """Runs programs on one worker's shard over a transport.
 
-    `update(grad_norm)` is called at `step` with all gradients in place; None leaves them in place (tests, rehearsals). `means[block, part]` are the
-    H × D mean outputs that skip_fill "mean" adds; with `measures_means` a forward pass finds those of its own heads. A pass without gradient
-    hands its logits to `logits(micro_batch, logits_BC)`. With `autocast` the sub-layers compute in that type; messages stay in the shard's.
+    `update(grad_norm)` is called at `step` with all gradients in place; None leaves them in place (tests, rehearsals).
+    `means[block, part]` are the H × D mean outputs that skip_fill "mean" adds; with `measures_means` a forward pass
+    finds those of this worker's heads. A pass without gradient hands its logits to `logits(micro_batch, logits_BC)`. With
+    `autocast` the sub-layers compute in that type; messages stay in the shard's.
     """
 
     def __init__(

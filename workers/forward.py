@@ -48,7 +48,7 @@ class ForwardPasses:
         return accuracy, loss
 
     def measure_means(self, images_BCHW: Tensor) -> dict[tuple[int, str], Tensor]:
-        """Mean output of every head over the images and their tokens: [block, part] → H × D, as skip_fill "mean" adds it."""
+        """Mean output of every head over images and tokens: [block, part] → H × D, as skip_fill "mean" adds it."""
         executor, shape = self.executor, self.costs.shape
         empty = torch.zeros(shape.num_heads, shape.dim, dtype=executor.shard.dtype, device=executor.shard.device)
         keys = [(block, part) for block in range(shape.num_blocks) for part in SUBLAYERS]
@@ -77,7 +77,7 @@ class ForwardPasses:
 
 
 def _chunks(begin: int, num_test: int) -> list[np.ndarray]:
-    """Test indices of each micro-batch. The last image is repeated to fill them: every worker knows shapes beforehand."""
+    """Test indices of each micro-batch; the last image is repeated to fill them, as shapes are agreed beforehand."""
     wanted = np.arange(begin, begin + MICRO_BATCHES * IMAGES_PER_MICRO_BATCH)
     return np.split(wanted.clip(max=num_test - 1), MICRO_BATCHES)
 

@@ -1,8 +1,8 @@
 """The ledger of a run: what compute and traffic it took, predicted beside measured, never mixed.
 
-Predicted comes from the plans' forecasts, measured from what the executors ran and the transports sent. Fractions are against an
-all-FULL step under the same placement: predicted against its forecast, measured against the all-FULL steps that the run
-rehearsed before training.
+Predicted comes from the plans' forecasts, measured from what the executors ran and the transports sent. Fractions are
+against an all-FULL step under the same placement: predicted against its forecast, measured against the all-FULL steps
+that the run rehearsed before training.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Ledger:
     checkpoint: str | None = None
 
     def planned(self, plan: Plan, flops: int, sent_bytes: int) -> None:
-        """A step ran under `plan`; FLOPs and bytes are those of its own op table, times the mean over the plan's cycle."""
+        """A step ran under `plan`: FLOPs and bytes of its own op table, times as the mean over the plan's cycle."""
         self.predicted.append(Predicted(plan.forecast, plan.all_full, flops, sent_bytes))
 
     def rows(self) -> list[Row]:

@@ -1,14 +1,15 @@
 """Runs one attempt of a job on a Ray cluster: `python -m workers.loop --context FILE` or `--spec job.json`.
 
-The driver waits until the cluster can hold the workers, finds or starts the scheduler actor, and hands a Ray Train group to
-`Session`. It runs alike as a Ray job of our service and under plain `ray job submit`. What happened is in
-the run's event file, whose last line is the outcome; the exit status is 0 for succeeded, 1 for failed.
+The driver waits until the cluster can hold the workers, finds or starts the scheduler actor, and hands a Ray Train
+group to `Session`. It runs alike as a Ray job of our service and under plain `ray job submit`. What happened is in the
+run's event file, whose last line is the outcome; the exit status is 0 for succeeded, 1 for failed.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import sys
 import time
@@ -28,7 +29,7 @@ from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
 from scheduler import actor
 from scheduler.domain import DeviceProfile, Plan
-from scheduler.errors import CapacityError, D2ftError, SystemFault, UserError, from_dict
+from scheduler.errors import CapacityError, D2ftError, SystemFault, from_dict
 from workers.contract import JobSpec, RunContext
 from workers.events import EventLog
 from workers.profiling import keep_freed_memory
@@ -44,17 +45,12 @@ COLLECTIVE_TIMEOUT_S = 120
 
 def main(argv: Sequence[str] | None = None) -> int:
     context = read_context(argv)
-    ray.init(namespace=actor.NAMESPACE, log_to_driver=True, logging_level="warning")
-    with EventLog(context.run_dir) as log:
-        log.emit("phase", name="starting")
-        error = _attempt(context)
-        log.emit(
-            "outcome",
-            "succeeded" if error is None else error.message,
-            level="info" if error is None else "error",
-            status="succeeded" if error is None else "failed",
-            error=None if error is None else error.to_dict(),
-        )
+    ray.init(namespace=actor.NAMESPACE, log_to_driver=True, logging_level=logging.WARNING)
+    _emit(context, "phase", name="starting")
+    error = _attempt(context)
+    told = error.to_dict() if error else None
+    message = str(told["message"]) if told else "succeeded"
+    _emit(context, "outcome", message, status="failed" if error else "succeeded", error=told)
     if error is not None:
         print(f"d2ft: job {context.job_id} failed: {error.to_dict()['message']}", file=sys.stderr)
     return 0 if error is None else 1
@@ -105,6 +101,12 @@ def _attempt(context: RunContext) -> D2ftError | None:
     return None
 
 
+def _emit(context: RunContext, type: str, message: str = "", **data: Any) -> None:
+    """The file is opened for one event: while the group runs, it is rank 0's to write."""
+    with EventLog(context.run_dir) as log:
+        log.emit(type, message, **data)
+
+
 def wait_for_capacity(context: RunContext) -> None:
     """Wait until the cluster is large enough; raises CapacityError after `start_timeout_s`."""
     need = {name: amount * context.spec.workers for name, amount in _resources(context).items()}
@@ -138,7 +140,7 @@ def _trainer(context: RunContext) -> TorchTrainer:
         run_config=RunConfig(
             name=f"{context.job_id}-a{context.attempt}",
             storage_path=context.storage_path,
-            failure_config=FailureConfig(max_failures=0, controller_failure_limit=1),
+            failure_config=FailureConfig(max_failures=0, controller_failure_limit=1),  # type: ignore[call-arg]
         ),
     )
 
@@ -158,7 +160,8 @@ def run_worker(config: dict[str, Any]) -> None:
     keep_freed_memory()
     device = str(get_device()) if context.use_gpu else "cpu"
     runtime = ray.get_runtime_context()
-    place = Place(runtime.get_node_id(), runtime.get_node_labels(), device, ranks.get_local_world_size())
+    labels = {key: str(value) for key, value in runtime.get_node_labels().items()}
+    place = Place(runtime.get_node_id(), labels, device, ranks.get_local_world_size())
     transport = Nccl(device) if context.use_gpu else Gloo()
     planner = ActorPlanner(context, rank, ranks.get_world_size())
     log = EventLog(context.run_dir) if rank == 0 else None

@@ -18,7 +18,8 @@ class Adam:
     """Updates a shard's parameters; call it with the global gradient norm once all gradients are in place."""
 
     def __init__(self, shard: Shard, spec: Optimiser, total_steps: int) -> None:
-        decayed, kept = [], []
+        decayed: list[torch.nn.Parameter] = []
+        kept: list[torch.nn.Parameter] = []
         for name, param in shard.named_parameters():
             # As timm does: vectors and what the model names (positions, class token) are not decayed.
             (kept if param.ndim <= 1 or name in shard.no_decay else decayed).append(param)

@@ -14,6 +14,7 @@ All else is trunk. A hidden width that H does not divide is shared out as evenly
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -37,7 +38,7 @@ _SOURCES = {
 
 def model_shape(model: VisionTransformer) -> ModelShape:
     """The sizes that the planner needs to know of a supported model."""
-    block = model.blocks[0]
+    block: Any = model.blocks[0]
     num_heads, head_dim, dim = block.attn.num_heads, block.attn.head_dim, model.embed_dim
     mlp_dims = _shares(block.mlp.fc1.out_features, num_heads)
     per_width = 2 * dim + (block.mlp.fc1.bias is not None)

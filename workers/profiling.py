@@ -18,6 +18,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 from scheduler.domain import SUBLAYERS, DeviceProfile, LinkProfile, Placement, StepShape
 from scheduler.program import MessageKey
+from workers.partition import model_shape
 from workers.shard import BlockShard, Shard
 from workers.transport import Parcel, Transport
 
@@ -54,7 +55,8 @@ def profile_device(
 
     `sharers` is the number of workers that share this machine's (or GPU's) memory.
     """
-    whole = Placement.make(np.zeros((len(model.blocks), model.blocks[0].attn.num_heads), dtype=int), 1)
+    shape = model_shape(model)
+    whole = Placement.make(np.zeros((shape.num_blocks, shape.num_heads), dtype=int), 1)
     shard = Shard(model, whole, 0, device)
     stopwatch = _Stopwatch(shard, step, autocast)
     curves = {part: stopwatch.curves(part) for part in SUBLAYERS}

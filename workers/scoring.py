@@ -1,9 +1,9 @@
 """What a head is worth, before training: the empirical Fisher information of a gate on it, and its weights' size.
 
 A gate c = 1 multiplies the head's attention output and its slice of the MLP. For image i, ∂loss_i/∂c is the inner
-product of those outputs with their gradients; its square, summed over images, is the Fisher information of the gate. Only
-activations need gradients, so that a pass costs two thirds of a training pass and no memory for weight gradients. Each worker
-scores other images on the whole model; the scheduler adds the sums up.
+product of those outputs with their gradients; its square, summed over images, is the Fisher information of the gate.
+Only activations need gradients, so that a pass costs two thirds of a training pass and no memory for weight gradients.
+Each worker scores other images on the whole model; the scheduler adds the sums up.
 
 Shapes: L blocks, H heads, B images, N tokens, K head width, F hidden width of the MLP.
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import ExitStack
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -52,12 +53,12 @@ def weight_magnitudes(model: VisionTransformer) -> Tensor:
     """Root of the mean square of each head's weights, [L, H] in float64."""
     shape, state = model_shape(model), model.state_dict()
     return torch.tensor(
-        [[_rms(head_slices(state, l, h, shape)) for h in range(shape.num_heads)] for l in range(shape.num_blocks)],
+        [[_rms(head_slices(state, b, h, shape)) for h in range(shape.num_heads)] for b in range(shape.num_blocks)],
         dtype=torch.float64,
     )
 
 
-def _gate_attention(block: nn.Module, gates_BH: Tensor, shape: ModelShape) -> torch.utils.hooks.RemovableHandle:
+def _gate_attention(block: Any, gates_BH: Tensor, shape: ModelShape) -> torch.utils.hooks.RemovableHandle:
     def gate(_: nn.Module, args: tuple[Tensor]) -> Tensor:
         heads_BNHK = args[0].unflatten(2, (shape.num_heads, -1))
         return (heads_BNHK * gates_BH[:, None, :, None]).flatten(2)
@@ -65,7 +66,7 @@ def _gate_attention(block: nn.Module, gates_BH: Tensor, shape: ModelShape) -> to
     return block.attn.proj.register_forward_pre_hook(gate)
 
 
-def _gate_mlp(block: nn.Module, gates_BH: Tensor, shape: ModelShape) -> torch.utils.hooks.RemovableHandle:
+def _gate_mlp(block: Any, gates_BH: Tensor, shape: ModelShape) -> torch.utils.hooks.RemovableHandle:
     widths = torch.tensor(shape.mlp_dims, device=gates_BH.device)
 
     def gate(_: nn.Module, args: tuple[Tensor]) -> Tensor:

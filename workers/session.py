@@ -28,7 +28,7 @@ from scheduler.errors import SystemFault
 from scheduler.transfers import step_bytes
 from workers.artifact import write_result
 from workers.contract import JobSpec
-from workers.data import Prefetcher, Needs, open_dataset
+from workers.data import Needs, Prefetcher, open_dataset
 from workers.events import EventLog
 from workers.executor import Batch, Executor, StepPrograms, StepReport
 from workers.forward import ForwardPasses
@@ -112,7 +112,7 @@ class Session:
         return self.ledger.to_dict()
 
     def _prepare(self) -> None:
-        # The number of classes is known from the data, the images' size from the model: a first model without weights tells.
+        # The number of classes comes from the data, the size of its images from the model: a first model tells that.
         probe = build_model(self.spec, num_classes=1, load=False)
         self.input = model_input(probe)
         self.data = open_dataset(self.spec, self.input)

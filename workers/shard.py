@@ -2,9 +2,10 @@
 
 Shapes: B images, N tokens, D width, K head width, k heads run together, F their MLP rows.
 
-The slices of a worker's heads in a block lie in one tensor each (a bank), in head order. Heads that are
-neighbours there are a view, others are gathered once per step and kept until the update; either way one call runs all of them in one
-matrix product. `Parameter`s of single heads are views of the bank, so that the optimiser skips a head without gradient.
+The slices of a worker's heads in a block lie in one tensor each (a bank), in head order. Heads that are neighbours
+there are a view, others are gathered once per step and kept until the update; either way one call runs all of them in
+one matrix product. `Parameter`s of single heads are views of the bank, so that the optimiser skips a head without
+gradient.
 """
 
 from __future__ import annotations
@@ -12,37 +13,39 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from scheduler.domain import ModelShape, Placement
+from scheduler.domain import SUBLAYERS, ModelShape, Placement
 from scheduler.program import EMBED_UNIT
 from workers.partition import ATTN_SLICES, MLP_SLICES, SLICES, head_slices, model_shape, slice_rows, write_head
 
 _HEAD_NAME = re.compile(r"b(\d+)\.h(\d+)\.(\w+)")
 
-Weights = tuple[Tensor | None, ...]  # qkv_w, qkv_b, proj_w or fc1_w, fc1_b, fc2_w
+Weights = tuple[Any, ...]  # tensors, None for a bias that the model lacks: qkv_w, qkv_b, proj_w or fc1_w, fc1_b, fc2_w
 
 
 class BlockShard:
     """The heads of one block that a worker owns, with the block's norms, layer scales γ and output biases."""
 
     def __init__(
-        self, state: Mapping[str, Tensor], block: nn.Module, index: int, heads: tuple[int, ...], shape: ModelShape
+        self, state: Mapping[str, Tensor], block: Any, index: int, heads: tuple[int, ...], shape: ModelShape
     ) -> None:
         self.index, self.heads, self.shape = index, heads, shape
         self.norms = {"attn": block.norm1, "mlp": block.norm2}
-        self.gammas = {"attn": getattr(block.ls1, "gamma", None), "mlp": getattr(block.ls2, "gamma", None)}
-        self.biases = {"attn": block.attn.proj.bias, "mlp": block.mlp.fc2.bias}
+        gammas = (getattr(block.ls1, "gamma", None), getattr(block.ls2, "gamma", None))
+        self.gammas: dict[str, nn.Parameter | None] = dict(zip(SUBLAYERS, gammas, strict=True))
+        self.biases: dict[str, nn.Parameter | None] = {"attn": block.attn.proj.bias, "mlp": block.mlp.fc2.bias}
         self.act = block.mlp.act
         self._position = {head: i for i, head in enumerate(heads)}
         slices = [head_slices(state, index, head, shape) for head in heads]
         self.bank = {name: torch.cat([s[name] for s in slices]) for name in slices[0]}
         self._bounds = {name: _cumulative(slice_rows(name, heads, shape)) for name in SLICES}
-        self.params = {head: self._head_params(i) for i, head in enumerate(heads)}
+        self.params: dict[int, dict[str, nn.Parameter]] = {head: self._head_params(i) for i, head in enumerate(heads)}
         self._leaves: dict[tuple[str, tuple[int, ...]], Weights] = {}
         self._frozen: dict[tuple[str, tuple[int, ...]], Weights] = {}
 
@@ -138,7 +141,7 @@ class Shard:
         }
         self.no_decay: frozenset[str] = frozenset(model.no_weight_decay())
         model.blocks = nn.Sequential()
-        self._ends = model
+        self._ends: Any = model  # what is left: embedding and classifier
         self.holds_embedding = rank in placement.embedders
         self.holds_classifier = rank == placement.classifier
         self.dtype = next(model.parameters()).dtype

@@ -1,8 +1,8 @@
 """How messages of a step travel between workers: one contract, three transports.
 
-A step's messages on a link are known before it starts and arrive in the order in which they were sent. `open` tells the transport what
-will come from each peer, so that receives are posted ahead of need; `send` never waits; `recv` waits for one message; `close` waits until
-everything sent has left. Bytes are counted where they are sent.
+A step's messages on a link are known before it starts and arrive in the order in which they were sent. `open` tells
+the transport what will come from each peer, so that receives are posted ahead of need; `send` never waits; `recv` waits
+for one message; `close` waits until everything sent has left. Bytes are counted where they are sent.
 
     InProcess   threads in one process, tensors handed over          (tests, one worker)
     Gloo        torch.distributed, tagged point-to-point on CPU
@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -105,7 +105,7 @@ class InProcess:
 
 @dataclass
 class _Lane:
-    """What is to come from one peer: the parcels not yet posted, those posted, and those come before they were asked for."""
+    """What is to come from one peer: parcels not yet posted, those posted, those come before they were asked for."""
 
     ahead: deque[Parcel] = field(default_factory=deque)
     posted: deque[tuple[Parcel, Tensor, dist.Work]] = field(default_factory=deque)
@@ -178,7 +178,7 @@ class Nccl(Gloo):
     def __init__(self, device: torch.device | str, ahead: int = 4, timeout_s: float = 120.0) -> None:
         super().__init__(device, ahead)
         pairs = [(a, b) for a in range(self.size) for b in range(self.size) if a != b]
-        groups = {
+        groups: dict[tuple[int, int], Any] = {
             pair: dist.new_group(sorted(pair), timeout=timedelta(seconds=timeout_s), backend="nccl") for pair in pairs
         }
         self._groups = {pair: group for pair, group in groups.items() if self.rank in pair}

@@ -1,4 +1,4 @@
-"""Invented models and fleets for the planner's tests: sizes of a ViT, devices of given speeds, links of given widths."""
+"""Invented models and fleets for the planner's tests: a ViT of given sizes, devices and links of given speeds."""
 
 from __future__ import annotations
 

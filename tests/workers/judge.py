@@ -5,6 +5,8 @@ Op semantics as in the engine's README; shapes: B images, N tokens, D width, H h
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -54,7 +56,7 @@ def mlp_heads(block, y):
     """Each head's share of the MLP, and the output bias."""
     hidden = block.mlp.act(block.mlp.fc1(y))
     bounds = [hidden.shape[-1] * i // block.attn.num_heads for i in range(block.attn.num_heads + 1)]
-    shares = [slice(a, b) for a, b in zip(bounds, bounds[1:], strict=False)]
+    shares = [slice(a, b) for a, b in pairwise(bounds)]
     return [hidden[..., s] @ block.mlp.fc2.weight[:, s].T for s in shares], block.mlp.fc2.bias
 
 

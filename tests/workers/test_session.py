@@ -1,4 +1,4 @@
-"""A whole job without Ray: two workers on threads, the scheduler called directly, a real dataset and the bundled model."""
+"""A whole job without Ray: workers on threads, the scheduler called directly, a real dataset, the bundled model."""
 
 from __future__ import annotations
 

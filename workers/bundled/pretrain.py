@@ -26,7 +26,7 @@ import timm
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 from workers.bundled import FACTS, MODEL_ARGS, TIMM_NAME, WEIGHTS
 

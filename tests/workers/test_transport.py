@@ -1,0 +1,103 @@
+"""One contract for all transports: order, bytes, early and late receives."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from scheduler.errors import SystemFault
+from tests.workers.engine import on_threads
+from tests.workers.processes import on_processes
+from workers.transport import Gloo, InProcess, Mailboxes, Nccl, Parcel, all_gather, all_sum
+
+
+def key(name, src, dst):
+    return ("x", 0, name, 0, src, dst)
+
+
+def exchange(rank, transport):
+    """Every worker sends ten messages to every other one and reads them backwards, twice."""
+    peers = [w for w in range(transport.size) if w != rank]
+    seen = []
+    for turn in range(2):
+        names = [f"{i:02d}" for i in range(10)]
+        incoming = {src: [Parcel(key(n, src, rank), (1000 + int(n),), torch.float32) for n in names] for src in peers}
+        transport.open(incoming)
+        for dst in peers:
+            for name in names:
+                transport.send(dst, key(name, rank, dst), _message(rank, int(name), turn, transport))
+        for src in peers:
+            for name in reversed(names):
+                tensor = transport.recv(src, key(name, src, rank))
+                seen.append(torch.equal(tensor, _message(src, int(name), turn, transport)))
+        transport.close()
+    return all(seen), list(transport.sent_bytes)
+
+
+def _message(src, number, turn, transport):
+    device = getattr(transport, "device", "cpu")
+    return torch.full((1000 + number,), src * 100.0 + number + turn, device=device)
+
+
+def sums(rank, transport):
+    mine = torch.tensor([rank + 0.5, 1.0], dtype=torch.float64, device=getattr(transport, "device", "cpu"))
+    return all_sum(transport, mine).tolist(), [t.tolist() for t in all_gather(transport, mine)]
+
+
+def contract(rank, transport):
+    return exchange(rank, transport), sums(rank, transport)
+
+
+def gloo_contract(rank):
+    return contract(rank, Gloo())
+
+
+def nccl_contract(rank):
+    device = f"cuda:{rank}"
+    torch.cuda.set_device(device)
+    return contract(rank, Nccl(device))
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_threads_keep_the_contract(size):
+    assert_contract(on_threads(size, contract), size)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_gloo_processes_keep_the_contract(size):
+    assert_contract(on_processes(size, gloo_contract), size)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="NCCL needs two GPUs")
+def test_nccl_processes_keep_the_contract():
+    assert_contract(on_processes(2, nccl_contract, backend="nccl"), 2)
+
+
+def assert_contract(results, size):
+    per_peer = sum(4 * (1000 + i) for i in range(10))
+    for rank, ((right, sent_bytes), (total, gathered)) in enumerate(results):
+        assert right
+        assert sent_bytes == [0 if peer == rank else per_peer for peer in range(size)]
+        assert total == [sum(r + 0.5 for r in range(size)), size]
+        assert gathered == [[r + 0.5, 1.0] for r in range(size)]
+
+
+def test_a_message_that_never_comes_is_an_error():
+    transport = InProcess(0, Mailboxes(2, timeout_s=0.05))
+    with pytest.raises(SystemFault, match="did not arrive"):
+        transport.recv(1, key("00", 1, 0))
+
+
+def asks_for_what_is_not_sent(rank):
+    transport = Gloo()
+    transport.open({1 - rank: []})
+    try:
+        transport.recv(1 - rank, key("00", 1 - rank, rank))
+    except SystemFault as error:
+        return error.code
+    return None
+
+
+def test_gloo_refuses_a_message_that_no_program_sends():
+    assert on_processes(2, asks_for_what_is_not_sent) == ["transport_order"] * 2
