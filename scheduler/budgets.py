@@ -22,7 +22,7 @@ from scheduler.cost import TALLY_BYTES, Costs, trunk_bytes
 from scheduler.domain import Op, OpTable, Placement, Scores, SolverReport, step_flops, uniform_ops
 from scheduler.draws import PERIOD, Draw, held_cycle, redrawn_cycle
 from scheduler.errors import InfeasibleError
-from scheduler.knapsack import hold
+from scheduler.knapsack import Held, hold
 from scheduler.program import EMBED_UNIT
 from scheduler.selection import FORWARD_WEIGHT, Selection, SelectionRequest, pick_swing, worth_fraction
 from scheduler.transfers import step_bytes
@@ -31,6 +31,7 @@ PRICES = (0.0, 0.1, 0.4, 2.0, 50.0)  # of one backward message per micro-batch, 
 TOGETHER = (0.5, 0.8, 1.0)
 GLANCE, FAR_OFF = 2, 1.15  # a mix whose first two steps send 15 % too much is not measured further
 GRID = 32  # steps between no SKIP and all but one
+STRIDE = 4  # of the grid's mixes in a first round; a second one looks at those that could still be better
 
 
 def select_budgets(request: SelectionRequest, placement: Placement, costs: Costs, scores: Scores) -> Selection:
@@ -41,13 +42,9 @@ def select_budgets(request: SelectionRequest, placement: Placement, costs: Costs
     began = time.monotonic()
     search = _Search(request, placement, costs, scores)
     mixes = sorted(search.mixes(), reverse=True)
-    best: Selection | None = None
-    for mix in mixes:
-        if best is not None and mix.ceiling <= best.report.objective:
-            break
-        found = search.best_of(mix)
-        if found is not None and (best is None or found.report.objective > best.report.objective):
-            best = found
+    best = search.best_among(mixes[::STRIDE])
+    if best is not None or search.least_bytes < FAR_OFF * request.max_bytes or not search.tried:
+        best = search.best_among([mix for i, mix in enumerate(mixes) if i % STRIDE], best)
     if best is None:
         raise _bytes_error(search) if search.tried else _compute_error(search)
     worth, bound = best.report.objective, worth_bound(search)
@@ -107,6 +104,7 @@ class _Search:
     all_full_bytes: int = field(init=False)
     least_bytes: float = field(default=float("inf"))
     tried: int = 0
+    answers: dict[tuple[int, float], Held] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         full = uniform_ops(self.costs.shape, self.num_micro_batches, Op.FULL)
@@ -155,6 +153,16 @@ class _Search:
         worth = runs * (forward.sum() + trained[: int(whole)].sum() + rest * (trained[int(whole) :][:1].sum()))
         return float(worth / self.num_micro_batches / (forward.sum() + backward.sum()))
 
+    def best_among(self, mixes: Sequence[Mix], best: Selection | None = None) -> Selection | None:
+        """The best selection of some mixes, if better than one known; they come in order of their ceilings."""
+        for mix in mixes:
+            if best is not None and mix.ceiling <= best.report.objective:
+                break
+            found = self.best_of(mix)
+            if found is not None and (best is None or found.report.objective > best.report.objective):
+                best = found
+        return best
+
     def best_of(self, mix: Mix) -> Selection | None:
         """The most worthy selection of a mix that fits the bytes; the leanest is tried first, to give up early."""
         prices = PRICES if self.request.strategy == "held" else PRICES[:1]
@@ -182,16 +190,24 @@ class _Search:
             return redrawn_cycle(self.placement, self.request.strategy == "scattered", mix.fulls, mix.skip, draw)
         runs = self.num_micro_batches - mix.skip
         total = int(mix.fulls / runs + 1e-9)
-        held = hold(self.scores.backward_LH, self.placement, total, price)
+        held = self.held(total, price)
         swing = pick_swing(self.scores.backward_LH, held.full_LH, self.placement, int(mix.fulls - total * runs + 1e-9))
         return held_cycle(self.placement, held.full_LH, swing, mix.skip, draw)
 
+    def held(self, total: int, price: float) -> Held:
+        """The knapsack's answer, kept: togetherness does not change it."""
+        if (total, price) not in self.answers:
+            self.answers[total, price] = hold(self.scores.backward_LH, self.placement, total, price)
+        return self.answers[total, price]
+
     def fits(self, cycle: tuple[OpTable, ...]) -> bool:
+        """Whether the mean step keeps within the bytes; far off ones are told by their first steps."""
         self.tried += 1
-        glance = np.mean([self._bytes(ops) for ops in cycle[:GLANCE]]) / max(1, self.all_full_bytes)
-        if glance > max(FAR_OFF * self.request.max_bytes, self.least_bytes):
+        tables = [self._bytes(ops) for ops in cycle[:GLANCE]]
+        if sum(tables) / len(tables) > self.all_full_bytes * max(FAR_OFF * self.request.max_bytes, self.least_bytes):
             return False
-        spent = np.mean([self._bytes(ops) for ops in cycle]) / max(1, self.all_full_bytes)
+        tables += [self._bytes(ops) for ops in cycle[GLANCE:]]
+        spent = sum(tables) / len(tables) / max(1, self.all_full_bytes)
         self.least_bytes = min(self.least_bytes, float(spent))
         return bool(spent <= self.request.max_bytes)
 

@@ -45,12 +45,17 @@ class Limits:
 
 
 def propose(
-    costs: Costs, mode: str = "auto", *, scores: Scores | None = None, limits: Limits | None = None
+    costs: Costs,
+    mode: str = "auto",
+    *,
+    scores: Scores | None = None,
+    styles: Sequence[str] = ("even",),
+    limits: Limits | None = None,
 ) -> list[tuple[Placement, SolverReport]]:
     """Candidate placements of a mode, the best by proxy first; "auto" offers split, whole and mixed ones.
 
-    With scores, split blocks are offered in two ways, see `assign_heads`. Raises InfeasibleError when the model does
-    not fit into the fleet's memory in any of the ways of the mode.
+    Each is offered once per style of `assign_heads`, where that makes a difference. Raises InfeasibleError when the
+    model does not fit into the fleet's memory in any of the ways of the mode.
     """
     if mode not in MODES:
         raise UserError(f"'{mode}' is not a placement mode.", code="unknown_placement", param="placement")
@@ -66,7 +71,7 @@ def propose(
         raise misses[-1]
     candidates: dict[bytes, tuple[Placement, SolverReport]] = {}
     for found in sorted(solved, key=lambda found: found.report.objective):
-        for style in ("even", "lead") if scores is not None else ("even",):
+        for style in styles:
             owner_LH = assign_heads(found.counts_LW, found.classifier, scores, style)
             placement = Placement(owner_LH, costs.num_workers, found.classifier)
             candidates.setdefault(owner_LH.tobytes(), (placement, found.report))

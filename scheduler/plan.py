@@ -3,8 +3,9 @@
     propose placements ─► select ops on each ─► compile and simulate its cycle ─► keep the fastest that meets the
     budgets
 
-Of several placements, the one with the shortest simulated step *under its own selection* wins: all-FULL steps would
-favour placements whose gain the selection takes away again. A placement that cannot meet the budgets is passed over.
+Of several placements, the one with the shortest simulated step *under its own selection* wins, if that is worth nearly
+as much as the worthiest: all-FULL steps would favour placements whose gain the selection takes away again. A placement
+that cannot meet the budgets is passed over.
 """
 
 from __future__ import annotations
@@ -70,11 +71,12 @@ class PlanRequest:
             )
 
     @property
-    def holds_heads(self) -> bool:
-        """Whether some heads are FULL and others FORWARD for a whole window, so that who owns which head matters."""
-        return self.strategy == "held" and (
-            self.compute is not None or (self.ratios is not None and self.ratios[1] > 0)
-        )
+    def styles(self) -> tuple[str, ...]:
+        """Ways to assign heads that are worth trying: it matters whose they are where some are held FULL, others not."""
+        mixes = self.compute is not None or (self.ratios is not None and self.ratios[1] > 0)
+        if self.strategy != "held" or not mixes:
+            return ("even",)
+        return ("lead",) if self.compute is not None and self.max_bytes < 1 else ("even", "lead")
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> PlanRequest:
@@ -113,9 +115,8 @@ def make_plan(
     if placement is not None:
         candidates = [(placement, KEPT)]
     else:
-        ranked = scores if request.holds_heads else None
         limits = limits or Limits(seed=request.seed)
-        candidates = propose(costs, request.placement, scores=ranked, limits=limits)
+        candidates = propose(costs, request.placement, scores=scores, styles=request.styles, limits=limits)
     drafts = _drafts(request, costs, scores, candidates, window)
     worthy = max(draft.worth for draft in drafts) * NEARLY
     best = min((draft for draft in drafts if draft.worth >= worthy), key=lambda draft: draft.step_us)

@@ -120,17 +120,30 @@ class Supervisor:
             await self._submit(attempt)
 
     async def _follow(self, attempt: Attempt) -> None:
+        """One look at one attempt. What goes wrong is said on the job, since it waits for that."""
+        try:
+            await self._look_at(attempt)
+        except UnavailableError as error:
+            await self._explain(attempt, str(error))
+            raise
+        except LostAttemptError:
+            raise
+        except Exception as error:
+            await self._explain(attempt, f"The supervisor fails on this attempt ({type(error).__name__}); see api.log.")
+            raise
+
+    async def _look_at(self, attempt: Attempt) -> None:
         # Ray is asked before the file is read: of a driver that was over then, every line is read now.
         try:
             ray_job = await self._ray.get(attempt.submission_id)
-        except UnavailableError as error:
-            attempt = await self._read_events(attempt)
-            await self._explain(attempt, str(error))
+        except UnavailableError:
+            await self._read_events(attempt)
             raise
         attempt = await self._read_events(attempt)
-        await self._explain(attempt, None)
         step = decide(attempt, ray_job, now=time.time(), settle_s=self._settings.settle_s)
         await self._take(step, attempt, ray_job)
+        if step in (Step.WAIT, Step.STOP):
+            await self._explain(attempt, None)
 
     async def _take(self, step: Step, attempt: Attempt, ray_job: RayJob | None) -> None:
         if step is Step.SUBMIT:
@@ -152,11 +165,7 @@ class Supervisor:
         await asyncio.to_thread(_write_context, path, context)
         parts = [self._settings.driver_python, "-m", self._settings.driver_module, "--context", str(path)]
         metadata = {"job_id": attempt.job_id, "attempt": str(attempt.n), "home": str(self._settings.home)}
-        try:
-            await self._ray.submit(attempt.submission_id, shlex.join(parts), self._env_vars(), metadata)
-        except UnavailableError as error:
-            await self._explain(attempt, str(error))
-            raise
+        await self._ray.submit(attempt.submission_id, shlex.join(parts), self._env_vars(), metadata)
         await asyncio.to_thread(self._store.attempts.mark_submitted, attempt)
 
     async def _context(self, attempt: Attempt, run_dir: Path) -> RunContext:
@@ -212,7 +221,9 @@ class Supervisor:
         if ray_job is None:
             said = "Ray no longer knows the run; the cluster was restarted."
         else:
-            said = f"The run ended ({ray_job.status.lower()}) without saying how. {ray_job.message}".strip()
+            # Ray's own message goes on with the log, which follows below.
+            cause = ray_job.message.partition(", last available logs")[0]
+            said = f"The run ended ({ray_job.status.lower()}) without saying how. {cause}".strip()
         printed = await self._ray.logs(attempt.submission_id) if ray_job is not None else None
         tail = f"\nThe end of its log:\n{printed[-LOG_TAIL_CHARS:].strip()}" if printed else ""
         return {"code": "driver_died", "fault": "system", "message": said + tail, "param": None}

@@ -17,7 +17,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from sqlalchemy import JSON, BigInteger, Float, ForeignKey, Index, Integer, String, Text
-from sqlalchemy.orm import DeclarativeBase, Mapped, deferred, mapped_column
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 
 class Base(DeclarativeBase):
@@ -48,8 +48,8 @@ class JobRow(Base):
     live: Mapped[dict[str, Any] | None]
     estimate: Mapped[dict[str, Any] | None]
     error: Mapped[dict[str, Any] | None]
-    plan: Mapped[dict[str, Any] | None] = deferred(mapped_column())
-    ledger: Mapped[dict[str, Any] | None] = deferred(mapped_column())
+    plan: Mapped[dict[str, Any] | None] = mapped_column(deferred=True)
+    ledger: Mapped[dict[str, Any] | None] = mapped_column(deferred=True)
     created_at: Mapped[float] = mapped_column(Float)
     started_at: Mapped[float | None] = mapped_column(Float)
     finished_at: Mapped[float | None] = mapped_column(Float)

@@ -19,6 +19,8 @@ out = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
 err = Console(highlight=False, markup=False, emoji=False, soft_wrap=True, stderr=True)
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069]")
+_ID_WIDTH = 32  # an id that is cut cannot be copied
+_WIDE = 200  # no terminal to fit into
 _STYLES = {"succeeded": "green", "failed": "red", "cancelled": "yellow", "cancelling": "yellow", "running": "cyan"}
 
 
@@ -72,7 +74,7 @@ def put_jobs(jobs: list[Job]) -> None:
     for job in jobs:
         status = Text(job.status, _STYLES.get(job.status, ""))
         table.add_row(job.id, line(job.name or ""), status, line(job.model), progress_text(job), age(job.created_at))
-    out.print(table)
+    _put_table(table)
 
 
 def put_event(event: Event) -> None:
@@ -84,7 +86,7 @@ def put_artifacts(artifacts: list[Artifact]) -> None:
     table = _table("name", "bytes", "sha256")
     for artifact in artifacts:
         table.add_row(line(artifact.name), f"{artifact.bytes or 0:,}", (artifact.sha256 or "")[:16])
-    out.print(table)
+    _put_table(table)
 
 
 def put_ledger(ledger: dict[str, Any]) -> None:
@@ -95,18 +97,19 @@ def put_ledger(ledger: dict[str, Any]) -> None:
         for row in rows:
             figures = [_figure(row, key) for key in ("predicted", "measured", "all_full")]
             table.add_row(line(str(row.get("name", ""))), *figures)
-        out.print(table)
+        _put_table(table)
     accuracy = ledger.get("accuracy") or {}
     if accuracy:
-        put(f"accuracy  {percent(accuracy.get('before'))} before, {percent(accuracy.get('after'))} after")
+        put(f"accuracy    {percent(accuracy.get('before'))} before, {percent(accuracy.get('after'))} after")
     phases = ledger.get("phases") or {}
     if phases:
         put(
-            "seconds   " + ", ".join(f"{name} {seconds:.1f}" for name, seconds in phases.items() if _is_number(seconds))
+            "seconds     "
+            + ", ".join(f"{name} {seconds:.1f}" for name, seconds in phases.items() if _is_number(seconds))
         )
     for key in ("steps", "checkpoint"):
         if ledger.get(key) is not None:
-            put(f"{key:10}{ledger[key]}")
+            put(f"{key:12}{ledger[key]}")
 
 
 def put_plan(plan: dict[str, Any]) -> None:
@@ -125,7 +128,7 @@ def put_plan(plan: dict[str, Any]) -> None:
         for block, row in enumerate(owners):
             counts = [str(row.count(worker)) for worker in workers]
             table.add_row(str(block), *counts, " ".join(ops[block]) if block < len(ops) else "")
-        out.print(table)
+        _put_table(table)
 
 
 def put_paths(paths: list[Path]) -> None:
@@ -153,8 +156,15 @@ def age(since: int) -> str:
 def _table(*columns: str) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in columns:
-        table.add_column(column, no_wrap=True, overflow="ignore" if column == "id" else "ellipsis")
+        table.add_column(column, no_wrap=True, min_width=_ID_WIDTH if column == "id" else None)
     return table
+
+
+def _put_table(table: Table) -> None:
+    if out.is_terminal:
+        out.print(table)
+    else:
+        Console(width=_WIDE, highlight=False, emoji=False).print(table)
 
 
 def _figure(row: dict[str, Any], key: str) -> str:

@@ -50,7 +50,7 @@ def _absorb_phase(session: Session, job: JobRow, event: RunEvent) -> bool:
     name = (event.get("data") or {}).get("name")
     if name not in PHASES or not may_move(JobState(job.state), JobState(name)):
         return False
-    move(session, job, JobState(name), message=event.get("message") or None, run_seq=event["seq"])
+    move(session, job, JobState(name), message=event.get("message") or None, run_seq=event["seq"], at=event.get("at"))
     return True
 
 
@@ -93,7 +93,14 @@ def _absorb_outcome(session: Session, job: JobRow, event: RunEvent) -> bool:
     """The run's last word. One that fails while it is being cancelled was cancelled: it failed of the stop."""
     data = event.get("data") or {}
     if data.get("status") == "succeeded":
-        move(session, job, JobState.SUCCEEDED, message=event.get("message") or None, run_seq=event["seq"])
+        move(
+            session,
+            job,
+            JobState.SUCCEEDED,
+            message=event.get("message") or None,
+            run_seq=event["seq"],
+            at=event.get("at"),
+        )
         return True
     if job.state == JobState.CANCELLING:
         return False
@@ -104,7 +111,7 @@ def _absorb_outcome(session: Session, job: JobRow, event: RunEvent) -> bool:
         "param": None,
         **(data.get("error") or {}),
     }
-    move(session, job, JobState.FAILED, error=error, run_seq=event["seq"])
+    move(session, job, JobState.FAILED, error=error, run_seq=event["seq"], at=event.get("at"))
     return True
 
 

@@ -49,6 +49,7 @@ def move(
     message: str | None = None,
     error: dict[str, Any] | None = None,
     run_seq: int | None = None,
+    at: float | None = None,
 ) -> None:
     """Move the job and say so in its history. Raises IllegalTransitionError."""
     old = JobState(job.state)
@@ -56,13 +57,13 @@ def move(
     job.state = state
     job.status_reason = None
     if state.is_final:
-        job.finished_at = time.time()
+        job.finished_at = at or time.time()
     if error is not None:
         job.error = error
     data = {"from": old, "to": state, **({"error": error} if error else {})}
     level = "error" if state is JobState.FAILED else "info"
     text = message or (error or {}).get("message") or f"{old} → {state}"
-    append(session, job, "job.status", text, level=level, data=data, run_seq=run_seq)
+    append(session, job, "job.status", text, level=level, data=data, run_seq=run_seq, at=at)
 
 
 def explain(session: Session, job: JobRow, reason: str | None) -> None:

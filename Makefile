@@ -1,0 +1,39 @@
+# Everything sets up .venv by itself when needed, with pip alone.
+
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.ready
+# One thread per process: the suites start several processes on few cores.
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: demo test test-slow lint bench-engine clean
+
+demo: $(STAMP)
+	deploy/demo.sh $(BIN)
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+test-slow: $(STAMP)
+	$(BIN)/python -m pytest -m slow
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench-engine: $(STAMP)
+	$(BIN)/python -m tests.bench.engine
+
+clean:
+	rm -rf $(VENV) .bench .demo .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+
+# torch first and by exact version: without it a resolver may walk through several gigabytes of older releases.
+$(STAMP): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet torch==2.14.1 torchvision==0.29.1
+	$(BIN)/pip install --quiet --editable '.[dev]'
+	touch $(STAMP)

@@ -1,0 +1,219 @@
+"""What a step costs under each op pattern: processor seconds, wall seconds and bytes, beside plain timm.
+
+    python -m tests.bench.engine [--blocks 12] [--rounds 7] [--out engine]
+
+ViT-S width (384, 6 heads), 98 px, 5 micro-batches of 16 images, two gloo workers with one thread each, pinned to
+different cores. Every round runs one step of every row in turn, so that a machine that changes its speed changes all
+rows alike; figures are medians over the rounds after the first. "plain timm" is the ordinary loop (five backward
+passes, clipping, AdamW), run on both cores at the same time, since two busy cores are slower than one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import timm
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from scheduler.compiler import compile_step
+from scheduler.cost import Costs
+from scheduler.domain import DeviceProfile, Placement, Scores, StepShape
+from scheduler.selection import SelectionRequest, all_full, select_ratios
+from scheduler.simulate import simulate
+from tests.bench.report import publish, target
+from tests.workers.processes import on_processes
+from workers.contract import Optimiser
+from workers.executor import Batch, Executor, StepPrograms
+from workers.optimiser import Adam
+from workers.partition import model_shape
+from workers.profiling import keep_freed_memory, profile_device
+from workers.shard import Shard
+from workers.transport import Gloo
+
+MICRO_BATCHES, BATCH = 5, 16
+PATTERNS = {
+    "all FULL": None,
+    "3F2S": ((3, 0, 2), "held"),
+    "3F2S scattered": ((3, 0, 2), "scattered"),
+    "2F3O redrawn": ((2, 3, 0), "coherent"),
+    "2F1O2S": ((2, 1, 2), "held"),
+    "2F1O2S redrawn": ((2, 1, 2), "coherent"),
+    "40 % FULL, rest FORWARD, held": ((2, 3, 0), "held"),
+}
+
+
+@dataclass
+class Row:
+    """One pattern on one placement: what runs it, and what it must send."""
+
+    executor: Executor
+    steps: list[StepPrograms]
+    forecast_bytes: list[int]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--blocks", type=int, default=12)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--out", default="engine")
+    args = parser.parse_args()
+    measured, exact = on_processes(2, measure, args.blocks, args.rounds)[0]
+    publish(args.out, rows_of(measured), targets_of(measured, exact), note_of(args))
+
+
+def measure(rank, num_blocks, rounds):
+    """(medians by (placement, pattern): cpu s, wall s, bytes; whether bytes were always as simulated)."""
+    torch.set_num_threads(1)
+    keep_freed_memory()
+    os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[rank]})
+    torch.manual_seed(0)
+    model = timm.create_model("vit_small_patch14_dinov2", img_size=98, num_classes=10, depth=num_blocks)
+    batch = synthetic_batch()
+    rows = build_rows(rank, model, num_blocks)
+    plain = plain_timm(model, batch)
+    samples, exact = {}, True
+    for turn in range(rounds + 1):
+        record(samples, ("plain timm", ""), *clocked(plain), 0.0)
+        for key, row in rows.items():
+            which = turn % len(row.steps)
+            cpu_s, wall_s = clocked(lambda row=row, which=which: row.executor.run(row.steps[which], batch))
+            sent = torch.tensor([float(sum(row.executor.transport.sent_bytes))], dtype=torch.float64)
+            dist.all_reduce(sent)
+            exact &= int(sent) == row.forecast_bytes[which]
+            record(samples, key, cpu_s, wall_s, float(sent))
+    return {key: np.median(np.array(values[1:]), axis=0).tolist() for key, values in samples.items()}, exact
+
+
+def build_rows(rank, model, num_blocks):
+    transport = Gloo()
+    profile = profile_device(model, StepShape(MICRO_BATCHES, BATCH), transport)
+    costs = Costs(model_shape(model), StepShape(MICRO_BATCHES, BATCH), gathered(profile))
+    half = num_blocks // 2
+    placements = {
+        "split blocks": Placement.make(np.tile([0, 0, 0, 1, 1, 1], (num_blocks, 1)), 2),
+        "whole blocks": Placement.make(np.repeat([0, 1], [half, num_blocks - half])[:, None].repeat(6, axis=1), 2),
+    }
+    rows = {}
+    for name, placement in placements.items():
+        shard = Shard(model, placement, rank)
+        executor = Executor(shard, transport, update=Adam(shard, Optimiser(learning_rate=1e-5), 1000))
+        for pattern in PATTERNS:
+            programs = [compile_step(placement, ops, costs) for ops in cycle_of(pattern, placement)]
+            steps = [StepPrograms(p, rank, costs, shard.dtype) for p in programs]
+            rows[name, pattern] = Row(executor, steps, [simulate(p, costs).total_bytes for p in programs])
+    return rows
+
+
+def cycle_of(pattern, placement):
+    """The planner's own op tables; worths are random, since here only cost counts."""
+    if PATTERNS[pattern] is None:
+        return all_full(placement, MICRO_BATCHES).cycle
+    ratios, strategy = PATTERNS[pattern]
+    worth = np.random.default_rng(0).uniform(0.5, 1.5, placement.owner_LH.shape)
+    request = SelectionRequest(ratios=ratios, strategy=strategy)
+    return select_ratios(request, placement, Scores(worth, worth), MICRO_BATCHES).cycle
+
+
+def plain_timm(model, batch):
+    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-5, weight_decay=0.05, fused=True)
+
+    def step():
+        for m in range(MICRO_BATCHES):
+            (F.cross_entropy(model(batch.images[m]), batch.labels[m]) / MICRO_BATCHES).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+        optimiser.zero_grad()
+
+    return step
+
+
+def clocked(work):
+    """(processor seconds of both workers, the slower one's wall seconds) of one step; of two plain loops, the mean."""
+    dist.barrier()
+    cpu, wall = time.process_time(), time.perf_counter()
+    report = work()
+    spent = torch.tensor([time.process_time() - cpu, time.perf_counter() - wall], dtype=torch.float64)
+    everyone = [torch.zeros_like(spent) for _ in range(dist.get_world_size())]
+    dist.all_gather(everyone, spent)
+    cpus, walls = zip(*(t.tolist() for t in everyone), strict=True)
+    return (sum(cpus) / len(cpus) if report is None else sum(cpus)), max(walls)
+
+
+def record(samples, key, *values):
+    samples.setdefault(key, []).append(values)
+
+
+def synthetic_batch():
+    gen = torch.Generator().manual_seed(1)
+    images = {m: torch.randn(BATCH, 3, 98, 98, generator=gen) for m in range(MICRO_BATCHES)}
+    return Batch(images, {m: torch.randint(0, 10, (BATCH,), generator=gen) for m in range(MICRO_BATCHES)})
+
+
+def gathered(profile):
+    """Every worker's profile, in rank order: programs must be compiled from the same ones."""
+    found = [None] * dist.get_world_size()
+    dist.all_gather_object(found, asdict(profile))
+    return [DeviceProfile.from_dict(data) for data in found]
+
+
+def rows_of(measured):
+    plain_cpu, plain_wall, _ = measured["plain timm", ""]
+    split_bytes = measured["split blocks", "all FULL"][2]
+    rows = [_row("plain timm", "", plain_cpu, plain_wall, 0.0, (plain_cpu, plain_wall, 0.0), plain_cpu, split_bytes)]
+    for (placement, pattern), (cpu, wall, sent) in measured.items():
+        if pattern:
+            full = measured[placement, "all FULL"]
+            rows.append(_row(placement, pattern, cpu, wall, sent, full, plain_cpu, split_bytes))
+    return rows
+
+
+def _row(placement, pattern, cpu, wall, sent, full, plain_cpu, split_bytes):
+    return {
+        "placement": placement,
+        "pattern": pattern,
+        "cpu s": cpu,
+        "wall s": wall,
+        "MB": sent / 1e6,
+        "cpu / all FULL": cpu / full[0],
+        "wall / all FULL": wall / full[1],
+        "bytes / all FULL": sent / full[2] if full[2] else 0.0,
+        "cpu / plain": cpu / plain_cpu,
+        "bytes / split": sent / split_bytes,
+    }
+
+
+def targets_of(measured, exact):
+    plain = measured["plain timm", ""]
+    split, whole = ({k[1]: v for k, v in measured.items() if k[0] == name} for name in ("split blocks", "whole blocks"))
+    held = "40 % FULL, rest FORWARD, held"
+
+    def ratio(rows, pattern, column):
+        return rows[pattern][column] / rows["all FULL"][column]
+
+    return [
+        target("all FULL, split: cpu / plain timm", split["all FULL"][0] / plain[0], "<=", 1.08),
+        target("3F2S, split: cpu", ratio(split, "3F2S", 0), "<=", 0.65),
+        target("3F2S, whole: cpu", ratio(whole, "3F2S", 0), "<=", 0.65),
+        target("2F1O2S, split: cpu", ratio(split, "2F1O2S", 0), "<=", 0.50),
+        target("2F1O2S, whole: cpu", ratio(whole, "2F1O2S", 0), "<=", 0.50),
+        target("2F1O2S, split: bytes", ratio(split, "2F1O2S", 2), "<=", 0.40),
+        target("40 % held, split: cpu", ratio(split, held, 0), "<=", 0.63),
+        target("40 % held, whole: cpu", ratio(whole, held, 0), "<=", 0.63),
+        target("40 % held, whole: wall", ratio(whole, held, 1), "<=", 0.65),
+        target("whole / split, all FULL: bytes", whole["all FULL"][2] / split["all FULL"][2], "<=", 0.05),
+        target("bytes measured = simulated, every step", exact, "==", True),
+    ]
+
+
+def note_of(args):
+    return f"{args.blocks} blocks; medians of {args.rounds} rounds; torch {torch.__version__}, timm {timm.__version__}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,42 @@
+"""What every benchmark prints and writes: a table, targets, and `.bench/NAME.json`."""
+
+from __future__ import annotations
+
+import json
+import operator
+import os
+import platform
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+_HOLDS = {"<=": operator.le, ">=": operator.ge, "==": operator.eq}
+
+
+def target(name, value, comparison, limit):
+    """One number that was asked for, and whether it was reached."""
+    holds = bool(_HOLDS[comparison](value, limit))
+    return {"name": name, "value": value, "limit": f"{comparison} {limit}", "holds": holds}
+
+
+def publish(name, rows, targets, note=""):
+    """Print rows and targets as tables and write them with the machine's name as JSON."""
+    console = Console(width=140)
+    table = Table(title=name, *map(str, rows[0]))
+    for row in rows:
+        table.add_row(*(f"{v:.3f}" if isinstance(v, float) else str(v) for v in row.values()))
+    console.print(table)
+    checks = Table("target", "value", "limit", "holds", title="targets")
+    for t in targets:
+        value = f"{t['value']:.3f}" if isinstance(t["value"], float) else str(t["value"])
+        checks.add_row(t["name"], value, t["limit"], "yes" if t["holds"] else "NO")
+    console.print(checks)
+    if note:
+        console.print(note)
+    folder = Path(".bench")
+    folder.mkdir(exist_ok=True)
+    machine = {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count()}
+    content = {"name": name, "machine": machine, "note": note, "rows": rows, "targets": targets}
+    (folder / f"{name}.json").write_text(json.dumps(content, indent=2))
+    console.print(f"written to {folder / f'{name}.json'}")
