@@ -25,11 +25,12 @@ from scheduler.errors import InfeasibleError
 from scheduler.knapsack import Held, hold
 from scheduler.program import EMBED_UNIT
 from scheduler.selection import FORWARD_WEIGHT, Selection, SelectionRequest, pick_swing, worth_fraction
+from scheduler.traffic import Traffic
 from scheduler.transfers import step_bytes
 
 PRICES = (0.0, 0.1, 0.4, 2.0, 50.0)  # of one backward message per micro-batch, in mean heads' worth
 TOGETHER = (0.5, 0.8, 1.0)
-GLANCE, FAR_OFF = 2, 1.15  # a mix whose first two steps send 15 % too much is not measured further
+NEAR = 1.15  # times the bytes: when the first round came no nearer, there is no second one
 GRID = 32  # steps between no SKIP and all but one
 STRIDE = 4  # of the grid's mixes in a first round; a second one looks at those that could still be better
 
@@ -43,8 +44,9 @@ def select_budgets(request: SelectionRequest, placement: Placement, costs: Costs
     search = _Search(request, placement, costs, scores)
     mixes = sorted(search.mixes(), reverse=True)
     best = search.best_among(mixes[::STRIDE])
-    if best is not None or search.least_bytes < FAR_OFF * request.max_bytes or not search.tried:
-        best = search.best_among([mix for i, mix in enumerate(mixes) if i % STRIDE], best)
+    if best is not None or search.least_bytes < NEAR * request.max_bytes or not search.tried:
+        too_dear = search.refused if best is not None else float("inf")
+        best = search.best_among([mix for i, mix in enumerate(mixes) if i % STRIDE and mix.ceiling < too_dear], best)
     if best is None:
         raise _bytes_error(search) if search.tried else _compute_error(search)
     worth, bound = best.report.objective, worth_bound(search)
@@ -55,7 +57,7 @@ def select_budgets(request: SelectionRequest, placement: Placement, costs: Costs
 def _compute_error(search: _Search) -> InfeasibleError:
     least = next(percent for percent in range(1, 101) if _feeds(search, percent / 100)) / 100
     return InfeasibleError(
-        f"No {search.request.strategy} selection runs on {search.request.compute:.2f} of the compute: the least with which "
+        f"No {search.request.strategy} selection runs on {search.request.compute:.2f} of the compute: the least where "
         f"every micro-batch trains a head on this placement is {least:.2f}.",
         code="budgets_infeasible",
         param="method.budgets",
@@ -102,7 +104,9 @@ class _Search:
     scores: Scores
     all_full_flops: int = field(init=False)
     all_full_bytes: int = field(init=False)
+    traffic: Traffic = field(init=False)
     least_bytes: float = field(default=float("inf"))
+    refused: float = field(default=float("inf"))  # ceiling of the last mix that did not fit before the first that did
     tried: int = 0
     answers: dict[tuple[int, float], Held] = field(default_factory=dict)
 
@@ -110,6 +114,8 @@ class _Search:
         full = uniform_ops(self.costs.shape, self.num_micro_batches, Op.FULL)
         self.all_full_flops = step_flops(self.costs.shape, self.costs.step, full)
         self.all_full_bytes = self._bytes(full)
+        request = self.request
+        self.traffic = Traffic(self.placement, self.costs.shape, self.costs.step, request.embed_grad)
 
     @property
     def num_micro_batches(self) -> int:
@@ -159,6 +165,8 @@ class _Search:
             if best is not None and mix.ceiling <= best.report.objective:
                 break
             found = self.best_of(mix)
+            if found is None and best is None:
+                self.refused = mix.ceiling
             if found is not None and (best is None or found.report.objective > best.report.objective):
                 best = found
         return best
@@ -201,15 +209,12 @@ class _Search:
         return self.answers[total, price]
 
     def fits(self, cycle: tuple[OpTable, ...]) -> bool:
-        """Whether the mean step keeps within the bytes; far off ones are told by their first steps."""
+        """Whether the mean step keeps within the bytes, by the quick counter; what passes is measured by the exact one."""
         self.tried += 1
-        tables = [self._bytes(ops) for ops in cycle[:GLANCE]]
-        if sum(tables) / len(tables) > self.all_full_bytes * max(FAR_OFF * self.request.max_bytes, self.least_bytes):
-            return False
-        tables += [self._bytes(ops) for ops in cycle[GLANCE:]]
-        spent = sum(tables) / len(tables) / max(1, self.all_full_bytes)
-        self.least_bytes = min(self.least_bytes, float(spent))
-        return bool(spent <= self.request.max_bytes)
+        limit = self.request.max_bytes * self.all_full_bytes
+        spent = sum(map(self.traffic.step_bytes, cycle)) / len(cycle)
+        self.least_bytes = min(self.least_bytes, spent / max(1, self.all_full_bytes))
+        return spent <= limit and sum(map(self._bytes, cycle)) / len(cycle) <= limit
 
     def _bytes(self, ops_LHM: OpTable) -> int:
         link_bytes = step_bytes(self.placement, ops_LHM, self.costs.shape, self.costs.step, self.request.embed_grad)

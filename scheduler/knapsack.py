@@ -3,9 +3,9 @@
     maximise   Σ worth of the FULL heads − price · messages of their backward passes
     subject to `total` FULL heads, each worker its share of them (by heads owned, rounded down or up)
 
-Messages per micro-batch, over FULL-bearing workers P_l of block l: 4·(|P_l| − 1) for the gradient sums of both
-sub-layers, and one for each worker that needs the gradient of block l + 1 and did not take part there. Participation is
-a fixed charge: a worker's first FULL head of a block pays it, the others are free. With price 0 this is the most worthy
+Messages per micro-batch, over the workers P_l with FULL heads in block l: 4·(|P_l| − 1) for the gradient sums of both
+sub-layers, and one for each worker that needs the gradient and does not hold it from above. Participation is a fixed
+charge: a worker's first FULL head of a block pays it, the others are free. With price 0 the answer is the most worthy
 heads of each worker.
 """
 
@@ -22,7 +22,7 @@ from scheduler.domain import Placement
 
 BoolArray = npt.NDArray[np.bool_]
 SCALE = 10_000  # worths become integers of 1e-4 of a mean head's worth
-SECONDS = 2.0
+EFFORT = 2.0  # CP-SAT's deterministic seconds: the answer does not depend on how busy the machine is
 SUM_MESSAGES = 4  # gradient sums of one block per worker beyond the first: two sub-layers, there and back
 
 
@@ -43,7 +43,7 @@ def hold(worth_LH: npt.NDArray[np.float64], placement: Placement, total: int, pr
     solver = cp_model.CpSolver()
     solver.parameters.num_workers = 1  # one thread: the same answer every time
     solver.parameters.linearization_level = 2
-    solver.parameters.max_time_in_seconds = SECONDS
+    solver.parameters.max_deterministic_time = EFFORT
     status = solver.solve(model.model)
     if status not in (cp_model.OPTIMAL, cp_model.FEASIBLE):
         raise ValueError(f"{total} heads cannot be chosen from {worth_LH.size}")
@@ -77,26 +77,35 @@ class _Knapsack:
         self.model.maximize(worth - price * messages)
 
     def _messages(self) -> Any:
-        blocks = range(len(self.full))
-        trains = [self._trains(block) for block in blocks]
-        top = {self.placement.classifier: 1}
+        """Walks down from the classifier; holds[w]: worker w has the gradient that leaves the block above."""
+        holds: list[Any] = [int(w == self.placement.classifier) for w in range(self.placement.num_workers)]
         terms: list[Any] = []
-        for block in blocks:
+        for block in reversed(range(len(self.full))):
+            trains = self._trains(block)
             beyond = self.model.new_int_var(0, self.placement.num_workers, f"beyond{block}")
-            self.model.add(beyond >= sum(trains[block].values()) - 1)
+            self.model.add(beyond >= sum(trains) - 1)
             terms.append(SUM_MESSAGES * beyond)
-            above = trains[block + 1] if block + 1 < len(self.full) else top
-            for worker, here in trains[block].items():
+            for worker, (here, above) in enumerate(zip(trains, holds, strict=True)):
                 brought = self.model.new_bool_var(f"brought{block}_{worker}")
-                self.model.add(brought >= here - above.get(worker, 0))
+                self.model.add(brought >= here - above)
                 terms.append(brought)
+            holds = self._passed_on(block, trains, holds)
         return sum(terms)
 
-    def _trains(self, block: int) -> dict[int, cp_model.IntVar]:
-        """For each holder of the block, whether it has a FULL head there."""
-        trains = {}
-        for worker in self.placement.holders(block):
-            trains[worker] = self.model.new_bool_var(f"trains{block}_{worker}")
-            for head in self.placement.heads_of(worker, block):
-                self.model.add_implication(self.full[block][head], trains[worker])
+    def _trains(self, block: int) -> list[cp_model.IntVar]:
+        """For each worker, whether it has a FULL head in the block."""
+        trains = [self.model.new_bool_var(f"trains{block}_{w}") for w in range(self.placement.num_workers)]
+        for head, owner in enumerate(self.placement.owner_LH[block].tolist()):
+            self.model.add_implication(self.full[block][head], trains[owner])
         return trains
+
+    def _passed_on(self, block: int, trains: list[cp_model.IntVar], above: list[Any]) -> list[Any]:
+        """Who has the gradient below the block: those who trained there or, if nobody did, those who had it before."""
+        idle = self.model.new_bool_var(f"idle{block}")
+        for full in self.full[block]:
+            self.model.add_implication(full, idle.negated())
+        holds = [self.model.new_bool_var(f"holds{block}_{w}") for w in range(self.placement.num_workers)]
+        for here, trained, had in zip(holds, trains, above, strict=True):
+            self.model.add(here <= trained + idle)
+            self.model.add(here <= trained + had)
+        return holds

@@ -72,7 +72,7 @@ class PlanRequest:
 
     @property
     def styles(self) -> tuple[str, ...]:
-        """Ways to assign heads that are worth trying: it matters whose they are where some are held FULL, others not."""
+        """Ways to assign heads that are worth trying: whose they are matters where some are held FULL, others not."""
         mixes = self.compute is not None or (self.ratios is not None and self.ratios[1] > 0)
         if self.strategy != "held" or not mixes:
             return ("even",)

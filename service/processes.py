@@ -34,13 +34,14 @@ def find(noted: dict[str, Any] | None) -> psutil.Process | None:
 
 
 def end_tree(root: psutil.Process, grace_s: float) -> None:
-    """End a process and all its descendants: SIGTERM to the root, and SIGKILL to whatever is left after the grace."""
-    tree = [root, *_descendants(root)]
+    """End a process and all its descendants: SIGTERM to the root, then to what it left behind, then SIGKILL."""
+    tree = {root, *_descendants(root)}
     _signal([root], psutil.Process.terminate)
-    gone, alive = psutil.wait_procs([root], timeout=grace_s)
-    late = [child for process in alive for child in _descendants(process)]
-    leftovers = [process for process in {*tree, *late} if process not in gone]
-    _, alive = psutil.wait_procs(leftovers, timeout=0.2 if alive else 2.0)
+    psutil.wait_procs([root], timeout=grace_s)
+    tree |= set(_descendants(root))
+    left = [process for process in tree if process.is_running()]
+    _signal(left, psutil.Process.terminate)
+    _, alive = psutil.wait_procs(left, timeout=2.0 if root not in left else 0.2)
     _signal(alive, psutil.Process.kill)
     psutil.wait_procs(alive, timeout=5)
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import logging
+import math
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -13,7 +12,6 @@ from service.store import RunEvent
 from workers.events import read_events
 
 BATCH = 500
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -23,30 +21,29 @@ class Batch:
     events: list[RunEvent]
     offset: int
 
-    @property
-    def is_full(self) -> bool:
-        return len(self.events) == BATCH
-
 
 def read_batch(path: Path, offset: int) -> Batch:
-    """The next lines, at most `BATCH`. A whole line that is not an event is passed over: it must not stop the rest."""
+    """The next lines, at most `BATCH`. A line that is not an event is passed over: it must not stop the rest."""
     events: list[RunEvent] = []
-    try:
-        for end, event in islice(read_events(path, offset), BATCH):
-            offset = end
-            if _is_event(event):
-                events.append(event)
-    except (json.JSONDecodeError, UnicodeDecodeError):
-        log.warning("%s has a line at byte %d that is no event", path, offset)
-        offset = _after_line(path, offset)
+    for end, event in islice(read_events(path, offset), BATCH):
+        offset = end
+        if _is_event(event):
+            events.append(_writable(event))
     return Batch(events, offset)
 
 
-def _is_event(event: Any) -> bool:
-    return isinstance(event, dict) and isinstance(event.get("seq"), int) and isinstance(event.get("type"), str)
+def _is_event(event: RunEvent) -> bool:
+    return isinstance(event.get("seq"), int) and isinstance(event.get("type"), str)
 
 
-def _after_line(path: Path, offset: int) -> int:
-    with path.open("rb") as file:
-        file.seek(offset)
-        return offset + len(file.readline())
+def _writable(value: Any) -> Any:
+    """The value as JSON can carry it on: no NaN or infinity, no half of a surrogate pair (a file name may hold one)."""
+    if isinstance(value, str):
+        return value.encode("utf-8", "backslashreplace").decode()
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, list):
+        return [_writable(item) for item in value]
+    if isinstance(value, dict):
+        return {_writable(key): _writable(item) for key, item in value.items()}
+    return value

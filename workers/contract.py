@@ -12,12 +12,14 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 DIGITS_MODEL = "d2ft_digits"
 ModelArg = int | float | bool | str
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Frozen(BaseModel):
     """Base of the border types: unknown fields are refused, values do not change."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    # Without a bound on strings, one that is not Unicode (a lone surrogate) gets in and cannot be written out again.
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, str_max_length=4096)
 
 
 class Ratios(Frozen):
@@ -65,7 +67,7 @@ class Optimiser(Frozen):
 
     learning_rate: Annotated[float, Field(gt=0, le=1)] = 5e-4
     weight_decay: Annotated[float, Field(ge=0, le=1)] = 0.05
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
     warmup_fraction: Annotated[float, Field(ge=0, le=1)] = 0.1
     clip_norm: Annotated[float, Field(ge=0)] = 1.0
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0

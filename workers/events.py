@@ -38,6 +38,8 @@ class EventLog:
         self.path = path / EVENTS_FILE
         self._seq = sum(1 for _ in read_events(self.path, 0))
         self._file = self.path.open("a", encoding="utf-8")
+        if _is_torn(self.path):
+            self._file.write("\n")  # else the next event would be glued to what a killed writer left
 
     def emit(self, type: str, message: str = "", *, level: str = "info", **data: Any) -> None:
         """Append one event and flush it to the file system."""
@@ -64,7 +66,10 @@ class EventLog:
 
 
 def read_events(path: str | os.PathLike[str], offset: int) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield (offset after the event, event) for every complete line from byte `offset` on; a torn last line waits."""
+    """Yield (offset after the event, event) for every complete line from byte `offset` on; a torn last line waits.
+
+    A complete line that is no JSON object is passed over: a writer was killed in the middle of it.
+    """
     try:
         file = open(path, "rb")  # noqa: SIM115 - closed by the `with` below
     except FileNotFoundError:
@@ -75,8 +80,23 @@ def read_events(path: str | os.PathLike[str], offset: int) -> Iterator[tuple[int
             if not line.endswith(b"\n"):
                 return
             offset += len(line)
-            if line.strip():
-                yield offset, json.loads(line)
+            event = _parse(line)
+            if event is not None:
+                yield offset, event
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    try:
+        event = json.loads(line)
+    except ValueError:
+        return None
+    return event if isinstance(event, dict) else None
+
+
+def _is_torn(path: Path) -> bool:
+    """Whether the file ends in the middle of a line."""
+    content = path.read_bytes()
+    return bool(content) and not content.endswith(b"\n")
 
 
 def _finite(value: Any) -> Any:

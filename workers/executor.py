@@ -72,7 +72,7 @@ class StepPrograms:
             if instruction.units:
                 numel = sum(shape.embed_params if u < 0 else shape.norm_params for u in instruction.units)
                 return Parcel(key, (numel,), dtype)
-            return Parcel(key, residual, dtype)
+            return Parcel(key, residual, dtype, passing=instruction.cargo in ("part", "gpart"))
 
         self.incoming = {
             src: [parcel(src, i) for i in program.sends() if i.peer == rank]
@@ -109,8 +109,8 @@ class Executor:
 
     `update(grad_norm)` is called at `step` with all gradients in place; None leaves them in place (tests, rehearsals).
     `means[block, part]` are the H × D mean outputs that skip_fill "mean" adds; with `measures_means` a forward pass
-    finds those of this worker's heads. A pass without gradient hands its logits to `logits(micro_batch, logits_BC)`. With
-    `autocast` the sub-layers compute in that type; messages stay in the shard's.
+    finds those of this worker's heads. A pass without gradient hands its logits to `logits(micro_batch, logits_BC)`.
+    With `autocast` the sub-layers compute in that type; messages stay in the shard's.
     """
 
     def __init__(
@@ -211,12 +211,12 @@ class Executor:
         block = self.shard.blocks[i.block]
         total = self._added("part", i, self._state.part.pop(i.mb))
         if i.running:
-            total = total * (self.shard.shape.num_heads / i.running)
+            total *= self.shard.shape.num_heads / i.running
         if i.fill:
-            total = total + self.means[i.block, i.part][list(i.fill)].sum(0)
+            total += self.means[i.block, i.part][list(i.fill)].sum(0)
         gamma, bias = block.gammas[i.part], block.biases[i.part]
         if bias is not None:
-            total = total + bias
+            total += bias
         if i.lead and gamma is not None:
             self._state.sums[i.block, i.part, i.mb] = total
         x_BND = self._state.x[i.mb]
@@ -306,17 +306,22 @@ class Executor:
         ]
 
     def _added(self, cargo: str, i: Instruction, own: Tensor) -> Tensor:
-        """Σ over the ranks in `of`, in rank order, so that every worker that adds gets the same bits."""
-        total = None
-        for worker in i.of:
-            if worker == self.rank:
-                part = own
-            else:
-                part = self._state.inbox.pop(
-                    Instruction("recv", cargo, i.block, i.part, i.mb, peer=worker, units=i.units).key(self.rank)
-                )
-            total = part if total is None else total + part
-        assert total is not None
+        """Σ over the ranks in `of`, in rank order, so that every worker that adds gets the same bits.
+
+        The result may be written to: a worker's own part is its alone once the others have their copies.
+        """
+        inbox = self._state.inbox
+
+        def part(worker: int) -> Tensor:
+            received = Instruction("recv", cargo, i.block, i.part, i.mb, peer=worker, units=i.units)
+            return own if worker == self.rank else inbox.pop(received.key(self.rank))
+
+        first, *others = i.of
+        if not others:
+            return part(first)
+        total = part(first) + part(others[0])
+        for worker in others[1:]:
+            total += part(worker)
         return total
 
     @torch.no_grad()

@@ -34,7 +34,7 @@ from workers.contract import JobSpec, RunContext
 from workers.events import EventLog
 from workers.profiling import keep_freed_memory
 from workers.session import Place, Session
-from workers.transport import Gloo, Nccl
+from workers.transport import Nccl, Shared
 
 FAILURES_DIR = "failures"
 POLL_S = 0.05
@@ -162,7 +162,7 @@ def run_worker(config: dict[str, Any]) -> None:
     runtime = ray.get_runtime_context()
     labels = {key: str(value) for key, value in runtime.get_node_labels().items()}
     place = Place(runtime.get_node_id(), labels, device, ranks.get_local_world_size())
-    transport = Nccl(device) if context.use_gpu else Gloo()
+    transport = Nccl(device) if context.use_gpu else Shared()
     planner = ActorPlanner(context, rank, ranks.get_world_size())
     log = EventLog(context.run_dir) if rank == 0 else None
     try:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from scheduler.compiler import compile_step
-from scheduler.cost import Costs
+from scheduler.cost import Costs, residual_bytes
 from scheduler.domain import DeviceProfile, Op, OpTable, Plan, StepShape, step_flops, uniform_ops
 from scheduler.errors import SystemFault
 from scheduler.transfers import step_bytes
@@ -119,6 +119,7 @@ class Session:
         self.model = build_model(self.spec, len(self.data.classes))
         self.shape = model_shape(self.model)
         self.step_shape = StepShape(self.spec.micro_batches, self.spec.micro_batch_size)
+        self.transport.prepare(residual_bytes(self.shape, self.step_shape))
         self.order = MicroBatches(
             self.data.num_train, self.spec.micro_batch_size, self.spec.micro_batches, self.spec.seed
         )

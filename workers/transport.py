@@ -1,4 +1,4 @@
-"""How messages of a step travel between workers: one contract, three transports.
+"""How messages of a step travel between workers: one contract, four transports.
 
 A step's messages on a link are known before it starts and arrive in the order in which they were sent. `open` tells
 the transport what will come from each peer, so that receives are posted ahead of need; `send` never waits; `recv` waits
@@ -6,12 +6,15 @@ for one message; `close` waits until everything sent has left. Bytes are counted
 
     InProcess   threads in one process, tensors handed over          (tests, one worker)
     Gloo        torch.distributed, tagged point-to-point on CPU
+    Shared      Gloo, but rings of shared memory between workers on one machine
     Nccl        the same on GPU: no tags, so one two-member group per direction keeps messages in order
 """
 
 from __future__ import annotations
 
+import select
 import threading
+import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,6 +27,7 @@ from torch import Tensor
 
 from scheduler.errors import SystemFault
 from scheduler.program import MessageKey
+from workers.neighbours import Neighbours, Outlet, connect
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,11 @@ class Parcel:
     key: MessageKey
     shape: tuple[int, ...]
     dtype: torch.dtype
+    passing: bool = False  # read once and dropped, so that it need not be copied
+
+    @property
+    def num_bytes(self) -> int:
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
 class Transport(Protocol):
@@ -41,6 +50,9 @@ class Transport(Protocol):
     rank: int
     size: int
     sent_bytes: list[int]  # per destination, since the last `open`
+
+    def prepare(self, message_bytes: int) -> None:
+        """Make room for messages of a usual size; collective, before the first step that sends them."""
 
     def open(self, incoming: Mapping[int, Sequence[Parcel]]) -> None: ...
 
@@ -89,6 +101,9 @@ class InProcess:
         self.sent_bytes = [0] * self.size
         self._mailboxes = mailboxes
 
+    def prepare(self, message_bytes: int) -> None:
+        pass
+
     def open(self, incoming: Mapping[int, Sequence[Parcel]]) -> None:
         self.sent_bytes = [0] * self.size
 
@@ -127,6 +142,9 @@ class Gloo:
         self._outbox: deque[tuple[dist.Work, Tensor]] = deque()
         self._sent_count = [0] * self.size
         self._posted_count = [0] * self.size
+
+    def prepare(self, message_bytes: int) -> None:
+        pass
 
     def open(self, incoming: Mapping[int, Sequence[Parcel]]) -> None:
         self.sent_bytes = [0] * self.size
@@ -170,6 +188,69 @@ class Gloo:
 
     def _irecv(self, tensor: Tensor, src: int, count: int) -> dist.Work:
         return _work(dist.irecv(tensor, src, tag=_tag(count)))
+
+
+class Shared(Gloo):
+    """Gloo between machines; within one, messages that fit go through `neighbours`' rings.
+
+    A message that its reader only adds to something (`Parcel.passing`) is not copied out of the ring.
+    """
+
+    def __init__(self, ahead: int = 4, timeout_s: float = 120.0) -> None:
+        super().__init__("cpu", ahead)
+        self._timeout_s = timeout_s
+        self._neighbours = Neighbours({}, {})
+        self._queues: dict[int, deque[Parcel]] = {}
+        self._early: dict[MessageKey, Tensor] = {}
+        self._ringed: set[MessageKey] = set()
+
+    def prepare(self, message_bytes: int) -> None:
+        self._neighbours.close()
+        self._neighbours = connect(message_bytes)
+
+    def open(self, incoming: Mapping[int, Sequence[Parcel]]) -> None:
+        inlets = self._neighbours.inlets
+        self._queues = {src: deque(p for p in incoming.get(src, ()) if self._fits(src, p)) for src in inlets}
+        self._ringed = {parcel.key for queue in self._queues.values() for parcel in queue}
+        super().open({src: [p for p in parcels if p.key not in self._ringed] for src, parcels in incoming.items()})
+
+    def send(self, dst: int, key: MessageKey, tensor: Tensor) -> None:
+        outlet = self._neighbours.outlets.get(dst)
+        if outlet is None or tensor.nbytes > outlet.ring.slot_bytes:
+            super().send(dst, key, tensor)
+            return
+        self._await_room(outlet)
+        outlet.put(tensor)
+        self.sent_bytes[dst] += tensor.nbytes
+
+    def recv(self, src: int, key: MessageKey) -> Tensor:
+        if key not in self._ringed:
+            return super().recv(src, key)
+        while key not in self._early:
+            parcel = self._queues[src].popleft()
+            wanted = parcel.key == key
+            # What comes before its time is copied, so that it does not hold a slot that others wait for.
+            self._take(src, parcel, copied=not (wanted and parcel.passing))
+        return self._early.pop(key)
+
+    def _fits(self, src: int, parcel: Parcel) -> bool:
+        return parcel.num_bytes <= self._neighbours.inlets[src].ring.slot_bytes
+
+    def _take(self, src: int, parcel: Parcel, *, copied: bool) -> None:
+        inlet = self._neighbours.inlets[src]
+        self._early[parcel.key] = inlet.take(parcel.shape, parcel.dtype, self._timeout_s, copied=copied)
+
+    def _await_room(self, outlet: Outlet) -> None:
+        """Wait for a free slot; meanwhile take in what arrives, since its sender may be waiting for a slot too."""
+        deadline = time.monotonic() + self._timeout_s
+        while not outlet.has_room():
+            waiting = [src for src, queue in self._queues.items() if queue]
+            sources = [outlet.credit, *(self._neighbours.inlets[src].data for src in waiting)]
+            if time.monotonic() > deadline or not select.select(sources, [], [], self._timeout_s)[0]:
+                raise SystemFault(f"No room for a message within {self._timeout_s:g} s.", code="transport_timeout")
+            for src in waiting:
+                if self._neighbours.inlets[src].is_ready():
+                    self._take(src, self._queues[src].popleft(), copied=True)
 
 
 class Nccl(Gloo):

@@ -22,6 +22,7 @@ from service.client import (
     ApiAuthError,
     ApiBusyError,
     ApiConflictError,
+    ApiInvalidError,
     ApiNotFoundError,
     ApiTimeoutError,
     ApiUnreachableError,
@@ -49,6 +50,7 @@ _CODES: tuple[tuple[type[D2ftError], Exit], ...] = (
     (ApiUnreachableError, Exit.UNREACHABLE),
     (ApiTimeoutError, Exit.TIMEOUT),
     (ApiConflictError, Exit.CONFLICT),
+    (ApiInvalidError, Exit.USAGE),
     (ConflictError, Exit.CONFLICT),
     (UserError, Exit.USAGE),
 )

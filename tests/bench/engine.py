@@ -1,6 +1,6 @@
 """What a step costs under each op pattern: processor seconds, wall seconds and bytes, beside plain timm.
 
-    python -m tests.bench.engine [--blocks 12] [--rounds 7] [--out engine]
+    python -m tests.bench.engine [--blocks 12] [--rounds 7] [--wire shared|gloo] [--out engine]
 
 ViT-S width (384, 6 heads), 98 px, 5 micro-batches of 16 images, two gloo workers with one thread each, pinned to
 different cores. Every round runs one step of every row in turn, so that a machine that changes its speed changes all
@@ -22,8 +22,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from scheduler.compiler import compile_step
-from scheduler.cost import Costs
-from scheduler.domain import DeviceProfile, Placement, Scores, StepShape
+from scheduler.cost import Costs, residual_bytes
+from scheduler.domain import DeviceProfile, Scores, StepShape
+from scheduler.placement import propose
 from scheduler.selection import SelectionRequest, all_full, select_ratios
 from scheduler.simulate import simulate
 from tests.bench.report import publish, target
@@ -34,9 +35,10 @@ from workers.optimiser import Adam
 from workers.partition import model_shape
 from workers.profiling import keep_freed_memory, profile_device
 from workers.shard import Shard
-from workers.transport import Gloo
+from workers.transport import Gloo, Shared
 
 MICRO_BATCHES, BATCH = 5, 16
+TRANSPORTS = {"shared": Shared, "gloo": Gloo}
 PATTERNS = {
     "all FULL": None,
     "3F2S": ((3, 0, 2), "held"),
@@ -61,13 +63,14 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--blocks", type=int, default=12)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--wire", choices=TRANSPORTS, default="shared")
     parser.add_argument("--out", default="engine")
     args = parser.parse_args()
-    measured, exact = on_processes(2, measure, args.blocks, args.rounds)[0]
+    measured, exact = on_processes(2, measure, args.blocks, args.rounds, args.wire)[0]
     publish(args.out, rows_of(measured), targets_of(measured, exact), note_of(args))
 
 
-def measure(rank, num_blocks, rounds):
+def measure(rank, num_blocks, rounds, wire):
     """(medians by (placement, pattern): cpu s, wall s, bytes; whether bytes were always as simulated)."""
     torch.set_num_threads(1)
     keep_freed_memory()
@@ -75,7 +78,7 @@ def measure(rank, num_blocks, rounds):
     torch.manual_seed(0)
     model = timm.create_model("vit_small_patch14_dinov2", img_size=98, num_classes=10, depth=num_blocks)
     batch = synthetic_batch()
-    rows = build_rows(rank, model, num_blocks)
+    rows = build_rows(rank, model, wire)
     plain = plain_timm(model, batch)
     samples, exact = {}, True
     for turn in range(rounds + 1):
@@ -90,34 +93,31 @@ def measure(rank, num_blocks, rounds):
     return {key: np.median(np.array(values[1:]), axis=0).tolist() for key, values in samples.items()}, exact
 
 
-def build_rows(rank, model, num_blocks):
-    transport = Gloo()
+def build_rows(rank, model, wire):
+    transport = TRANSPORTS[wire]()
+    transport.prepare(residual_bytes(model_shape(model), StepShape(MICRO_BATCHES, BATCH)))
     profile = profile_device(model, StepShape(MICRO_BATCHES, BATCH), transport)
     costs = Costs(model_shape(model), StepShape(MICRO_BATCHES, BATCH), gathered(profile))
-    half = num_blocks // 2
-    placements = {
-        "split blocks": Placement.make(np.tile([0, 0, 0, 1, 1, 1], (num_blocks, 1)), 2),
-        "whole blocks": Placement.make(np.repeat([0, 1], [half, num_blocks - half])[:, None].repeat(6, axis=1), 2),
-    }
+    worth = Scores(*np.random.default_rng(0).uniform(0.5, 1.5, (2, costs.shape.num_blocks, costs.shape.num_heads)))
+    placements = {f"{mode} blocks": propose(costs, mode, scores=worth)[0][0] for mode in ("split", "whole")}
     rows = {}
     for name, placement in placements.items():
         shard = Shard(model, placement, rank)
         executor = Executor(shard, transport, update=Adam(shard, Optimiser(learning_rate=1e-5), 1000))
         for pattern in PATTERNS:
-            programs = [compile_step(placement, ops, costs) for ops in cycle_of(pattern, placement)]
+            programs = [compile_step(placement, ops, costs) for ops in cycle_of(pattern, placement, worth)]
             steps = [StepPrograms(p, rank, costs, shard.dtype) for p in programs]
             rows[name, pattern] = Row(executor, steps, [simulate(p, costs).total_bytes for p in programs])
     return rows
 
 
-def cycle_of(pattern, placement):
+def cycle_of(pattern, placement, worth):
     """The planner's own op tables; worths are random, since here only cost counts."""
     if PATTERNS[pattern] is None:
         return all_full(placement, MICRO_BATCHES).cycle
     ratios, strategy = PATTERNS[pattern]
-    worth = np.random.default_rng(0).uniform(0.5, 1.5, placement.owner_LH.shape)
     request = SelectionRequest(ratios=ratios, strategy=strategy)
-    return select_ratios(request, placement, Scores(worth, worth), MICRO_BATCHES).cycle
+    return select_ratios(request, placement, worth, MICRO_BATCHES).cycle
 
 
 def plain_timm(model, batch):
@@ -212,7 +212,8 @@ def targets_of(measured, exact):
 
 
 def note_of(args):
-    return f"{args.blocks} blocks; medians of {args.rounds} rounds; torch {torch.__version__}, timm {timm.__version__}"
+    versions = f"torch {torch.__version__}, timm {timm.__version__}"
+    return f"{args.blocks} blocks; medians of {args.rounds} rounds; wire: {args.wire}; {versions}"
 
 
 if __name__ == "__main__":

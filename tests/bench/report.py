@@ -23,7 +23,7 @@ def target(name, value, comparison, limit):
 def publish(name, rows, targets, note=""):
     """Print rows and targets as tables and write them with the machine's name as JSON."""
     console = Console(width=140)
-    table = Table(title=name, *map(str, rows[0]))
+    table = Table(*map(str, rows[0]), title=name)
     for row in rows:
         table.add_row(*(f"{v:.3f}" if isinstance(v, float) else str(v) for v in row.values()))
     console.print(table)

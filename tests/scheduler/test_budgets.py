@@ -25,7 +25,9 @@ def costs_of(blocks: int, heads: int, workers: int, micro_batches: int = 5) -> C
     return Costs(shape, StepShape(micro_batches, 16), fleet((1.0,) * workers, shape=shape))
 
 
-def spent(costs: Costs, placement: Placement, cycle: tuple[OpTable, ...], embed_grad: bool = True) -> tuple[float, float]:
+def spent(
+    costs: Costs, placement: Placement, cycle: tuple[OpTable, ...], embed_grad: bool = True
+) -> tuple[float, float]:
     """(compute, bytes) of the mean step as fractions of all-FULL."""
     shape, step = costs.shape, costs.step
     full = uniform_ops(shape, step.num_micro_batches, Op.FULL)
@@ -113,7 +115,9 @@ def test_whole_blocks_keep_a_compute_budget() -> None:
 def test_whole_blocks_cannot_save_bytes_while_the_embedding_is_trained() -> None:
     costs, scores = costs_of(6, 6, 2), random_scores(6, 6)
     request = SelectionRequest(compute=0.6, max_bytes=0.5)
-    with pytest.raises(InfeasibleError, match=r"least bytes fraction found at compute 0\.60 on this placement is 1\.00"):
+    with pytest.raises(
+        InfeasibleError, match=r"least bytes fraction found at compute 0\.60 on this placement is 1\.00"
+    ):
         select_budgets(request, whole(6, 6, 2), costs, scores)
 
 

@@ -26,7 +26,7 @@ def messages(full_LH: np.ndarray, placement: Placement) -> int:
     for block in reversed(range(len(full_LH))):
         trains = {int(w) for w in placement.owner_LH[block][full_LH[block]]}
         total += SUM_MESSAGES * max(0, len(trains) - 1) + len(trains - above)
-        above = trains
+        above = trains or above
     return total
 
 

@@ -1,4 +1,4 @@
-"""Placement: proved optimal and quick on usual sizes, equal to brute force on tiny ones, and clear when memory is short."""
+"""Placement: proved on usual sizes in seconds, equal to brute force on tiny ones, and clear when memory is short."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ from scheduler.teams import Instance, teams_of
 from tests.scheduler.fleet import fleet, two_nodes, vit_shape
 
 
-def costs_of(blocks: int, heads: int, speeds: tuple[float, ...], *, dim: int = 96, micro_batches: int = 3, **links: object) -> Costs:
+def costs_of(
+    blocks: int, heads: int, speeds: tuple[float, ...], *, dim: int = 96, micro_batches: int = 3, **links: object
+) -> Costs:
     shape = vit_shape(blocks, heads, dim)
     return Costs(shape, StepShape(micro_batches, 16), fleet(speeds, shape=shape, **links))  # type: ignore[arg-type]
 
@@ -173,7 +175,9 @@ def test_memory_moves_heads_to_where_there_is_room() -> None:
 @pytest.mark.parametrize("mode", ["auto", "split", "whole"])
 def test_too_little_memory_names_the_worker_and_what_it_lacks(mode: str) -> None:
     costs = costs_of(6, 6, (1.0, 1.0), dim=384, free_bytes=[90_000_000, 20_000_000])
-    with pytest.raises(InfeasibleError, match=r"worker \d needs [\d.]+ GB more \([\d.]+ needed, [\d.]+ free\)") as caught:
+    with pytest.raises(
+        InfeasibleError, match=r"worker \d needs [\d.]+ GB more \([\d.]+ needed, [\d.]+ free\)"
+    ) as caught:
         propose(costs, mode)
     assert caught.value.code == "memory_infeasible"
     assert caught.value.param == "workers"

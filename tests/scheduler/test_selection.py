@@ -146,7 +146,9 @@ def test_each_worker_trains_its_share_and_the_most_worthy_heads() -> None:
 
 
 @pytest.mark.parametrize(("ratio", "compute", "most_bytes"), [((3, 0, 2), 0.60, 0.45), ((2, 1, 2), 0.47, 0.30)])
-def test_coherent_skips_save_bytes_as_well_as_compute(ratio: tuple[int, int, int], compute: float, most_bytes: float) -> None:
+def test_coherent_skips_save_bytes_as_well_as_compute(
+    ratio: tuple[int, int, int], compute: float, most_bytes: float
+) -> None:
     shape, step, placement = vit_shape(12, 6, 384), StepShape(5, 16), split(12, 6, 2)
     cycle = select_ratios(SelectionRequest(ratios=ratio), placement, random_scores(12, 6), 5).cycle
     full = uniform_ops(shape, 5, Op.FULL)

@@ -1,4 +1,4 @@
-"""The service without Ray: a fake of its Jobs API behind the HTTP client, and drivers that run in a thread or not at all."""
+"""The service without Ray: a fake of its Jobs API behind the HTTP client; its drivers run in threads or not at all."""
 
 from __future__ import annotations
 
@@ -43,6 +43,8 @@ class FakeRay:
         self.jobs[submission_id].update(status=status, message=message)
 
     def join(self) -> None:
+        for job in self.jobs.values():
+            job["status"] = "STOPPED"
         for thread in self._threads:
             thread.join(10)
 
@@ -88,7 +90,7 @@ class FakeRay:
         path = shlex.split(self.jobs[key]["entrypoint"])[-1]
         context = RunContext.model_validate_json(Path(path).read_text())
         with EventLog(context.run_dir) as events:
-            fake_driver.run(context, events)
+            fake_driver.run(context, events, stopped=lambda: self.jobs[key]["status"] == "STOPPED")
         if self.jobs[key]["status"] == "RUNNING":
             self.jobs[key]["status"] = "SUCCEEDED"
 

@@ -9,6 +9,7 @@ import argparse
 import hashlib
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from workers.contract import RunContext
@@ -19,14 +20,14 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--context", type=Path, required=True)
     context = RunContext.model_validate_json(parser.parse_args().context.read_text())
+    print(f"fake driver of {context.job_id}", flush=True)
     with EventLog(context.run_dir) as events:
         run(context, events)
 
 
-def run(context: RunContext, events: EventLog) -> None:
+def run(context: RunContext, events: EventLog, stopped: Callable[[], bool] = lambda: False) -> None:
     metadata = context.spec.metadata
     outcome, pause_s = metadata.get("outcome", "succeeded"), float(metadata.get("pause_s", "0"))
-    print(f"fake driver of {context.job_id}", flush=True)
     events.emit("phase", name="starting")
     events.emit("phase", name="planning")
     events.emit("plan.created", **plan())
@@ -36,10 +37,12 @@ def run(context: RunContext, events: EventLog) -> None:
     for step in range(1, steps + 1):
         events.emit("metrics", **metrics(step, steps))
         time.sleep(pause_s)
+        if stopped():
+            return
         if outcome == "crash" and step == steps // 2:
             print("about to crash", flush=True)
             os._exit(13)
-    while outcome == "hang":
+    while outcome == "hang" and not stopped():
         time.sleep(0.05)
     events.emit("phase", name="finalizing")
     if outcome == "failed":

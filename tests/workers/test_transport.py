@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+import torch.distributed as dist
 
 from scheduler.errors import SystemFault
 from tests.workers.engine import on_threads
 from tests.workers.processes import on_processes
-from workers.transport import Gloo, InProcess, Mailboxes, Nccl, Parcel, all_gather, all_sum
+from workers.neighbours import NUM_SLOTS
+from workers.transport import Gloo, InProcess, Mailboxes, Nccl, Parcel, Shared, all_gather, all_sum
 
 
 def key(name, src, dst):
@@ -48,6 +52,16 @@ def contract(rank, transport):
     return exchange(rank, transport), sums(rank, transport)
 
 
+def shared_contract(rank, message_bytes):
+    transport = Shared(timeout_s=20)
+    before = set(Path("/dev/shm").iterdir())
+    transport.prepare(message_bytes)
+    result = contract(rank, transport)
+    dist.barrier()
+    assert not {p for p in set(Path("/dev/shm").iterdir()) - before if p.name.startswith("d2ft-")}
+    return result
+
+
 def gloo_contract(rank):
     return contract(rank, Gloo())
 
@@ -66,6 +80,47 @@ def test_threads_keep_the_contract(size):
 @pytest.mark.parametrize("size", [2, 3])
 def test_gloo_processes_keep_the_contract(size):
     assert_contract(on_processes(size, gloo_contract), size)
+
+
+@pytest.mark.parametrize("message_bytes", [4096, 1 << 16], ids=["some messages too large", "all fit"])
+@pytest.mark.parametrize("size", [2, 3])
+def test_shared_memory_keeps_the_contract_and_leaves_nothing_behind(size, message_bytes):
+    assert_contract(on_processes(size, shared_contract, message_bytes), size)
+
+
+def sends_more_than_the_ring_holds(rank):
+    """Both ends fill their rings before either reads: each must take in while it waits for room."""
+    transport, peer, many = Shared(timeout_s=20), 1 - rank, 5 * NUM_SLOTS
+    transport.prepare(4096)
+    transport.open(
+        {peer: [Parcel(key(f"{i:02d}", peer, rank), (1024,), torch.float32, passing=True) for i in range(many)]}
+    )
+    for i in range(many):
+        transport.send(peer, key(f"{i:02d}", rank, peer), torch.full((1024,), float(i)))
+    return [float(transport.recv(peer, key(f"{i:02d}", peer, rank))[-1]) for i in range(many)]
+
+
+def test_full_rings_in_both_directions_do_not_block():
+    expected = [float(i) for i in range(5 * NUM_SLOTS)]
+    assert on_processes(2, sends_more_than_the_ring_holds) == [expected, expected]
+
+
+def loses_its_peer(rank):
+    transport = Shared(timeout_s=20)
+    transport.prepare(4096)
+    if rank == 1:
+        transport._neighbours.close()
+        return "gone"
+    transport.open({1: [Parcel(key("00", 1, 0), (8,), torch.float32)]})
+    try:
+        transport.recv(1, key("00", 1, 0))
+    except SystemFault as error:
+        return error.code
+    return None
+
+
+def test_a_lost_neighbour_is_an_error_at_once():
+    assert on_processes(2, loses_its_peer) == ["peer_lost", "gone"]
 
 
 @pytest.mark.gpu

@@ -1,0 +1,240 @@
+"""The command line against a real server on loopback, whose drivers run in threads."""
+
+from __future__ import annotations
+
+import json
+import logging
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import uvicorn
+from typer.testing import CliRunner, Result
+
+from service.app import create_app, uvicorn_options
+from service.cli import app
+from service.cli.talk import clean
+from service.client import (
+    ApiAuthError,
+    ApiConflictError,
+    ApiInvalidError,
+    ApiNotFoundError,
+    ApiTimeoutError,
+    ApiUnreachableError,
+    Client,
+)
+from service.home import read_secret
+from service.settings import Settings
+from tests.service.conftest import FakeRay
+from workers.contract import JobSpec
+
+Run = Callable[..., Result]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture
+def server(settings: Settings, models: object) -> Iterator[str]:
+    """The service on a real socket; yields its URL."""
+    settings = settings.model_copy(update={"port": free_port()})
+    ray = FakeRay(drives=True)
+    server = uvicorn.Server(
+        uvicorn.Config(create_app(settings, ray_transport=ray.transport()), **uvicorn_options(settings))
+    )
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    yield settings.url
+    server.should_exit = True
+    thread.join(10)
+    ray.join()
+    logging.getLogger("uvicorn").handlers.clear()
+
+
+@pytest.fixture
+def run(server: str, home: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Run a command as a user of the server's machine does."""
+    monkeypatch.setenv("D2FT_HOME", str(home))
+    monkeypatch.setenv("D2FT_URL", server)
+    runner = CliRunner()
+    return lambda *words: runner.invoke(app, list(words))
+
+
+@pytest.fixture
+def client(server: str, home: Path) -> Iterator[Client]:
+    with Client(server, read_secret(home / "key")) as client:
+        yield client
+
+
+def test_submit_and_watch_to_the_ledger(run: Run, tmp_path: Path) -> None:
+    done = run("submit", "--ratios", "3,0,2", "--steps", "5", "--name", "a\x1b[31mred\nname", "--watch")
+    assert done.exit_code == 0, done.output
+    assert "compute fraction" in done.stdout and "61.0%" in done.stdout and "87.0% after" in done.stdout
+    assert "step 5/5" in done.stderr and "plan 1: compute 60.0%" in done.stderr and "running" in done.stderr
+    listed = run("list")
+    assert "\x1b" not in listed.stdout and "\\x1b[31m" in listed.stdout
+    job_id = json.loads(run("list", "--json").stdout)["data"][0]["id"]
+    assert job_id in listed.stdout
+    for words in (("get", job_id), ("plan", job_id), ("ledger", job_id), ("events", job_id), ("artifacts", job_id)):
+        shown = run(*words)
+        assert shown.exit_code == 0 and shown.stdout and "\x1b" not in shown.stdout
+        if words[0] != "events":
+            json.loads(run(*words, "--json").stdout)
+    assert "last words" in run("logs", job_id).stdout
+    fetched = run("artifacts", job_id, "-o", str(tmp_path / "out"))
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == b"weights" * 100
+    assert len(fetched.stdout.splitlines()) == 2
+
+
+def test_ratios_set_the_number_of_micro_batches(run: Run) -> None:
+    job = json.loads(run("submit", "--ratios", "2,1,1", "--json").stdout)
+    assert job["spec"]["micro_batches"] == 4 and job["method"]["ratios"] == {"full": 2, "forward": 1, "skip": 1}
+
+
+def test_flags_go_over_the_spec_file(run: Run, tmp_path: Path) -> None:
+    spec = tmp_path / "spec.json"
+    spec.write_text(json.dumps({"steps": 7, "seed": 3, "optimiser": {"clip_norm": 2.0}}))
+    words = ["submit", "--spec", str(spec), "--seed", "4", "--lr", "0.001", "--compute", "0.6", "--bytes", "0.5"]
+    job = json.loads(run(*words, "--model-arg", "qkv_bias=false", "--json").stdout)["spec"]
+    assert job["steps"] == 7 and job["seed"] == 4 and job["model_args"] == {"qkv_bias": False}
+    assert job["optimiser"]["clip_norm"] == 2.0 and job["optimiser"]["learning_rate"] == 0.001
+    assert job["method"]["budgets"] == {"compute": 0.6, "bytes": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (("submit", "--ratios", "3,2"), 2, "FULL,FORWARD,SKIP"),
+        (("submit", "--ratios", "3,0,1", "--micro-batches", "5"), 2, "method.ratios"),
+        (("submit", "--model", "vit_smal_patch16_224"), 2, "vit_small_patch16_224"),
+        (("submit", "--spec", "/none.json"), 2, "readable JSON"),
+        (("submit", "--model-arg", "x"), 2, "NAME=VALUE"),
+        (("submit", "--steps", "many"), 2, "integer"),
+        (("get", "ftjob_none"), 3, "no job"),
+        (("watch", "ftjob_none"), 3, "no job"),
+        (("events", "ftjob_none"), 3, "no job"),
+        (("list", "--status", "lost"), 2, "status"),
+        (("nonsense",), 2, "nonsense"),
+    ],
+)
+def test_mistakes_are_named_on_stderr_with_their_exit_code(
+    run: Run, words: tuple[str, ...], code: int, said: str
+) -> None:
+    done = run(*words)
+    assert done.exit_code == code, done.output
+    assert said in " ".join(done.stderr.replace("│", " ").split()) and done.stdout == ""
+
+
+def test_a_wrong_key_and_no_server_have_their_own_codes(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("D2FT_API_KEY", "d2ft_wrong")
+    assert run("list").exit_code == 4
+    monkeypatch.setattr("service.client.RETRIES", 0)
+    unreachable = run("list", "--url", f"http://127.0.0.1:{free_port()}")
+    assert unreachable.exit_code == 5 and "d2ft up" in unreachable.stderr
+
+
+def test_the_key_of_this_machine_is_not_sent_to_another(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from service.cli.commands import _key
+    from service.settings import ClientSettings
+
+    home.mkdir()
+    (home / "key").write_text("d2ft_here")
+    assert _key("http://127.0.0.1:1", ClientSettings(home=home)) == "d2ft_here"
+    assert _key("http://gpu.example:7421", ClientSettings(home=home)) is None
+    assert _key("http://gpu.example:7421", ClientSettings(home=home, api_key="d2ft_there")) == "d2ft_there"
+
+
+def test_a_failed_job_is_exit_code_one_with_its_error(run: Run, tmp_path: Path) -> None:
+    spec = tmp_path / "spec.json"
+    spec.write_text(json.dumps({"steps": 2, "metadata": {"outcome": "failed"}}))
+    done = run("submit", "--spec", str(spec), "--watch")
+    assert done.exit_code == 1 and "bad_image [dataset] (user): train/cat/3.jpg" in done.stderr
+
+
+def test_watch_as_json_is_one_event_a_line_and_the_job(run: Run) -> None:
+    lines = [json.loads(line) for line in run("submit", "--steps", "2", "--watch", "--json").stdout.splitlines()]
+    assert lines[-1]["object"] == "job" and {line["object"] for line in lines[:-1]} == {"job.event"}
+    assert [line["seq"] for line in lines[:-1]] == list(range(1, len(lines)))
+
+
+def test_watch_gives_up_in_time_and_cancel_ends(run: Run, client: Client) -> None:
+    job = client.submit(JobSpec(steps=1000, metadata={"pause_s": "0.01"}))
+    done = run("watch", job.id, "--timeout", "0.6")
+    assert done.exit_code == 7 and "goes on" in done.stderr
+    assert "cancelling" in run("cancel", job.id).stdout
+    assert client.wait(job.id, timeout_s=10, poll_s=0.05).status == "cancelled"
+    assert run("watch", job.id).exit_code == 1
+
+
+def test_an_interrupted_watch_lets_go(run: Run, client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = client.submit(JobSpec(steps=1))
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Client, "events", interrupted)
+    done = run("watch", job.id)
+    assert done.exit_code == 130 and f"d2ft watch {job.id}" in done.stderr
+
+
+def test_status_says_what_is_well(run: Run) -> None:
+    done = run("status", "--json")
+    assert done.exit_code == 0 and json.loads(done.stdout)["ray check"] == "ok"
+
+
+def test_the_client_maps_errors_to_kinds(client: Client, server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ApiNotFoundError) as not_found:
+        client.get("ftjob_none")
+    assert not_found.value.code == "job_not_found" and not_found.value.problem.request_id
+    with pytest.raises(ApiInvalidError):
+        client.submit({"workers": 0})
+    job = client.submit(JobSpec(steps=1))
+    client.wait(job.id, timeout_s=10, poll_s=0.05)
+    with pytest.raises(ApiConflictError):
+        client.cancel(job.id)
+    with pytest.raises(ApiNotFoundError):
+        client.download(job.id, "never", Path("/tmp"))
+    waiting = client.submit(JobSpec(steps=100, metadata={"pause_s": "0.01"}))
+    with pytest.raises(ApiTimeoutError):
+        client.wait(waiting.id, timeout_s=0.05, poll_s=0.02)
+    with Client(server, "d2ft_wrong") as stranger, pytest.raises(ApiAuthError):
+        stranger.list()
+    monkeypatch.setattr("service.client.RETRIES", 0)
+    with Client(f"http://127.0.0.1:{free_port()}", None) as lost, pytest.raises(ApiUnreachableError):
+        lost.list()
+
+
+def test_following_survives_broken_connections(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = client.submit(JobSpec(steps=40, metadata={"pause_s": "0.02"}))
+    stream = Client._stream
+
+    def cut(self: Client, *words: object):  # type: ignore[no-untyped-def]
+        import httpx2
+
+        for count, event in enumerate(stream(self, *words)):  # type: ignore[arg-type]
+            yield event
+            if count == 9:
+                raise httpx2.ReadError("cut")
+
+    monkeypatch.setattr(Client, "_stream", cut)
+    seen = [event.seq for event in client.events(job.id, follow=True)]
+    assert seen == list(range(1, len(seen) + 1)) and len(seen) > 40
+
+
+def test_the_help_names_every_command() -> None:
+    text = CliRunner().invoke(app, ["--help"]).stdout
+    for name in ("up", "down", "submit", "watch", "get", "list", "cancel", "events", "artifacts", "plan", "status"):
+        assert f" {name} " in text
+
+
+@pytest.mark.parametrize("text", ["a\x1b]0;x\x07b", "a\x9bb", "a\u202eb", "a\x00b", "a\rb"])
+def test_control_characters_are_written_out(text: str) -> None:
+    assert clean(text).isprintable()
