@@ -28,7 +28,7 @@ from scheduler.selection import FORWARD_WEIGHT, Selection, SelectionRequest, pic
 from scheduler.traffic import Traffic
 from scheduler.transfers import step_bytes
 
-PRICES = (0.0, 0.1, 0.4, 2.0, 50.0)  # of one backward message per micro-batch, in mean heads' worth
+PRICES = (0.0, 0.1, 0.4, 2.0, 20.0)  # of one backward message per micro-batch, in mean heads' worth
 TOGETHER = (0.5, 0.8, 1.0)
 NEAR = 1.15  # times the bytes: when the first round came no nearer, there is no second one
 GRID = 32  # steps between no SKIP and all but one
@@ -209,7 +209,7 @@ class _Search:
         return self.answers[total, price]
 
     def fits(self, cycle: tuple[OpTable, ...]) -> bool:
-        """Whether the mean step keeps within the bytes, by the quick counter; what passes is measured by the exact one."""
+        """Whether the mean step keeps within the bytes by the quick counter, and then by the exact one."""
         self.tried += 1
         limit = self.request.max_bytes * self.all_full_bytes
         spent = sum(map(self.traffic.step_bytes, cycle)) / len(cycle)

@@ -22,7 +22,7 @@ from scheduler.domain import Placement
 
 BoolArray = npt.NDArray[np.bool_]
 SCALE = 10_000  # worths become integers of 1e-4 of a mean head's worth
-EFFORT = 2.0  # CP-SAT's deterministic seconds: the answer does not depend on how busy the machine is
+EFFORT = 0.25  # deterministic seconds of CP-SAT: the answer does not depend on how busy the machine is
 SUM_MESSAGES = 4  # gradient sums of one block per worker beyond the first: two sub-layers, there and back
 
 

@@ -64,7 +64,7 @@ def propose(
     for kind in KINDS[mode] if costs.num_workers > 1 else ("whole",):
         best = min(solved, key=lambda found: found.report.objective, default=None)
         try:
-            solved.append(solve(costs, kind, limits=limits, hint=None if best is None else best.counts_LW))
+            solved.append(solve(costs, kind, limits=limits, hint=best))
         except InfeasibleError as error:
             misses.append(error)
     if not solved:
@@ -87,8 +87,8 @@ class Solved:
     report: SolverReport
 
 
-def solve(costs: Costs, kind: str, *, limits: Limits | None = None, hint: IntArray | None = None) -> Solved:
-    """The best counts of one kind ("split", "whole" or "mixed") by the proxy; `hint` are counts to start from.
+def solve(costs: Costs, kind: str, *, limits: Limits | None = None, hint: Solved | None = None) -> Solved:
+    """The best counts of one kind ("split", "whole" or "mixed") by the proxy; `hint` is where to start from.
 
     Raises InfeasibleError, naming the workers that lack memory.
     """
@@ -254,12 +254,23 @@ class _Model:
     def _after(self, solver: cp_model.CpSolver, team: int | None) -> int | None:
         return next(t for (s, t), goes in self.goes.items() if s == team and solver.boolean_value(goes))
 
-    def hint(self, counts_LW: IntArray) -> None:
-        """Start the search from known counts."""
-        rows = Counter(tuple(row) for row in counts_LW.tolist())
+    def hint(self, known: Solved) -> None:
+        """Start from a known answer, if this kind allows it; with only part of it the solver would not find it."""
+        runs = [team for team, _ in itertools.groupby(tuple(np.flatnonzero(row).tolist()) for row in known.counts_LW)]
+        if not set(runs) <= set(self.instance.teams):
+            return
+        rows = Counter(tuple(row) for row in known.counts_LW.tolist())
         for team, patterns, plays in zip(self.instance.teams, self.patterns, self.plays, strict=True):
             for pattern, play in zip(patterns, plays, strict=True):
                 self.model.add_hint(play, rows[self.instance.spelled(team, pattern)])
+        stops: list[int | None] = [None, *(self.instance.teams.index(team) for team in runs), None]
+        moves = set(itertools.pairwise(stops))
+        for move, goes in self.goes.items():
+            self.model.add_hint(goes, move in moves)
+        for index, used in enumerate(self.used):
+            self.model.add_hint(used, index in stops)
+        for worker, classifies in enumerate(self.classifies):
+            self.model.add_hint(classifies, worker == known.classifier)
 
     def _runs(self) -> None:
         """Every team that is used has one run of consecutive blocks: the runs form a path."""

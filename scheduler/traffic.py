@@ -1,7 +1,7 @@
-"""Counts the bytes of a step some 20 times faster than `transfers.step_bytes`, so that a search can try many selections.
+"""Counts the bytes of a step ten times as fast as `transfers.step_bytes`, so that a search can try many selections.
 
-It follows the rules of `transfers` (lazy residual, swap or gather, roots that rotate) but builds no instructions and keeps
-no track of links. The two are held equal by a test, and what a search accepts is measured by `step_bytes` again.
+It follows the rules of `transfers` (lazy residual, swap or gather, roots that rotate) but builds no instructions and
+keeps no track of links. A test holds the two equal, and what a search accepts is measured by `step_bytes` again.
 """
 
 from __future__ import annotations

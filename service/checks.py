@@ -32,7 +32,9 @@ def check_model(name: str, models: Models) -> list[Issue]:
     if plain in models:
         reason = models[plain]
         return (
-            [] if reason is None else [Issue("model", f"'{name}' cannot be trained here: {reason}.", "model_refused")]
+            []
+            if reason is None
+            else [Issue("model", f"'{name}' cannot be trained here: {reason.rstrip('.')}.", "model_refused")]
         )
     trainable = [known for known, reason in models.items() if reason is None]
     near = difflib.get_close_matches(plain, trainable, n=3, cutoff=0.6)

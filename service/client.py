@@ -35,7 +35,7 @@ from pydantic import ValidationError
 from ulid import ULID
 
 from scheduler.errors import D2ftError
-from service.schemas import Artifact, Event, Job, LedgerView, MetricsPage, Page, PlanView, Problem
+from service.schemas import Artifact, Event, Health, Job, LedgerView, MetricsPage, Page, PlanView, Problem
 from workers.contract import JobSpec
 
 RETRIES = 3
@@ -192,9 +192,14 @@ class Client:
         return draft.replace(target)
 
     def ready(self) -> dict[str, str]:
-        """What `/readyz` says of each part."""
-        answer = self._http.get("/readyz")
-        return dict(answer.json().get("checks", {}))
+        """What `/readyz` says of each part; its 503 is an answer, too."""
+        try:
+            answer = self._http.get("/readyz")
+            return Health.model_validate_json(answer.content).checks
+        except httpx2.TransportError as error:
+            raise _unreachable(self._http, error) from error
+        except ValidationError:
+            raise _error(answer) from None
 
     def _page_events(self, job_id: str, after: int) -> Iterator[Event]:
         while True:

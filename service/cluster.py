@@ -7,6 +7,7 @@ nowhere: switching them off still sends one, hence the address that refuses.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import socket
 import subprocess
@@ -38,7 +39,10 @@ class Head:
 
 
 def start_head(home: Path, token_file: Path, *, num_cpus: int, num_gpus: int | None) -> Head:
-    """Start a head; it is not ready yet."""
+    """Start a head; it is not ready yet. Raises SystemFault where this Python's Ray came without its Jobs API."""
+    if importlib.util.find_spec("aiohttp") is None:
+        remedy = "Install it whole: pip install 'ray[default,train,tune]'."
+        raise SystemFault("Ray is installed without its dashboard and Jobs API.", code="ray_incomplete", remedy=remedy)
     temp = temp_dir(home)
     ports = dict(zip(_PORTS, _free_ports(len(_PORTS)), strict=True))
     command = [
@@ -94,10 +98,12 @@ def temp_dir(home: Path) -> Path:
     if len(os.fsencode(wanted)) <= MAX_TEMP_PATH:
         wanted.mkdir(mode=0o700, exist_ok=True)
         return wanted
-    if wanted.is_symlink() and _is_ours(wanted.readlink()):
+    if wanted.is_symlink() and _is_ours(wanted.readlink().parent):
         return wanted.readlink()
     wanted.unlink(missing_ok=True)
-    short = Path(tempfile.mkdtemp(prefix="d2ft-", dir="/tmp"))  # mkdtemp: 0700, and a name that nobody could have taken
+    # Ray opens its temp directory to everybody; the private one around it (mkdtemp: 0700, a fresh name) keeps it shut.
+    short = Path(tempfile.mkdtemp(prefix="d2ft-", dir="/tmp")) / "r"
+    short.mkdir()
     wanted.symlink_to(short)
     return short
 

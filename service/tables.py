@@ -72,7 +72,7 @@ class AttemptRow(Base):
 
 
 class EventRow(Base):
-    """One line of history. `run_seq` is the number in the run's own file, by which a replay is recognised."""
+    """One line of history. `run_seq` is the place in the run's own file, by which a replay is recognised."""
 
     __tablename__ = "events"
     __table_args__ = (Index("ux_events_run", "job_id", "attempt", "run_seq", unique=True),)
@@ -80,7 +80,7 @@ class EventRow(Base):
     job_id: Mapped[str] = mapped_column(String(40), ForeignKey("jobs.id"), primary_key=True)
     seq: Mapped[int] = mapped_column(Integer, primary_key=True)
     attempt: Mapped[int] = mapped_column(Integer)
-    run_seq: Mapped[int | None] = mapped_column(Integer)
+    run_seq: Mapped[int | None] = mapped_column(BigInteger)
     type: Mapped[str] = mapped_column(String(40))
     level: Mapped[str] = mapped_column(String(10))
     message: Mapped[str]

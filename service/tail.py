@@ -23,12 +23,15 @@ class Batch:
 
 
 def read_batch(path: Path, offset: int) -> Batch:
-    """The next lines, at most `BATCH`. A line that is not an event is passed over: it must not stop the rest."""
+    """The next lines, at most `BATCH`. A line that is not an event is passed over: it must not stop the rest.
+
+    `seq` of each is the place of its end in the file: two writers may count alike, but no two lines end at one byte.
+    """
     events: list[RunEvent] = []
     for end, event in islice(read_events(path, offset), BATCH):
         offset = end
         if _is_event(event):
-            events.append(_writable(event))
+            events.append({**_writable(event), "seq": end})
     return Batch(events, offset)
 
 

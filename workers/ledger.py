@@ -35,9 +35,13 @@ class Measured:
 
 @dataclass(frozen=True)
 class Row:
-    """One line: predicted and measured, and the same quantity of an all-FULL step, measured (None: not applicable)."""
+    """One line: predicted and measured, and the same quantity of an all-FULL step, measured (None: not applicable).
+
+    `unit` is "fraction", "s", "MB" or "GFLOP".
+    """
 
     name: str
+    unit: str
     predicted: float | None
     measured: float | None
     all_full: float | None
@@ -72,28 +76,30 @@ class Ledger:
     def rows(self) -> list[Row]:
         mine, full, told = self.training, self.rehearsal, self.predicted
 
-        def row(name: str, predicted: float | None, key: str, scale: float = 1.0) -> Row:
-            return Row(name, predicted, mine.per_step(key) * scale, full.per_step(key) * scale)
+        def row(name: str, unit: str, predicted: float | None, key: str, scale: float = 1.0) -> Row:
+            return Row(name, unit, predicted, mine.per_step(key) * scale, full.per_step(key) * scale)
 
         flops, sent = _mean(p.flops for p in told), _mean(p.sent_bytes for p in told)
         return [
             Row(
                 "compute fraction",
+                "fraction",
                 _over(flops, _mean(p.all_full.flops for p in told)),
                 _over(mine.per_step("flops"), full.per_step("flops")),
                 1.0,
             ),
             Row(
                 "bytes fraction",
+                "fraction",
                 _over(sent, _mean(p.all_full.total_bytes for p in told)),
                 _over(mine.per_step("sent_bytes"), full.per_step("sent_bytes")),
                 1.0,
             ),
-            row("step seconds", _mean(p.step.step_us / 1e6 for p in told), "wall_s"),
-            row("idle share", _mean(p.step.idle_share for p in told), "idle_share"),
-            row("processor seconds per step", _mean(sum(p.step.busy_us) / 1e6 for p in told), "cpu_s"),
-            row("MB per step", sent and sent / 1e6, "sent_bytes", 1e-6),
-            row("GFLOP per step", flops and flops / 1e9, "flops", 1e-9),
+            row("step seconds", "s", _mean(p.step.step_us / 1e6 for p in told), "wall_s"),
+            row("idle share", "fraction", _mean(p.step.idle_share for p in told), "idle_share"),
+            row("processor seconds per step", "s", _mean(sum(p.step.busy_us) / 1e6 for p in told), "cpu_s"),
+            row("traffic per step", "MB", sent and sent / 1e6, "sent_bytes", 1e-6),
+            row("compute per step", "GFLOP", flops and flops / 1e9, "flops", 1e-9),
         ]
 
     def to_dict(self) -> dict[str, Any]:

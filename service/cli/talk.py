@@ -171,7 +171,8 @@ def _figure(row: dict[str, Any], key: str) -> str:
     value = row.get(key)
     if not _is_number(value):
         return "-"
-    return f"{value:.4g} s" if "second" in str(row.get("name")) else f"{value:.1%}"
+    unit = str(row.get("unit") or "")
+    return f"{value:.1%}" if unit == "fraction" else f"{value:.4g} {line(unit)}".rstrip()
 
 
 def _is_number(value: Any) -> bool:

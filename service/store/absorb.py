@@ -12,7 +12,7 @@ from service.store.journal import append, move
 from service.store.views import fold_metrics
 from service.tables import ArtifactRow, JobRow, MetricRow
 
-RunEvent = dict[str, Any]  # one line, as workers.events describes it
+RunEvent = dict[str, Any]  # one line, as workers.events describes it; `seq` is its place in the file
 
 
 def absorb_event(session: Session, job: JobRow, event: RunEvent) -> None:

@@ -94,8 +94,9 @@ def plan() -> dict[str, object]:
 def ledger(steps: int, checkpoint: str) -> dict[str, object]:
     return {
         "rows": [
-            {"name": "compute fraction", "predicted": 0.6, "measured": 0.61, "all_full": 1.0},
-            {"name": "step seconds", "predicted": 0.052, "measured": 0.05, "all_full": None},
+            {"name": "compute fraction", "unit": "fraction", "predicted": 0.6, "measured": 0.61, "all_full": 1.0},
+            {"name": "bytes per step", "unit": "MB", "predicted": 35.25, "measured": 35.25, "all_full": 72.3},
+            {"name": "step seconds", "unit": "s", "predicted": 0.052, "measured": 0.05, "all_full": None},
         ],
         "accuracy": {"before": 0.11, "after": 0.87},
         "phases": {"starting": 1.0, "running": 2.0},

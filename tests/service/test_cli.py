@@ -78,6 +78,7 @@ def test_submit_and_watch_to_the_ledger(run: Run, tmp_path: Path) -> None:
     done = run("submit", "--ratios", "3,0,2", "--steps", "5", "--name", "a\x1b[31mred\nname", "--watch")
     assert done.exit_code == 0, done.output
     assert "compute fraction" in done.stdout and "61.0%" in done.stdout and "87.0% after" in done.stdout
+    assert "35.25 MB" in done.stdout and "0.052 s" in done.stdout
     assert "step 5/5" in done.stderr and "plan 1: compute 60.0%" in done.stderr and "running" in done.stderr
     listed = run("list")
     assert "\x1b" not in listed.stdout and "\\x1b[31m" in listed.stdout
@@ -188,6 +189,7 @@ def test_an_interrupted_watch_lets_go(run: Run, client: Client, monkeypatch: pyt
 def test_status_says_what_is_well(run: Run) -> None:
     done = run("status", "--json")
     assert done.exit_code == 0 and json.loads(done.stdout)["ray check"] == "ok"
+    assert run("status", "--url", f"http://127.0.0.1:{free_port()}").exit_code == 5
 
 
 def test_the_client_maps_errors_to_kinds(client: Client, server: str, monkeypatch: pytest.MonkeyPatch) -> None:

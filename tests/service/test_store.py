@@ -178,15 +178,15 @@ def test_documents_and_artifacts_are_kept_apart_from_history(store: Store, spec:
     assert "cycle" not in event.data and event.data["step_seconds"] == 2.0
 
 
-@pytest.mark.parametrize("total", [1, 7, 2000, 2001, 4500])
+@pytest.mark.parametrize("total", [1, 7, 20, 21, 45])
 def test_metrics_are_thinned_and_the_newest_is_kept(store: Store, spec: JobSpec, total: int) -> None:
     job = store.jobs.create(spec, owner="k")[0]
     attempt = store.attempts.claim(1)
     assert attempt
     store.attempts.absorb(attempt, [line(i, "metrics", step=i) for i in range(1, total + 1)], 1)
-    page = store.jobs.metrics(job.id, max_points=2000)
+    page = store.jobs.metrics(job.id, max_points=20)
     steps = [row["step"] for row in page.data]
-    assert page.total == total and len(steps) <= 2000 and steps[-1] == total and steps == sorted(steps)
+    assert page.total == total and len(steps) <= 20 and steps[-1] == total and steps == sorted(steps)
 
 
 def test_cancel_is_at_once_while_waiting_and_harmless_twice(store: Store, spec: JobSpec) -> None:

@@ -89,7 +89,7 @@ def _events() -> None:
         sa.Column("job_id", JOB_ID, sa.ForeignKey("jobs.id"), primary_key=True),
         sa.Column("seq", sa.Integer, primary_key=True),
         sa.Column("attempt", sa.Integer, nullable=False),
-        sa.Column("run_seq", sa.Integer),
+        sa.Column("run_seq", sa.BigInteger),
         sa.Column("type", sa.String(40), nullable=False),
         sa.Column("level", sa.String(10), nullable=False),
         sa.Column("message", sa.Text, nullable=False),
