@@ -197,9 +197,14 @@ class ActorPlanner:
     def plan(self, window: int) -> tuple[Plan, list[DeviceProfile]]:
         deadline = time.monotonic() + PLAN_TIMEOUT_S
         while time.monotonic() < deadline:
-            answer = ray.get(self._actor.plan.remote(self.context.job_id, self.context.attempt, window))
+            answer = ray.get(
+                self._actor.plan.remote(self.context.job_id, self.context.attempt, window, None, self.rank)
+            )
             if "cycle" in answer:
-                return Plan.from_dict(answer), [DeviceProfile.from_dict(p) for p in answer["profiles"]]
+                plan = Plan.from_dict(answer)
+                # Should the actor lose its memory, it must not choose another placement than the one in use.
+                self._announcement["placement"] = plan.placement.to_dict()
+                return plan, [DeviceProfile.from_dict(p) for p in answer["profiles"]]
             if answer.get("error", {}).get("code") == "unknown_attempt":
                 self.announce(self._announcement)  # the actor was restarted and has forgotten
             elif "error" in answer:

@@ -26,19 +26,22 @@ from workers.partition import head_slices, model_shape
 def fisher_sums(model: VisionTransformer, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, int]:
     """(Σ over images of (∂loss/∂gate)² [L, H] in float64, number of images); leaves the model as it was."""
     shape = model_shape(model)
-    device = next(model.parameters()).device
+    example = next(model.parameters())
     total_LH = torch.zeros(shape.num_blocks, shape.num_heads, dtype=torch.float64)
     count = 0
     frozen = {p: p.requires_grad for p in model.parameters()}
     model.requires_grad_(False)
     try:
         for images_BCHW, labels_B in batches:
-            gates_LBH = torch.ones(shape.num_blocks, len(labels_B), shape.num_heads, device=device, requires_grad=True)
+            sizes = (shape.num_blocks, len(labels_B), shape.num_heads)
+            gates_LBH = torch.ones(sizes, dtype=example.dtype, device=example.device, requires_grad=True)
             with ExitStack() as stack:
                 for block, gates_BH in zip(model.blocks, gates_LBH, strict=True):
                     stack.callback(_gate_attention(block, gates_BH, shape).remove)
                     stack.callback(_gate_mlp(block, gates_BH, shape).remove)
-                loss = F.cross_entropy(model(images_BCHW.to(device)), labels_B.to(device), reduction="sum")
+                loss = F.cross_entropy(
+                    model(images_BCHW.to(example.device)), labels_B.to(example.device), reduction="sum"
+                )
             (slope_LBH,) = torch.autograd.grad(loss, gates_LBH)
             total_LH += slope_LBH.double().square().sum(1).cpu()
             count += len(labels_B)
