@@ -4,6 +4,7 @@
     down   API, then Ray: each only if pid and creation time are those noted
 
 What is found alive is kept: after a crash of the API alone, `up` starts it again and the running jobs never notice.
+After a crash of Ray it starts both; jobs that ran there fail by name, those that waited go on.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def up(settings: Settings, machine: Machine, say: Say) -> tuple[str, bool]:
     make_home(settings.home)
     with _alone(settings.home):
         noted = read_server(settings.home)
-        if find(noted.get("api")) and _answers(noted.get("url", "")):
+        if _is_whole(noted):
             return noted["url"], False
         _end(noted.get("api"), API_GRACE_S)
         _check_port(settings)
@@ -148,6 +149,12 @@ def _wait_api(settings: Settings, api: subprocess.Popen[bytes]) -> None:
             return
         time.sleep(0.1)
     raise SystemFault(f"The API at {settings.url} did not get ready.", code="api_not_ready", remedy=f"See {log}.")
+
+
+def _is_whole(noted: dict[str, Any]) -> bool:
+    """Whether all that was started is still up. An API whose Ray has died is not: it would wait for ever."""
+    ray_lives = noted.get("ray") is None or find(noted["ray"]) is not None
+    return ray_lives and find(noted.get("api")) is not None and _answers(noted["url"])
 
 
 def _answers(url: str) -> bool:

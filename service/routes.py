@@ -124,7 +124,8 @@ async def read_events(
         return await asyncio.to_thread(lambda: world.store.jobs.events(job_id, after=after or 0, limit=limit))
     await asyncio.to_thread(world.store.jobs.get, job_id)
     world.bells.check_room()
-    start = _resume_point(last_event_id) if after is None else after
+    # A browser that reconnects asks the same URL again: its header is the newer word.
+    start = max(after or 0, _resume_point(last_event_id))
     return StreamingResponse(
         stream_events(world.store, world.bells, job_id, start),
         media_type="text/event-stream",

@@ -41,6 +41,7 @@ POLL_S = 0.05
 PLAN_TIMEOUT_S = 300.0
 # A group without a member's heartbeat for this long is given up by the collectives.
 COLLECTIVE_TIMEOUT_S = 120
+_ECHO_CODES = ("peer_lost", "transport_timeout")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -241,8 +242,12 @@ def root_cause(run_dir: Path) -> D2ftError | None:
     records = [json.loads(path.read_text()) for path in (run_dir / FAILURES_DIR).glob("rank*.json")]
     if not records:
         return None
-    first = min(records, key=lambda r: (r["type"] in ("RuntimeError", "DistBackendError"), r["at"]))
-    return from_dict(first["error"])
+    return from_dict(min(records, key=lambda record: (_is_echo(record), record["at"]))["error"])
+
+
+def _is_echo(record: dict[str, Any]) -> bool:
+    """Whether the failure is only what a worker sees when another one is gone."""
+    return record["type"] in ("RuntimeError", "DistBackendError") or record["error"]["code"] in _ECHO_CODES
 
 
 if __name__ == "__main__":

@@ -245,8 +245,8 @@ def status(url: Url = None, json_: Json = False) -> None:
     report = {
         "url": _url(url, settings),
         "home": str(settings.home),
-        "api": "up" if find(noted.get("api")) else "not started here",
-        "ray": "up" if find(noted.get("ray")) else "not started here",
+        "api": _life(noted.get("api")),
+        "ray": _life(noted.get("ray")),
         "free_gb": round(shutil.disk_usage(_existing(settings.home)).free / 1e9, 1),
     }
     with _client(url) as client:
@@ -285,6 +285,12 @@ def _key(url: str, settings: ClientSettings) -> str | None:
     """The key given, or the one in home; the latter is not sent to other machines."""
     local = urlsplit(url).hostname in LOOPBACK or url == read_server(settings.home).get("url")
     return settings.api_key or (read_secret(settings.home / KEY_FILE) if local else None)
+
+
+def _life(noted: dict[str, Any] | None) -> str:
+    if noted is None:
+        return "not started here"
+    return "up" if find(noted) else "has died; run: d2ft up"
 
 
 def _existing(path: Path) -> Path:

@@ -74,6 +74,17 @@ def test_a_process_that_ignores_sigterm_is_killed() -> None:
     assert find({"pid": process.pid, "created": 0.0}) is None and find(None) is None and find({"pid": "x"}) is None
 
 
+def test_an_api_whose_ray_has_died_is_not_up(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host, "_answers", lambda url: True)
+    me = identify(psutil.Process().pid)
+    gone = {**me, "created": me["created"] - 5}
+    assert host._is_whole({"url": "u", "api": me, "ray": me})
+    assert host._is_whole({"url": "u", "api": me, "ray": None})  # another's cluster
+    assert not host._is_whole({"url": "u", "api": me, "ray": gone})
+    assert not host._is_whole({"url": "u", "api": gone, "ray": me})
+    assert not host._is_whole({})
+
+
 def test_secrets_are_made_once_and_private(home: Path) -> None:
     make_home(home)
     key = ensure_key(home)

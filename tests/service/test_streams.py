@@ -43,6 +43,8 @@ def test_a_stream_ends_after_the_terminal_event_and_resumes_by_its_id(
     assert ids(api.get(f"/v1/jobs/{job_id}/events", headers={**SSE, "Last-Event-ID": "2"}).text) == [3]
     assert ids(api.get(f"/v1/jobs/{job_id}/events", headers={**SSE, "Last-Event-ID": "nonsense"}).text) == [1, 2, 3]
     assert ids(api.get(f"/v1/jobs/{job_id}/events", headers=SSE, params={"after": 3}).text) == []
+    again = api.get(f"/v1/jobs/{job_id}/events", headers={**SSE, "Last-Event-ID": "2"}, params={"after": 1})
+    assert ids(again.text) == [3]
 
 
 def test_a_stream_sends_what_happens_while_it_is_open(api: TestClient, submit: Callable[..., str]) -> None:
