@@ -1,6 +1,12 @@
-"""Brings a sharded model together at rank 0: named tensors travel as safetensors, never as pickles."""
+"""What the workers tell each other besides steps: small JSON values, and their parts of the model.
+
+Named tensors travel as safetensors, values as JSON, nothing as pickles.
+"""
 
 from __future__ import annotations
+
+import json
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -31,6 +37,16 @@ def gather_state(shard: Shard, transport: Transport, template: dict[str, Tensor]
         join(safetensors.torch.load(blob_of.cpu().numpy().tobytes()), state, shard.shape)
     transport.close()
     return state
+
+
+def gather_json(transport: Transport, value: Any, device: torch.device | str = "cpu") -> list[Any]:
+    """Every worker's value, in rank order; collective."""
+    text = json.dumps(value).encode()
+    sizes = [int(size) for size in all_gather(transport, torch.tensor([len(text)], device=device))]
+    padded = torch.zeros(max(sizes), dtype=torch.uint8, device=device)
+    padded[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+    everyone = all_gather(transport, padded)
+    return [json.loads(bytes(t[:size].tolist())) for t, size in zip(everyone, sizes, strict=True)]
 
 
 def _key(src: int) -> MessageKey:

@@ -81,7 +81,7 @@ def _context_of(spec: JobSpec, out: Path | None) -> RunContext:
         spec=spec,
         run_dir=str(run_dir),
         storage_path=str(run_dir / "ray"),
-        use_gpu=bool(ray.cluster_resources().get("GPU")) if ray.is_initialized() else torch.cuda.is_available(),
+        use_gpu=torch.cuda.is_available(),
     )
 
 

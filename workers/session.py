@@ -32,7 +32,7 @@ from workers.data import Needs, Prefetcher, open_dataset
 from workers.events import EventLog
 from workers.executor import Batch, Executor, StepPrograms, StepReport
 from workers.forward import ForwardPasses
-from workers.gather import gather_state
+from workers.gather import gather_json, gather_state
 from workers.ledger import Ledger, Measured
 from workers.model import build_model, model_input
 from workers.optimiser import Adam
@@ -124,6 +124,10 @@ class Session:
             self.data.num_train, self.spec.micro_batch_size, self.spec.micro_batches, self.spec.seed
         )
         self.total_steps = self.spec.steps or max(1, math.ceil(self.spec.epochs * self.order.steps_per_epoch))
+        # A file that one worker alone cannot read would shift the order there: what any of them skips, all do.
+        skipped = sorted(set().union(*gather_json(self.transport, self.data.skipped, self.device)))
+        if skipped != sorted(self.data.skipped):
+            self.data = open_dataset(self.spec, self.input, skipped=skipped)
         if self.data.skipped:
             count = len(self.data.skipped)
             self._emit(

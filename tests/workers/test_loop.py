@@ -111,7 +111,7 @@ def test_the_planner_waits_announces_again_after_a_restart_and_keeps_the_placeme
     plan, profiles = planner.plan(0)
     assert isinstance(plan, Plan) and tuple(profiles) == costs.profiles
     planner.plan(1)
-    assert [told for told in actor.announced[1][1]] == ["profile", "placement"]
+    assert list(actor.announced[1][1]) == ["profile", "placement"]
     kept = Placement.from_dict(actor.announced[1][1]["placement"])
     assert np.array_equal(kept.owner_LH, plan.placement.owner_LH)
 
