@@ -30,15 +30,14 @@ def compile_step(
 ) -> tuple[Program, ...]:
     """Programs of one training step, one per worker.
 
-    `max_in_flight` bounds the micro-batches between first forward and last backward (activation memory);
-    by default max(2, W).
+    `max_in_flight` bounds the micro-batches between first forward and last backward, by default `costs.max_in_flight`.
     """
     num_micro_batches = ops_LHM.shape[2]
     lanes = [
         transfers.lower(placement, ops_LHM[:, :, m], m, embed_grad=embed_grad, skip_fill=skip_fill)
         for m in range(num_micro_batches)
     ]
-    ordered = _interleave(lanes, costs, max_in_flight or max(2, placement.num_workers))
+    ordered = _interleave(lanes, costs, max_in_flight or costs.max_in_flight)
     tails = transfers.step_end(placement, ops_LHM, embed_grad=embed_grad)
     return _programs(placement, num_micro_batches, [[*body, *tail] for body, tail in zip(ordered, tails, strict=True)])
 
@@ -47,7 +46,7 @@ def compile_evaluation(placement: Placement, ops_LHM: OpTable, costs: Costs) -> 
     """Programs that run every head that is not SKIP forward only and end at the classifier: no gradient, no update."""
     num_micro_batches = ops_LHM.shape[2]
     lanes = [transfers.lower(placement, ops_LHM[:, :, m], m, train=False) for m in range(num_micro_batches)]
-    return _programs(placement, num_micro_batches, _interleave(lanes, costs, max(2, placement.num_workers)))
+    return _programs(placement, num_micro_batches, _interleave(lanes, costs, costs.max_in_flight))
 
 
 def _interleave(lanes: Sequence[transfers.Sequences], costs: Costs, max_in_flight: int) -> list[list[Instruction]]:

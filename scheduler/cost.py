@@ -28,6 +28,15 @@ class Costs:
         return len(self.profiles)
 
     @property
+    def max_in_flight(self) -> int:
+        """Micro-batches between first forward and last backward: enough to hide the wire, few enough to hold in memory.
+
+        One worker waits for nobody. For two workers 5 instead of 2 took 0.70 instead of 0.82 of an all-FULL step's wall
+        time with 3F2S in split blocks.
+        """
+        return 1 if self.num_workers == 1 else min(self.step.num_micro_batches, 2 * self.num_workers + 1)
+
+    @property
     def residual_bytes(self) -> int:
         """One message that carries the residual stream of a micro-batch, x_BND or its gradient."""
         return residual_bytes(self.shape, self.step)

@@ -55,7 +55,7 @@ class Instance:
     @property
     def in_flight(self) -> int:
         """Micro-batches between first forward and last backward, as the compiler admits them."""
-        return min(self.costs.step.num_micro_batches, max(2, self.num_workers))
+        return self.costs.max_in_flight
 
     @cached_property
     def curve_us(self) -> IntArray:

@@ -3,9 +3,11 @@
     python -m tests.bench.engine [--blocks 12] [--rounds 7] [--wire shared|gloo] [--out engine]
 
 ViT-S width (384, 6 heads), 98 px, 5 micro-batches of 16 images, two gloo workers with one thread each, pinned to
-different cores. Every round runs one step of every row in turn, so that a machine that changes its speed changes all
-rows alike; figures are medians over the rounds after the first. "plain timm" is the ordinary loop (five backward
-passes, clipping, AdamW), run on both cores at the same time, since two busy cores are slower than one.
+different cores. Placements are the planner's: whole blocks; split blocks, in which a block's most worthy heads are
+shared out evenly; the same with these heads gathered at one worker of the block (the lead). Every round runs one step
+of every row in turn, so that a machine that changes its speed changes all rows alike; figures are medians over the
+rounds after the first. "plain timm" is the ordinary loop (five backward passes, clipping, AdamW), run on both cores at
+the same time, since two busy cores are slower than one.
 """
 
 from __future__ import annotations
@@ -39,6 +41,7 @@ from workers.transport import Gloo, Shared
 
 MICRO_BATCHES, BATCH = 5, 16
 TRANSPORTS = {"shared": Shared, "gloo": Gloo}
+HELD = "40 % FULL, rest FORWARD, held"
 PATTERNS = {
     "all FULL": None,
     "3F2S": ((3, 0, 2), "held"),
@@ -46,8 +49,9 @@ PATTERNS = {
     "2F3O redrawn": ((2, 3, 0), "coherent"),
     "2F1O2S": ((2, 1, 2), "held"),
     "2F1O2S redrawn": ((2, 1, 2), "coherent"),
-    "40 % FULL, rest FORWARD, held": ((2, 3, 0), "held"),
+    HELD: ((2, 3, 0), "held"),
 }
+LEAD_PATTERNS = ("all FULL", HELD)
 
 
 @dataclass
@@ -99,12 +103,16 @@ def build_rows(rank, model, wire):
     profile = profile_device(model, StepShape(MICRO_BATCHES, BATCH), transport)
     costs = Costs(model_shape(model), StepShape(MICRO_BATCHES, BATCH), gathered(profile))
     worth = Scores(*np.random.default_rng(0).uniform(0.5, 1.5, (2, costs.shape.num_blocks, costs.shape.num_heads)))
-    placements = {f"{mode} blocks": propose(costs, mode, scores=worth)[0][0] for mode in ("split", "whole")}
+    placements = {
+        "split": propose(costs, "split", scores=worth, styles=("even",))[0][0],
+        "split, lead": propose(costs, "split", scores=worth, styles=("lead",))[0][0],
+        "whole": propose(costs, "whole", scores=worth)[0][0],
+    }
     rows = {}
     for name, placement in placements.items():
         shard = Shard(model, placement, rank)
         executor = Executor(shard, transport, update=Adam(shard, Optimiser(learning_rate=1e-5), 1000))
-        for pattern in PATTERNS:
+        for pattern in LEAD_PATTERNS if name == "split, lead" else PATTERNS:
             programs = [compile_step(placement, ops, costs) for ops in cycle_of(pattern, placement, worth)]
             steps = [StepPrograms(p, rank, costs, shard.dtype) for p in programs]
             rows[name, pattern] = Row(executor, steps, [simulate(p, costs).total_bytes for p in programs])
@@ -164,7 +172,7 @@ def gathered(profile):
 
 def rows_of(measured):
     plain_cpu, plain_wall, _ = measured["plain timm", ""]
-    split_bytes = measured["split blocks", "all FULL"][2]
+    split_bytes = measured["split", "all FULL"][2]
     rows = [_row("plain timm", "", plain_cpu, plain_wall, 0.0, (plain_cpu, plain_wall, 0.0), plain_cpu, split_bytes)]
     for (placement, pattern), (cpu, wall, sent) in measured.items():
         if pattern:
@@ -190,8 +198,9 @@ def _row(placement, pattern, cpu, wall, sent, full, plain_cpu, split_bytes):
 
 def targets_of(measured, exact):
     plain = measured["plain timm", ""]
-    split, whole = ({k[1]: v for k, v in measured.items() if k[0] == name} for name in ("split blocks", "whole blocks"))
-    held = "40 % FULL, rest FORWARD, held"
+    split, lead, whole = (
+        {k[1]: v for k, v in measured.items() if k[0] == name} for name in ("split", "split, lead", "whole")
+    )
 
     def ratio(rows, pattern, column):
         return rows[pattern][column] / rows["all FULL"][column]
@@ -203,9 +212,9 @@ def targets_of(measured, exact):
         target("2F1O2S, split: cpu", ratio(split, "2F1O2S", 0), "<=", 0.50),
         target("2F1O2S, whole: cpu", ratio(whole, "2F1O2S", 0), "<=", 0.50),
         target("2F1O2S, split: bytes", ratio(split, "2F1O2S", 2), "<=", 0.40),
-        target("40 % held, split: cpu", ratio(split, held, 0), "<=", 0.63),
-        target("40 % held, whole: cpu", ratio(whole, held, 0), "<=", 0.63),
-        target("40 % held, whole: wall", ratio(whole, held, 1), "<=", 0.65),
+        target("40 % held, split, lead: cpu", ratio(lead, HELD, 0), "<=", 0.63),
+        target("40 % held, whole: cpu", ratio(whole, HELD, 0), "<=", 0.63),
+        target("40 % held, whole: wall", ratio(whole, HELD, 1), "<=", 0.65),
         target("whole / split, all FULL: bytes", whole["all FULL"][2] / split["all FULL"][2], "<=", 0.05),
         target("bytes measured = simulated, every step", exact, "==", True),
     ]
