@@ -217,13 +217,17 @@ class Executor:
         gamma, bias = block.gammas[i.part], block.biases[i.part]
         if bias is not None:
             total += bias
-        if i.lead and gamma is not None:
-            self._state.sums[i.block, i.part, i.mb] = total
         x_BND = self._state.x[i.mb]
-        self._state.x[i.mb] = x_BND + total if gamma is None else torch.addcmul(x_BND, total, gamma)
+        if gamma is None:
+            self._state.x[i.mb] = total.add_(x_BND)
+        elif i.lead:
+            self._state.sums[i.block, i.part, i.mb] = total
+            self._state.x[i.mb] = torch.addcmul(x_BND, total, gamma)
+        else:
+            self._state.x[i.mb] = torch.addcmul(x_BND, total, gamma, out=total)
 
     def _sum_g(self, i: Instruction) -> None:
-        self._state.g[i.mb] = self._state.g[i.mb] + self._added("gpart", i, self._state.gpart.pop(i.mb))
+        self._state.g[i.mb] = self._added("gpart", i, self._state.gpart.pop(i.mb)).add_(self._state.g[i.mb])
 
     def _sum_grads(self, i: Instruction) -> None:
         self._unflatten(i.units, self._added("gradpart", i, self._flatten(i.units)))
