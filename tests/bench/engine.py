@@ -5,9 +5,9 @@
 ViT-S width (384, 6 heads), 98 px, 5 micro-batches of 16 images, two gloo workers with one thread each, pinned to
 different cores. Placements are the planner's: whole blocks; split blocks, in which a block's most worthy heads are
 shared out evenly; the same with these heads gathered at one worker of the block (the lead). Every round runs one step
-of every row in turn, so that a machine that changes its speed changes all rows alike; ratios are taken within a
-round, and figures are medians over the rounds after the first. "plain timm" is the ordinary loop (five backward passes, clipping, AdamW), run on both cores at
-the same time, since two busy cores are slower than one.
+of every row in turn, so that a machine that changes its speed changes all rows alike; ratios are taken within a round,
+and figures are medians over the rounds after the first. "plain timm" is the ordinary loop (five backward passes,
+clipping, AdamW), run on both cores at the same time, since two busy cores are slower than one.
 """
 
 from __future__ import annotations
