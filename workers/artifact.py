@@ -31,6 +31,7 @@ WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
 LEDGER_FILE = "ledger.json"
 MANIFEST_FILE = "manifest.json"
+FILE_MODE = 0o644  # a result is for whoever may enter its parent
 
 
 @dataclass(frozen=True)
@@ -106,12 +107,13 @@ def _write_weights(path: Path, state_dict: Mapping[str, Tensor]) -> None:
     # Cloned: safetensors refuses tensors that are views of one storage.
     tensors = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in state_dict.items()}
     safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
-    path.chmod(0o644)  # safetensors lets only the owner read
+    path.chmod(FILE_MODE)  # safetensors lets only the owner read
     _sync(path)
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    path.chmod(FILE_MODE)  # the service runs with a umask that keeps others out of its own files
     _sync(path)
 
 
