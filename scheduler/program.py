@@ -3,10 +3,10 @@
 An instruction prints as one line and parses back equal; m2 is micro-batch 2, b03.attn a sub-layer, w1 a worker:
 
     embed m2 keep                              images → x; keep what `unembed` needs
-    fwd b03.attn m2 full=1,4 only=5            run three heads on x; keep activations of heads 1 and 4
+    fwd b03.attn m2 full=1,4 only=5 bias       run three heads on x, output bias b included; keep activations of 1 and 4
     send part b03.attn m2 >w1                  ship this worker's partial sum to worker 1
     recv part b03.attn m2 <w1                  wait for worker 1's
-    sum x b03.attn m2 of=0,1 lead              x += γ·(Σ parts + b); keep the sum for γ's gradient
+    sum x b03.attn m2 of=0,1 lead              x += γ·Σ parts; keep the sum for γ's gradient
     send x b04.attn m2 >w0                     ship x, as sub-layer b04.attn will read it
     classify m2 grad                           loss, classifier gradients, and the gradient g at the last block's output
     bwd b03.attn m2 full=1,4 lead              γ·g through the kept heads; lead: gradients of γ and b too
@@ -34,7 +34,7 @@ EMBED_UNIT = -1
 COMPUTE_KINDS = ("embed", "fwd", "sum", "classify", "bwd", "unembed", "free", "step")
 KINDS = (*COMPUTE_KINDS, "send", "recv")
 CARGO = ("x", "part", "g", "gpart", "gradpart", "grads", "tally")
-FLAGS = ("keep", "lead", "floor", "grad")
+FLAGS = ("keep", "lead", "floor", "grad", "bias")
 
 MessageKey = tuple[str, int, str, int, int, int]
 
@@ -47,7 +47,7 @@ class Instruction:
     "classify" · `mb` the micro-batch · `peer` the other end · `full`, `only` heads run FULL, FORWARD · `of` ranks whose
     parts are added · `units` trunk units, -1 the embedding · `fill` skipped heads whose mean is added · `running` how
     many heads of the block run, when they are scaled up (0: not) · flags: keep, lead, floor (the gradient goes no
-    lower), grad.
+    lower), grad, bias (this part includes the output bias).
     """
 
     kind: str
@@ -66,6 +66,7 @@ class Instruction:
     lead: bool = False
     floor: bool = False
     grad: bool = False
+    bias: bool = False
 
     def __str__(self) -> str:
         words = [self.kind, self.cargo, self._place(), f"m{self.mb}" if self.mb >= 0 else "", self._peer()]

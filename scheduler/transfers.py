@@ -180,7 +180,10 @@ class _Lowering:
         place: dict[str, Any] = {"block": sublayer.block, "part": sublayer.part, "mb": self.mb}
         for worker in runners:
             full, only = sublayer.full.get(worker, ()), sublayer.only.get(worker, ())
-            self._emit(worker, Instruction("fwd", full=full, only=only, floor=floor and bool(full), **place))
+            flags: dict[str, Any] = {"floor": floor and bool(full), "bias": worker == runners[0]}
+            self._emit(
+                worker, Instruction("fwd", full=full, only=only, running=self._running(sublayer), **flags, **place)
+            )
         root = self._root(runners, sublayer.trainers, after)
         self.leads[sublayer.block, sublayer.part] = root
         self._gather("part", sublayer, runners, after, root)

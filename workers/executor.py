@@ -4,8 +4,9 @@ State of a step, by micro-batch m: the residual x[m], its gradient g[m], this wo
 from others, and for every FULL call (leaf, output) until its backward. A sub-layer is the only autograd graph; the
 residual stream, layer scale γ and output bias b are done by hand:
 
-    forward    x ← x + γ·(c·Σ parts + b)          c = H / running heads under skip_fill "rescale", else 1
-    backward   ∂part = c·γ·g,  ∂b = Σ γ·g,  ∂γ = Σ g·(c·Σ parts + b),  g ← g + Σ ∂x of the parts
+    forward    x ← x + γ·c·Σ parts                c = H / running heads under skip_fill "rescale", else 1;
+                                                  one of the parts includes b/c
+    backward   ∂part = c·γ·g,  ∂b = Σ γ·g,  ∂γ = Σ g·c·Σ parts,  g ← g + Σ ∂x of the parts
 """
 
 from __future__ import annotations
@@ -180,22 +181,31 @@ class Executor:
         state, block = self._state, self.shard.blocks[i.block]
         x_BND, norm = state.x[i.mb], block.norms[i.part]
         part = y_BND = None
+        bias = self._constant_bias(i)
         if i.full:
             leaf = x_BND.detach().requires_grad_(not i.floor)
             with torch.enable_grad(), self._casting():
                 y_BND = norm(leaf)
-                out = block.run(i.part, y_BND, block.trainable(i.part, i.full)).to(self.shard.dtype)
+                out = block.run(i.part, y_BND, block.trainable(i.part, i.full), bias).to(self.shard.dtype)
             state.kept[i.block, i.part, i.mb] = (leaf, out)
             part = out.detach()
         if i.only:
             with torch.no_grad(), self._casting():
                 y_BND = norm(x_BND) if y_BND is None else y_BND.detach()
-                constant = block.run(i.part, y_BND, block.frozen(i.part, i.only)).to(self.shard.dtype)
+                bias = None if i.full else bias
+                constant = block.run(i.part, y_BND, block.frozen(i.part, i.only), bias).to(self.shard.dtype)
                 if self.measures_means:
                     self._measure_means(i, y_BND)
             part = constant if part is None else part + constant
         assert part is not None
         state.part[i.mb] = part
+
+    def _constant_bias(self, i: Instruction) -> Tensor | None:
+        """What this part adds for the output bias; its gradient is `_bwd`'s."""
+        bias = self.shard.blocks[i.block].biases[i.part]
+        if bias is None or not i.bias:
+            return None
+        return bias.detach() * (i.running / self.shard.shape.num_heads) if i.running else bias.detach()
 
     def _measure_means(self, i: Instruction, y_BND: Tensor) -> None:
         block = self.shard.blocks[i.block]
@@ -214,9 +224,7 @@ class Executor:
             total *= self.shard.shape.num_heads / i.running
         if i.fill:
             total += self.means[i.block, i.part][list(i.fill)].sum(0)
-        gamma, bias = block.gammas[i.part], block.biases[i.part]
-        if bias is not None:
-            total += bias
+        gamma = block.gammas[i.part]
         x_BND = self._state.x[i.mb]
         if gamma is None:
             self._state.x[i.mb] = total.add_(x_BND)

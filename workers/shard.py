@@ -49,22 +49,22 @@ class BlockShard:
         self._leaves: dict[tuple[str, tuple[int, ...]], Weights] = {}
         self._frozen: dict[tuple[str, tuple[int, ...]], Weights] = {}
 
-    def attend(self, y_BND: Tensor, weights: Weights) -> Tensor:
-        """Σ over the heads in `weights` of their attention output: B, N, D, without the output bias."""
+    def attend(self, y_BND: Tensor, weights: Weights, bias: Tensor | None = None) -> Tensor:
+        """Σ over the heads in `weights` of their attention output, plus `bias`: B, N, D."""
         qkv_w, qkv_b, proj_w = weights
         batch, tokens, _ = y_BND.shape
         qkv = F.linear(y_BND, qkv_w, qkv_b).view(batch, tokens, -1, 3, self.shape.head_dim)
         q_BkNK, k_BkNK, v_BkNK = qkv.permute(3, 0, 2, 1, 4).unbind(0)
         out_BkNK = F.scaled_dot_product_attention(q_BkNK, k_BkNK, v_BkNK)
-        return out_BkNK.transpose(1, 2).reshape(batch, tokens, -1) @ proj_w
+        return F.linear(out_BkNK.transpose(1, 2).reshape(batch, tokens, -1), proj_w.T, bias)
 
-    def perceive(self, y_BND: Tensor, weights: Weights) -> Tensor:
-        """Σ over the heads in `weights` of their MLP slice's output: B, N, D, without the output bias."""
+    def perceive(self, y_BND: Tensor, weights: Weights, bias: Tensor | None = None) -> Tensor:
+        """Σ over the heads in `weights` of their MLP slice's output, plus `bias`: B, N, D."""
         fc1_w, fc1_b, fc2_w = weights
-        return self.act(F.linear(y_BND, fc1_w, fc1_b)) @ fc2_w
+        return F.linear(self.act(F.linear(y_BND, fc1_w, fc1_b)), fc2_w.T, bias)
 
-    def run(self, part: str, y_BND: Tensor, weights: Weights) -> Tensor:
-        return self.attend(y_BND, weights) if part == "attn" else self.perceive(y_BND, weights)
+    def run(self, part: str, y_BND: Tensor, weights: Weights, bias: Tensor | None = None) -> Tensor:
+        return self.attend(y_BND, weights, bias) if part == "attn" else self.perceive(y_BND, weights, bias)
 
     def trainable(self, part: str, heads: tuple[int, ...]) -> Weights:
         """Weights of the heads as leaves that collect gradients until `collect`."""
