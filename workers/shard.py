@@ -3,7 +3,7 @@
 Shapes: B images, N tokens, D width, K head width, k heads run together, F their MLP rows.
 
 The slices of a worker's heads in a block lie in one tensor each (a bank), in head order. Heads that are neighbours
-there are a view, others are gathered once per step and kept until the update; either way one call runs all of them in
+there are a view, others are gathered once and kept until an update changes one of them; either way one call runs all of them in
 one matrix product. `Parameter`s of single heads are views of the bank, so that the optimiser skips a head without
 gradient.
 """
@@ -48,6 +48,7 @@ class BlockShard:
         self.params: dict[int, dict[str, nn.Parameter]] = {head: self._head_params(i) for i, head in enumerate(heads)}
         self._leaves: dict[tuple[str, tuple[int, ...]], Weights] = {}
         self._frozen: dict[tuple[str, tuple[int, ...]], Weights] = {}
+        self._changing: set[int] = set()  # heads that this step's update changes
 
     def attend(self, y_BND: Tensor, weights: Weights, bias: Tensor | None = None) -> Tensor:
         """Σ over the heads in `weights` of their attention output, plus `bias`: B, N, D."""
@@ -85,16 +86,18 @@ class BlockShard:
         for (part, heads), leaves in self._leaves.items():
             for name, leaf in zip(_names(part), leaves, strict=True):
                 if leaf is not None and leaf.grad is not None:
+                    self._changing.update(heads)
                     rows = slice_rows(name, heads, self.shape)
                     for head, grad in zip(heads, leaf.grad.split(rows), strict=True):
                         param = self.params[head][name]
                         param.grad = grad if param.grad is None else param.grad + grad
-        self.forget()
+        self._leaves.clear()
 
     def forget(self) -> None:
-        """Drop gathered weights and uncollected gradients: the weights have changed, or the step is given up."""
+        """Drop uncollected gradients and gathered weights that have changed; those of heads held FORWARD stay."""
         self._leaves.clear()
-        self._frozen.clear()
+        self._frozen = {key: w for key, w in self._frozen.items() if self._changing.isdisjoint(key[1])}
+        self._changing.clear()
 
     def trunk(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Names as in the timm state dict, in a fixed order."""

@@ -61,3 +61,21 @@ def test_neighbouring_heads_are_a_view_and_others_a_copy():
     assert block.frozen("attn", (0, 2))[0].untyped_storage().data_ptr() != bank
     rows = torch.cat([block.params[0]["qkv_w"], block.params[2]["qkv_w"]])
     assert torch.equal(block.frozen("attn", (0, 2))[0], rows)
+
+
+def test_gathered_weights_live_until_one_of_their_heads_is_updated():
+    shard = Shard(tiny_vit(), Placement.make(np.zeros((3, 4), dtype=int), 1), 0)
+    block = shard.blocks[0]
+    kept, dropped = block.frozen("attn", (0, 2)), block.frozen("attn", (1, 3))
+    trained = block.trainable("attn", (1, 2))
+    trained[0].grad = torch.ones_like(trained[0])
+    block.collect()
+    shard.clear()
+    assert block.frozen("attn", (1, 3)) is not dropped
+    assert block.frozen("attn", (0, 2)) is not kept, "head 2 was trained too"
+    kept = block.frozen("mlp", (0, 3))
+    trained = block.trainable("mlp", (1, 2))
+    trained[0].grad = torch.ones_like(trained[0])
+    block.collect()
+    shard.clear()
+    assert block.frozen("mlp", (0, 3)) is kept
