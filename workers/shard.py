@@ -3,9 +3,9 @@
 Shapes: B images, N tokens, D width, K head width, k heads run together, F their MLP rows.
 
 The slices of a worker's heads in a block lie in one tensor each (a bank), in head order. Heads that are neighbours
-there are a view, others are gathered once and kept until an update changes one of them; either way one call runs all of them in
-one matrix product. `Parameter`s of single heads are views of the bank, so that the optimiser skips a head without
-gradient.
+there are a view, others are gathered once and kept until an update changes one of them; either way one call runs all of
+them in one matrix product. `Parameter`s of single heads are views of the bank, so that the optimiser skips a head
+without gradient.
 """
 
 from __future__ import annotations
