@@ -7,7 +7,7 @@ STAMP := $(VENV)/.ready
 # One thread per process: the suites start several processes on few cores.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-slow lint bench-engine clean
+.PHONY: demo test test-slow lint bench-engine bench-planner bench-unlike clean
 
 demo: $(STAMP)
 	deploy/demo.sh $(BIN)
@@ -26,6 +26,12 @@ lint: $(STAMP)
 
 bench-engine: $(STAMP)
 	$(BIN)/python -m tests.bench.engine
+
+bench-planner: $(STAMP)
+	$(BIN)/python -m tests.bench.planner
+
+bench-unlike: $(STAMP)
+	$(BIN)/python -m tests.bench.unlike
 
 clean:
 	rm -rf $(VENV) .bench .demo .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

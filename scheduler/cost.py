@@ -47,8 +47,13 @@ class Costs:
     def backward_us(self, worker: int, sublayer: str, num_heads: int) -> int:
         return self._backward[worker][sublayer][num_heads]
 
-    def sum_us(self, worker: int) -> int:
-        return self.profiles[worker].sum_us
+    def sum_us(self, worker: int, num_parts: int = 1) -> int:
+        """Adding so many partial sums to the residual or its gradient."""
+        return self.profiles[worker].sum_us * num_parts
+
+    def trunk_us(self, worker: int, num_units: int) -> int:
+        """One instruction that packs, adds or unpacks the gradients of so many trunk units."""
+        return self.profiles[worker].trunk_us * num_units
 
     def embed_us(self, worker: int) -> int:
         return self.profiles[worker].embed_us
@@ -58,6 +63,18 @@ class Costs:
 
     def update_us(self, worker: int, num_heads: int) -> int:
         return self.profiles[worker].update_us * num_heads
+
+    def end_us(self, worker: int) -> int:
+        """What the end of a step takes whatever was trained; `update_us` comes on top."""
+        return self.profiles[worker].end_us
+
+    def send_us(self, worker: int, num_bytes: int) -> int:
+        """What handing a message to the transport keeps the sender busy."""
+        return self.profiles[worker].send_us * num_bytes // self.residual_bytes
+
+    def recv_us(self, worker: int, num_bytes: int) -> int:
+        """What taking an arrived message out of the transport keeps the reader busy."""
+        return self.profiles[worker].recv_us * num_bytes // self.residual_bytes
 
     def transfer_us(self, src: int, dst: int, num_bytes: int) -> int:
         link = self.profiles[src].links[dst]

@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 IntArray = npt.NDArray[np.int64]
+BoolArray = npt.NDArray[np.bool_]
 OpTable = npt.NDArray[np.int8]  # [L, H, M], values of Op
 
 SUBLAYERS = ("attn", "mlp")
@@ -97,8 +98,12 @@ class DeviceProfile:
     """What one worker measured on the job's own subnet shapes, for one micro-batch.
 
     The four curves have H + 1 entries: entry k is the µs for k heads run together (entry 0 is 0).
-    `sum_us` is one residual update, `embed_us`/`classify_us` the trunk's ends (forward and backward together),
-    `update_us` the optimiser's time for one head. `links[v]` is the link to worker v (None to itself).
+    `sum_us` is adding one part to the residual, `embed_us`/`classify_us` the trunk's ends (forward and backward
+    together), `update_us` the optimiser's time for one head. `send_us`/`recv_us` is what handing one message of the residual
+    stream to the transport, or taking an arrived one out, keeps the worker busy; `trunk_us` packing, adding or
+    unpacking the gradients of one trunk unit; `end_us` the end of a step apart from the heads: tally, clipping, update.
+    `links[v]` is the link to worker v (None to itself). `device_id` names the device across jobs, `facts` says what the
+    machine tells of it, `samples` counts the measurements behind the curves.
     """
 
     rank: int
@@ -116,6 +121,13 @@ class DeviceProfile:
     links: tuple[LinkProfile | None, ...]
     labels: dict[str, str] = field(default_factory=dict)
     measured_at: float = 0.0
+    send_us: int = 0
+    recv_us: int = 0
+    trunk_us: int = 0
+    end_us: int = 0
+    device_id: str = ""
+    facts: dict[str, Any] = field(default_factory=dict)
+    samples: int = 0
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> DeviceProfile:
@@ -126,10 +138,29 @@ class DeviceProfile:
 
 @dataclass(frozen=True, eq=False)
 class Scores:
-    """Worth of every head, with mean 1: `backward_LH` of FULL over FORWARD, `forward_LH` of FORWARD over SKIP."""
+    """Worth of every head, with mean 1: `backward_LH` of FULL over FORWARD, `forward_LH` of FORWARD over SKIP.
+
+    `backward_TLHM`, where single images were scored, is the worth for each micro-batch of the window's T steps, with
+    mean 1 over the heads of every micro-batch.
+    """
 
     backward_LH: npt.NDArray[np.float64]
     forward_LH: npt.NDArray[np.float64]
+    backward_TLHM: npt.NDArray[np.float64] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class StaticPart:
+    """The part of a selection that a window holds still, as placement decides it together with who owns what.
+
+    `num_full` of the heads are FULL, the others FORWARD, in `run_share` of the micro-batches (the rest is SKIP).
+    Σ `worth_LH` over the FULL heads may fall below the best possible by the fraction `tolerance`, for speed.
+    """
+
+    worth_LH: npt.NDArray[np.float64]
+    num_full: int
+    run_share: float = 1.0
+    tolerance: float = 0.02
 
 
 @dataclass(frozen=True, eq=False)
@@ -239,7 +270,10 @@ def step_flops(shape: ModelShape, step: StepShape, ops_LHM: OpTable) -> int:
 
 @dataclass(frozen=True)
 class SolverReport:
-    """How good an answer is: the solver's status, its objective and bound, and the relative gap between them."""
+    """How good an answer is: the solver's status, its objective and bound, and the relative gap between them.
+
+    `rounding_loss` is what whole heads cost: the answer over its fractional relaxation, less 1.
+    """
 
     method: str
     status: str
@@ -248,6 +282,7 @@ class SolverReport:
     gap: float
     seconds: float
     note: str = ""
+    rounding_loss: float = 0.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -255,7 +290,8 @@ class Plan:
     """Placement, op tables and forecast for one window; immutable and versioned.
 
     Step s of the window runs `cycle[s % len(cycle)]`. `forecast` is the mean over the cycle, `all_full` the forecast of
-    a step in which every head is FULL under the same placement: fractions are taken against it.
+    a step in which every head is FULL under the same placement: fractions are taken against it. `policy` is what the
+    replan policy remembers from window to window, as JSON.
     """
 
     version: int
@@ -267,6 +303,7 @@ class Plan:
     placement_report: SolverReport
     selection_report: SolverReport
     skip_fill: str = "zero"
+    policy: dict[str, Any] = field(default_factory=dict)
 
     @property
     def compute_fraction(self) -> float:
@@ -288,6 +325,7 @@ class Plan:
             "placement_report": asdict(self.placement_report),
             "selection_report": asdict(self.selection_report),
             "skip_fill": self.skip_fill,
+            "policy": self.policy,
             "compute_fraction": self.compute_fraction,
             "bytes_fraction": self.bytes_fraction,
         }
@@ -304,4 +342,5 @@ class Plan:
             SolverReport(**data["placement_report"]),
             SolverReport(**data["selection_report"]),
             data["skip_fill"],
+            data.get("policy", {}),
         )

@@ -28,6 +28,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 EMBED_UNIT = -1
 
@@ -39,9 +40,8 @@ FLAGS = ("keep", "lead", "floor", "grad", "bias")
 MessageKey = tuple[str, int, str, int, int, int]
 
 
-@dataclass(frozen=True)
-class Instruction:
-    """One line. Fields that a kind does not use keep their defaults.
+class Instruction(NamedTuple):
+    """One line. Fields that a kind does not use keep their defaults. (A tuple: a step may have 50,000 of them.)
 
     `cargo` what is sent, received, summed or freed · (`block`, `part`) the sub-layer, or block -1 with part "embed" or
     "classify" · `mb` the micro-batch · `peer` the other end · `full`, `only` heads run FULL, FORWARD · `of` ranks whose

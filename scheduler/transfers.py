@@ -246,10 +246,11 @@ class _Lowering:
         self.holders = list(wanted)
 
     def _send(self, cargo: str, block: int, part: str, pairs: list[tuple[int, int]]) -> None:
+        mb, out = self.mb, self.out
         for src, dst in pairs:
-            self._emit(src, Instruction("send", cargo, block, part, self.mb, peer=dst))
+            out[src].append(Instruction("send", cargo, block, part, mb, dst))
         for src, dst in pairs:
-            self._emit(dst, Instruction("recv", cargo, block, part, self.mb, peer=src))
+            out[dst].append(Instruction("recv", cargo, block, part, mb, src))
 
     def _emit(self, worker: int, instruction: Instruction) -> None:
         self.out[worker].append(instruction)

@@ -21,6 +21,7 @@ from service import problems, routes
 from service.auth import Door
 from service.catalogue import Catalogue
 from service.home import ensure_key, make_home, read_secret
+from service.planners import Planners
 from service.ray_jobs import RayJobs
 from service.routes import World
 from service.settings import Settings
@@ -42,7 +43,7 @@ def create_app(
     bells = Bells(settings.max_streams)
     store.on_change(bells.ring)
     ray = RayJobs(settings.ray_address or NO_RAY, read_secret(settings.token_file), ray_transport)
-    world = World(settings, store, bells, ray, Catalogue(settings))
+    world = World(settings, store, bells, ray, Catalogue(settings), Planners(settings))
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -54,6 +55,7 @@ def create_app(
             supervising.cancel()
             with suppress(asyncio.CancelledError):
                 await supervising
+        await world.planners.close()
         await world.catalogue.close()
         await ray.close()
         store.close()
@@ -64,6 +66,8 @@ def create_app(
     app.state.world = world
     app.include_router(routes.jobs, prefix="/v1/jobs")
     app.include_router(routes.jobs, prefix="/jobs", include_in_schema=False)
+    app.include_router(routes.plans, prefix="/v1")
+    app.include_router(routes.plans, include_in_schema=False)
     app.include_router(routes.health)
     app.add_middleware(Door, settings=settings, store=store)
     problems.install(app)

@@ -1,7 +1,7 @@
 """The model catalogue: which timm models can be trained, without importing timm or torch here.
 
 A child process (`python -m workers.catalog`) writes it to `models.json` at first start; a submit waits for it. It is
-made anew when timm's version has changed.
+made anew when timm's version, or the file's format, has changed.
 """
 
 from __future__ import annotations
@@ -12,13 +12,16 @@ import json
 import logging
 import sys
 from pathlib import Path
+from typing import Any
 
 from service.errors import UnavailableError
 from service.processes import child_env
 from service.settings import Settings
+from workers.shapes import Sizes
 
 log = logging.getLogger(__name__)
-Models = dict[str, str | None]  # name → None, or why it cannot be trained
+FORMAT = 2  # of the file, as workers.catalog writes it
+Models = dict[str, Sizes | str]  # name → its sizes, or why it cannot be trained
 
 
 class Catalogue:
@@ -92,10 +95,13 @@ class Catalogue:
 
 
 def _read(path: Path) -> Models | None:
-    """The file's models, or None where it is missing, torn or of another timm."""
+    """The file's models, or None where it is missing, torn, of another timm or of another format."""
     try:
         content = json.loads(path.read_text())
-        return content["models"] if content["timm"] == importlib.metadata.version("timm") else None
+        if (content["format"], content["timm"]) != (FORMAT, importlib.metadata.version("timm")):
+            return None
+        models: dict[str, Any] = content["models"]
+        return {name: entry if isinstance(entry, str) else Sizes.from_dict(entry) for name, entry in models.items()}
     except (OSError, ValueError, LookupError, TypeError, importlib.metadata.PackageNotFoundError):
         return None
 

@@ -14,9 +14,10 @@ from typing import BinaryIO
 
 from scheduler.errors import UserError
 from service.catalogue import Models
-from service.errors import Issue
+from service.errors import InvalidRequestError, Issue
 from workers.contract import DIGITS_MODEL, JobSpec
 from workers.folder import check_inside, parse_uri, scan_classes
+from workers.shapes import Sizes
 
 MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
 
@@ -28,15 +29,13 @@ def needs_catalogue(spec: JobSpec) -> bool:
 
 def check_model(name: str, models: Models) -> list[Issue]:
     """The model is one of timm's that can be cut into heads."""
-    plain = name if name in models else name.partition(".")[0]
-    if plain in models:
-        reason = models[plain]
-        return (
-            []
-            if reason is None
-            else [Issue("model", f"'{name}' cannot be trained here: {reason.rstrip('.')}.", "model_refused")]
-        )
-    trainable = [known for known, reason in models.items() if reason is None]
+    plain = _plain(name, models)
+    entry = models.get(plain)
+    if isinstance(entry, str):
+        return [Issue("model", f"'{name}' cannot be trained here: {entry.rstrip('.')}.", "model_refused")]
+    if entry is not None:
+        return []
+    trainable = [known for known, sizes in models.items() if not isinstance(sizes, str)]
     near = difflib.get_close_matches(plain, trainable, n=3, cutoff=0.6)
     hint = (
         f"Did you mean {', '.join(near)}?"
@@ -46,12 +45,26 @@ def check_model(name: str, models: Models) -> list[Issue]:
     return [Issue("model", f"There is no model '{name[:100]}'. {hint}", "unknown_model")]
 
 
+def sizes_of(name: str, models: Models) -> Sizes:
+    """The sizes of a model. Raises InvalidRequestError where `check_model` finds something wrong."""
+    if issues := check_model(name, models):
+        raise InvalidRequestError(issues)
+    sizes = models[_plain(name, models)]
+    assert isinstance(sizes, Sizes)
+    return sizes
+
+
 def check_paths(spec: JobSpec, roots: Sequence[Path]) -> list[Issue]:
     """The weights and the dataset lie under the roots and are what they should be."""
     issues = [] if spec.weights is None else _issues(lambda: _check_weights(str(spec.weights), roots))
     if spec.dataset != "digits":
         issues += _issues(lambda: _check_folder(spec.dataset, roots))
     return issues
+
+
+def _plain(name: str, models: Models) -> str:
+    """The name without its pretraining tag: sizes do not depend on that."""
+    return name if name in models else name.partition(".")[0]
 
 
 def _check_folder(uri: str, roots: Sequence[Path]) -> None:

@@ -15,7 +15,7 @@
     ├── ApiUnreachableError  no answer
     └── ApiTimeoutError      `wait` ran out of time
 
-What may be sent twice is retried: reads, cancels, and submits, which carry an Idempotency-Key always.
+What may be sent twice is retried: reads, dry runs, cancels, and submits, which carry an Idempotency-Key always.
 """
 
 from __future__ import annotations
@@ -35,7 +35,20 @@ from pydantic import ValidationError
 from ulid import ULID
 
 from scheduler.errors import D2ftError
-from service.schemas import Artifact, Event, Health, Job, LedgerView, MetricsPage, Page, PlanView, Problem
+from service.schemas import (
+    Artifact,
+    DeviceList,
+    Event,
+    Health,
+    Job,
+    LedgerView,
+    MetricsPage,
+    Page,
+    PlanView,
+    Preview,
+    PreviewBody,
+    Problem,
+)
 from workers.contract import JobSpec
 
 RETRIES = 3
@@ -168,6 +181,15 @@ class Client:
 
     def plan(self, job_id: str) -> dict[str, Any]:
         return PlanView.model_validate(self._call("GET", f"{_path(job_id)}/plan")).plan
+
+    def plans(self, body: PreviewBody | dict[str, Any]) -> Preview:
+        """A dry run: the plan that a job would get, with its reasons; nothing is started."""
+        asked = body.model_dump(mode="json") if isinstance(body, PreviewBody) else body
+        return Preview.model_validate(self._call("POST", "/v1/plans", json=asked, timeout=SUBMIT_TIMEOUT_S))
+
+    def devices(self) -> DeviceList:
+        """The devices that jobs have measured."""
+        return DeviceList.model_validate(self._call("GET", "/v1/devices"))
 
     def ledger(self, job_id: str) -> dict[str, Any]:
         return LedgerView.model_validate(self._call("GET", f"{_path(job_id)}/ledger")).ledger

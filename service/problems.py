@@ -18,13 +18,14 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from scheduler.errors import CapacityError, D2ftError
-from service.errors import InvalidRequestError, Issue, UnauthorisedError, http_status
-from service.schemas import FieldProblem, Problem
+from service.errors import InvalidRequestError, Issue, TooManyError, UnauthorisedError, http_status
+from service.schemas import FieldProblem, PreviewBody, Problem
 from workers.contract import JobSpec
 
 PROBLEM_JSON = "application/problem+json"
 RETRY_AFTER_S = "5"
 log = logging.getLogger(__name__)
+_FIELDS = frozenset({*JobSpec.model_fields, *PreviewBody.model_fields})
 
 
 def install(app: FastAPI) -> None:
@@ -100,7 +101,7 @@ def _response(
 def _headers(error: D2ftError) -> dict[str, str]:
     if isinstance(error, UnauthorisedError):
         return {"WWW-Authenticate": "Bearer"}
-    return {"Retry-After": RETRY_AFTER_S} if isinstance(error, CapacityError) else {}
+    return {"Retry-After": RETRY_AFTER_S} if isinstance(error, CapacityError | TooManyError) else {}
 
 
 def _issue(loc: Sequence[str | int], message: str) -> Issue:
@@ -117,7 +118,7 @@ def _sentence(issue: Issue) -> str:
 
 def _leading_field(message: str) -> str:
     found = re.match(r"[a-z_]+(\.[a-z_]+)*", message)
-    return found.group() if found and found.group().split(".")[0] in JobSpec.model_fields else ""
+    return found.group() if found and found.group().split(".")[0] in _FIELDS else ""
 
 
 def _pointer(field: str) -> str:

@@ -1,6 +1,6 @@
-"""The routes of `/v1/jobs`, and of health. Thin: read the request, ask a room below, answer.
+"""The routes of jobs, plans, devices and health. Thin: read the request, ask a room below, answer.
 
-`/jobs` is an alias of `/v1/jobs`. What comes in has passed the door (`auth`); what goes wrong becomes a problem
+Each is there without `/v1`, too. What comes in has passed the door (`auth`); what goes wrong becomes a problem
 (`problems`).
 """
 
@@ -8,20 +8,36 @@ from __future__ import annotations
 
 import asyncio
 import base64
+from collections.abc import Coroutine
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from fastapi import APIRouter, Depends, Header, Query, Request, Response
 from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, StreamingResponse
 
 from scheduler.errors import D2ftError
 from service.catalogue import Catalogue
-from service.checks import check_model, check_paths, needs_catalogue
-from service.errors import InvalidRequestError, NotFoundError, UnavailableError
+from service.checks import check_model, check_paths, needs_catalogue, sizes_of
+from service.errors import ConflictError, InvalidRequestError, NotFoundError, UnavailableError
+from service.fleet import question, read_devices, read_live
 from service.lifecycle import JobState
+from service.planners import Planners
 from service.ray_jobs import RayJobs
-from service.schemas import Artifact, Event, Health, Job, LedgerView, MetricsPage, Page, PlanView, Problem
+from service.schemas import (
+    Artifact,
+    DeviceList,
+    Event,
+    Health,
+    Job,
+    LedgerView,
+    MetricsPage,
+    Page,
+    PlanView,
+    Preview,
+    PreviewBody,
+    Problem,
+)
 from service.settings import Settings
 from service.store import JobQuery, Store
 from service.streams import Bells, stream_events
@@ -29,6 +45,7 @@ from service.supervisor import DRIVER_LOG
 from workers.contract import JobSpec
 
 MAX_POINTS = 2000
+Answer = TypeVar("Answer")
 
 
 @dataclass(frozen=True)
@@ -40,6 +57,7 @@ class World:
     bells: Bells
     ray: RayJobs
     catalogue: Catalogue
+    planners: Planners
 
 
 def _world(request: Request) -> World:
@@ -60,6 +78,7 @@ Limit = Annotated[int, Query(ge=1, le=100)]
 _PROBLEM: dict[int | str, dict[str, Any]] = {"default": {"model": Problem, "description": "A problem (RFC 9457)"}}
 
 jobs = APIRouter(tags=["jobs"], responses=_PROBLEM)
+plans = APIRouter(tags=["plans"], responses=_PROBLEM)
 health = APIRouter(tags=["health"])
 
 
@@ -191,6 +210,22 @@ async def read_logs(
     return PlainTextResponse(text[offset:])
 
 
+@plans.post("/plans", response_model=Preview)
+async def preview_plan(body: PreviewBody, request: Request, world: InWorld) -> JSONResponse:
+    """A dry run: the plan that a job would get on these devices, with its reasons, before any device is touched."""
+    sizes = sizes_of(body.model, await world.catalogue.models())
+    live = body.devices == "live"
+    records, warnings = await asyncio.to_thread(read_live, world.settings.devices_file) if live else ([], [])
+    found = await _while_asked(request, world.planners.what_if(question(body, sizes, records)))
+    return JSONResponse({"object": "plan_preview", "model": body.model, **found, "warnings": warnings})
+
+
+@plans.get("/devices", response_model=DeviceList)
+def list_devices(world: InWorld) -> DeviceList:
+    """Every device that a job has measured: rates, memory, links, age, and who uses it."""
+    return read_devices(world.settings.devices_file, world.store.jobs.plans_in_use())
+
+
 @health.get("/healthz", response_model=Health)
 async def healthz() -> Health:
     """The process answers."""
@@ -215,6 +250,25 @@ async def _check(world: World, spec: JobSpec) -> None:
     issues += await asyncio.to_thread(check_paths, spec, world.settings.all_roots)
     if issues:
         raise InvalidRequestError(issues)
+
+
+async def _while_asked(request: Request, work: Coroutine[Any, Any, Answer]) -> Answer:
+    """What the work gives; a client that goes away cancels it, so that its place is free for others."""
+    working = asyncio.create_task(work)
+    gone = asyncio.create_task(_gone(request))
+    try:
+        await asyncio.wait({working, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ConflictError("The client has gone away.", code="client_gone")
+        return await working
+    finally:
+        working.cancel()
+        gone.cancel()
+
+
+async def _gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
 
 
 def _resume_point(last_event_id: str | None) -> int:

@@ -7,9 +7,9 @@ All state lies under `home`:
     server.json       what `up` started: URL, ports, process ids
     models.json       which timm models can be trained
     jobs/ID/aN/       one attempt: context.json, events.jsonl, driver.log, result/
-    storage/          Ray Train's own checkpoints
+    storage/          Ray Train's own checkpoints; scheduler/devices.json, what is known of the devices
     ray               link to Ray's temp directory
-    logs/             ray.log, api.log, catalogue.log
+    logs/             ray.log, api.log, catalogue.log, planner.log
 """
 
 from __future__ import annotations
@@ -64,9 +64,15 @@ class Settings(BaseSettings):
     settle_s: Annotated[float, Field(ge=0)] = 30.0
     """How long a driver may live on after its job has ended before it is stopped."""
     catalogue_wait_s: Annotated[float, Field(ge=0)] = 60.0
-    """How long a submit waits for the model catalogue while it is being made."""
+    """How long a submit or a dry run waits for the model catalogue while it is being made."""
     max_body_bytes: Annotated[int, Field(ge=1024)] = 1 << 20
     """Largest request body."""
+    plan_workers: Annotated[int, Field(ge=1, le=64)] = 1
+    """How many dry runs are planned at once, each in a process of its own."""
+    plan_queue: Annotated[int, Field(ge=0, le=10_000)] = 8
+    """How many dry runs may wait for that; more are refused."""
+    plan_timeout_s: Annotated[float, Field(gt=0)] = 30.0
+    """How long the planning of one dry run may take."""
     max_streams: Annotated[int, Field(ge=1)] = 64
     """How many event streams may be open at once."""
     driver_module: str = "workers.loop"
@@ -128,6 +134,10 @@ class Settings(BaseSettings):
     @property
     def storage(self) -> Path:
         return self.storage_path or self.home / "storage"
+
+    @property
+    def devices_file(self) -> Path:
+        return self.storage / "scheduler" / "devices.json"
 
     @property
     def models_file(self) -> Path:

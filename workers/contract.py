@@ -41,25 +41,56 @@ class Budgets(Frozen):
     bytes: Annotated[float, Field(gt=0, le=1)] = 1.0
 
 
-class Method(Frozen):
-    """How the work is chosen. Give `ratios` or `budgets`, not both; neither means all-FULL.
+class Phase(Frozen):
+    """A part of the training with its own ratios or budgets; neither means all-FULL. `share` is its part of the steps."""
 
-    strategy "held" holds FULL/FORWARD still per head over a window and redraws coherent SKIPs per step; "coherent"
-    redraws all three per (worker, block); "scattered" redraws per head. `skip_fill` says what a skipped head adds.
+    share: Annotated[float, Field(gt=0, le=1)]
+    ratios: Ratios | None = None
+    budgets: Budgets | None = None
+
+    @model_validator(mode="after")
+    def _one_of(self) -> Phase:
+        if self.ratios is not None and self.budgets is not None:
+            raise ValueError("give ratios or budgets, not both")
+        return self
+
+
+class Method(Frozen):
+    """How the work is chosen. Give one of `ratios`, `budgets` and `schedule`; none means all-FULL.
+
+    `strategy` says who chooses: "hull" the most worthy within each worker's time (the default), "cpsat" the same, proved;
+    "two_stage" FULL by backward and then FORWARD by forward score, device by device (the paper's way); "random",
+    "uniform" without looking at worth; "full" all-FULL.
+    `hold` says what stays the same over a window: "training" which heads are FULL and which FORWARD, with SKIPs drawn for
+    each step; "all" also which are SKIP; "none" nothing, every micro-batch is chosen for.
+    `grain`: a worker's heads of a block sit out together ("coherent": that saves bytes), or each alone ("scattered").
+    `score` is what a head is worth; `skip_fill` what a skipped head adds.
     """
 
     type: Literal["d2ft"] = "d2ft"
     ratios: Ratios | None = None
     budgets: Budgets | None = None
-    strategy: Literal["held", "coherent", "scattered"] = "held"
-    score: Literal["fisher", "magnitude", "random"] = "fisher"
+    schedule: Annotated[tuple[Phase, ...], Field(max_length=16)] = ()
+    strategy: Literal["hull", "cpsat", "two_stage", "random", "uniform", "full"] = "hull"
+    hold: Literal["training", "all", "none"] = "training"
+    grain: Literal["coherent", "scattered"] = "coherent"
+    score: Literal["fisher", "gradient", "taylor", "weight", "activation", "random"] = "fisher"
     skip_fill: Literal["zero", "mean", "rescale"] = "zero"
 
     @model_validator(mode="after")
     def _one_of(self) -> Method:
-        if self.ratios is not None and self.budgets is not None:
-            raise ValueError("give ratios or budgets, not both")
+        if sum((self.ratios is not None, self.budgets is not None, bool(self.schedule))) > 1:
+            raise ValueError("give one of ratios, budgets and schedule")
+        total = sum(phase.share for phase in self.schedule)
+        if self.schedule and abs(total - 1) > 1e-6:
+            raise ValueError(f"the shares of the schedule's phases sum to {total:g}; make them sum to 1")
         return self
+
+    @property
+    def all_ratios(self) -> tuple[Ratios, ...]:
+        """Every ratios that the job will use at some time."""
+        given = (self.ratios, *(phase.ratios for phase in self.schedule))
+        return tuple(ratios for ratios in given if ratios is not None)
 
 
 class Optimiser(Frozen):
@@ -118,12 +149,12 @@ class JobSpec(Frozen):
 
     @model_validator(mode="after")
     def _ratios_sum(self) -> JobSpec:
-        ratios = self.method.ratios
-        if ratios is not None and ratios.total != self.micro_batches:
-            raise ValueError(
-                f"method.ratios sum to {ratios.total} but a step has {self.micro_batches} micro-batches; "
-                f"make full + forward + skip = micro_batches"
-            )
+        for ratios in self.method.all_ratios:
+            if ratios.total != self.micro_batches:
+                raise ValueError(
+                    f"method.ratios sum to {ratios.total} but a step has {self.micro_batches} micro-batches; "
+                    f"make full + forward + skip = micro_batches"
+                )
         return self
 
 
@@ -145,7 +176,8 @@ MODEL_ARGS = (
 class RunContext(Frozen):
     """Where one attempt of a job runs: written by the supervisor beside the spec, read by the driver.
 
-    `run_dir` holds this attempt's `events.jsonl` and, at the end, `result/`. `storage_path` is Ray Train's.
+    `run_dir` holds this attempt's `events.jsonl` and, at the end, `result/`. `storage_path` is Ray Train's. `cores`
+    pins the worker of each rank to a processor core; cores may be shared.
     """
 
     job_id: str
@@ -156,3 +188,10 @@ class RunContext(Frozen):
     resources_per_worker: dict[str, float] = Field(default_factory=lambda: {"CPU": 0.5})
     use_gpu: bool = False
     start_timeout_s: Annotated[float, Field(gt=0)] = 60.0
+    cores: tuple[Annotated[int, Field(ge=0)], ...] | None = None
+
+    @model_validator(mode="after")
+    def _a_core_each(self) -> RunContext:
+        if self.cores is not None and len(self.cores) != self.spec.workers:
+            raise ValueError(f"{len(self.cores)} cores for {self.spec.workers} workers")
+        return self

@@ -6,7 +6,12 @@ reads on from there, so an outage of the reader loses nothing.
 | type | data |
 |---|---|
 | phase | {"name": "planning" / "starting" / "running" / "finalizing"} |
-| plan.created, plan.changed | the plan as a dict |
+| plan.created | the plan as a dict |
+| plan.changed | the plan as a dict, and "change": {"migrated", "moved_heads", "migration": {"heads", "bytes", |
+|  | "seconds"} or null, "reason", "before" and "after": {"version", "step_us", "heads", "full_heads"}, the last two |
+|  | as lists by worker} |
+| window | {"window": 0 for the rehearsal, "steps", "step_seconds_median", "forecast_seconds", "error": fraction, |
+|  | "busy": each worker's seconds of a step}, at the end of every window |
 | metrics | step, total_steps, epoch, loss, train_accuracy, learning_rate, grad_norm, step_seconds, idle_share, |
 |  | compute_fraction, bytes_fraction |
 | evaluation | {"when": "before" / "after", "accuracy", "loss", "num_images"} |

@@ -21,17 +21,23 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from scheduler.cost import Costs
+from scheduler.profiles import timing_keys
 from scheduler.program import Instruction, MessageKey, Program
 from scheduler.simulate import program_flops
+from workers.gates import Gates
 from workers.shard import Shard
 from workers.transport import Parcel, Transport
+
+TimingKey = tuple[str, str, int, int]
 
 
 @dataclass(frozen=True)
 class StepReport:
     """What one worker measured in one step. Loss and counts are sums over all workers once the tallies are in.
 
-    `wait_s` is time blocked in receives; `kind_s` seconds per instruction kind; `sent_bytes` per destination.
+    `wait_s` is time blocked in receives; `kind_s` seconds per instruction kind; `sent_bytes` per destination;
+    `timings_us` how long each instruction took, under its `timing_keys`; none
+    when the step was not `timed`. A step on CUDA that is not has `kind_s` of what the processor did, not the device.
     """
 
     loss: float
@@ -43,6 +49,7 @@ class StepReport:
     kind_s: dict[str, float]
     sent_bytes: tuple[int, ...]
     flops: int
+    timings_us: dict[TimingKey, list[float]] = field(default_factory=dict)
 
     @property
     def idle_share(self) -> float:
@@ -63,6 +70,7 @@ class StepPrograms:
     def __init__(self, programs: Sequence[Program], rank: int, costs: Costs, dtype: torch.dtype) -> None:
         self.own = programs[rank]
         self.flops = program_flops(self.own, costs)
+        self.timing_keys = timing_keys(self.own)
         shape, batch = costs.shape, costs.step.micro_batch_size
         residual = (batch, shape.num_tokens, shape.dim)
 
@@ -111,7 +119,8 @@ class Executor:
     `update(grad_norm)` is called at `step` with all gradients in place; None leaves them in place (tests, rehearsals).
     `means[block, part]` are the H × D mean outputs that skip_fill "mean" adds; with `measures_means` a forward pass
     finds those of this worker's heads. A pass without gradient hands its logits to `logits(micro_batch, logits_BC)`.
-    With `autocast` the sub-layers compute in that type; messages stay in the shard's.
+    With `autocast` the sub-layers compute in that type; messages stay in the shard's. `gates`, where there are any,
+    record what FULL heads are worth on steps that are due.
     """
 
     def __init__(
@@ -129,6 +138,8 @@ class Executor:
         self.means: dict[tuple[int, str], Tensor] = {}
         self.measures_means = False
         self.logits: Callable[[int, Tensor], None] | None = None
+        self.gates: Gates | None = None
+        self._recording: Gates | None = None
         self._state = _StepState(Batch({}, {}), 1)
         self._do = {
             "embed": self._embed,
@@ -143,21 +154,37 @@ class Executor:
             "step": self._step,
         }
 
-    def run(self, programs: StepPrograms, batch: Batch) -> StepReport:
-        """Run one step; afterwards nothing of it is kept but gradients, where there is no `update`."""
+    def run(
+        self, programs: StepPrograms, batch: Batch, *, step: int | None = None, timed: bool | None = None
+    ) -> StepReport:
+        """Run one step; afterwards nothing of it is kept but gradients, where there is no `update`.
+
+        `step` counts over the training; without it the gates do not record. `timed` costs nothing on a processor, the
+        default there; on CUDA the device is waited for after every instruction, so let it be a few steps of a window.
+        """
+        on_cuda = self.shard.device.type == "cuda"
+        timed = not on_cuda if timed is None else timed
+        self._recording = self.gates if self.gates is not None and step is not None and self.gates.due(step) else None
         self._state = _StepState(batch, programs.own.num_micro_batches)
         kind_s: dict[str, float] = defaultdict(float)
+        timings_us: dict[TimingKey, list[float]] = defaultdict(list)
         begin, cpu = time.perf_counter(), time.process_time()
         self.transport.open(programs.incoming)
         before = time.perf_counter()
-        for instruction in programs.own.instructions:
+        for instruction, key in zip(programs.own.instructions, programs.timing_keys, strict=True):
             self._do[instruction.kind](instruction)
+            if timed and on_cuda:
+                torch.cuda.synchronize(self.shard.device)
             after = time.perf_counter()
             kind_s[instruction.kind] += after - before
+            if timed:
+                timings_us[key].append(1e6 * (after - before))
             before = after
         self.transport.close()
         state, self._state = self._state, _StepState(Batch({}, {}), 1)
         total = self._tally(state) if state.total is None else state.total
+        if self._recording is not None and step is not None:
+            self._recording.close(step)
         return StepReport(
             loss=float(total[1]),
             correct=int(total[2]),
@@ -168,6 +195,7 @@ class Executor:
             kind_s=dict(kind_s),
             sent_bytes=tuple(self.transport.sent_bytes),
             flops=programs.flops,
+            timings_us=dict(timings_us),
         )
 
     def _embed(self, i: Instruction) -> None:
@@ -184,9 +212,10 @@ class Executor:
         bias = self._constant_bias(i)
         if i.full:
             leaf = x_BND.detach().requires_grad_(not i.floor)
+            watch = None if self._recording is None else self._recording.watch(i.block, i.part, i.mb, i.full)
             with torch.enable_grad(), self._casting():
                 y_BND = norm(leaf)
-                out = block.run(i.part, y_BND, block.trainable(i.part, i.full), bias).to(self.shard.dtype)
+                out = block.run(i.part, y_BND, block.trainable(i.part, i.full), bias, watch).to(self.shard.dtype)
             state.kept[i.block, i.part, i.mb] = (leaf, out)
             part = out.detach()
         if i.only:
@@ -300,9 +329,11 @@ class Executor:
 
     def _step(self, i: Instruction) -> None:
         state = self._state
-        total = self._tally(state).clone()
-        for key in [key for key in state.inbox if key[0] == "tally"]:
-            total += state.inbox.pop(key).to(total.device)
+        own = self._tally(state)
+        tallies = {key[4]: state.inbox.pop(key) for key in list(state.inbox) if key[0] == "tally"} | {self.rank: own}
+        total = torch.zeros_like(own)
+        for worker in sorted(tallies):  # in rank order: clipping by another last bit would let replicas drift apart
+            total += tallies[worker].to(own.device)
         state.total = total
         if self.update is not None:
             self.update(float(total[0]) ** 0.5)
@@ -313,9 +344,8 @@ class Executor:
             return self._tally(self._state)
         if i.units:
             return self._flatten(i.units)
-        return {"x": self._state.x, "g": self._state.g, "part": self._state.part, "gpart": self._state.gpart}[i.cargo][
-            i.mb
-        ]
+        state = self._state
+        return {"x": state.x, "g": state.g, "part": state.part, "gpart": state.gpart}[i.cargo][i.mb]
 
     def _added(self, cargo: str, i: Instruction, own: Tensor) -> Tensor:
         """Σ over the ranks in `of`, in rank order, so that every worker that adds gets the same bits.

@@ -2,11 +2,12 @@
 
 Predicted comes from the plans' forecasts, measured from what the executors ran and the transports sent. Fractions are
 against an all-FULL step under the same placement: predicted against its forecast, measured against the all-FULL steps
-that the run rehearsed before training.
+that the run rehearsed before training, and again after heads have moved.
 """
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -28,6 +29,10 @@ class Measured:
     def add(self, other: Measured) -> None:
         for name, value in asdict(other).items():
             setattr(self, name, getattr(self, name) + value)
+
+    def of_steps(self, steps: int) -> Measured:
+        """What so many steps of this kind would take."""
+        return Measured(steps, *(self.per_step(name) * steps for name in list(asdict(self))[1:]))
 
     def per_step(self, name: str) -> float:
         return float(getattr(self, name)) / self.steps if self.steps else 0.0
@@ -57,13 +62,38 @@ class Predicted:
     sent_bytes: int
 
 
+@dataclass(frozen=True)
+class WindowSeen:
+    """A window's steps as measured, beside their forecast; `busy` has each worker's median seconds of a step."""
+
+    window: int
+    steps: int
+    step_seconds_median: float
+    forecast_seconds: float
+    busy: list[float]
+
+    @property
+    def error(self) -> float:
+        """By what fraction steps took longer than forecast."""
+        return self.step_seconds_median / self.forecast_seconds - 1 if self.forecast_seconds else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "error": self.error}
+
+
 @dataclass
 class Ledger:
-    """Collects a run; `to_dict` is what users see."""
+    """Collects a run; `to_dict` is what users see.
+
+    `rehearsal` has one all-FULL step for every training step, measured under that step's placement. `windows` begin
+    with the rehearsal, `migrations` are {heads, bytes, seconds}.
+    """
 
     rehearsal: Measured = field(default_factory=Measured)
     training: Measured = field(default_factory=Measured)
     predicted: list[Predicted] = field(default_factory=list)
+    windows: list[WindowSeen] = field(default_factory=list)
+    migrations: list[dict[str, Any]] = field(default_factory=list)
     accuracy_before: float | None = None
     accuracy_after: float | None = None
     phases: dict[str, float] = field(default_factory=dict)
@@ -100,7 +130,20 @@ class Ledger:
             row("processor seconds per step", "s", _mean(sum(p.step.busy_us) / 1e6 for p in told), "cpu_s"),
             row("traffic per step", "MB", sent and sent / 1e6, "sent_bytes", 1e-6),
             row("compute per step", "GFLOP", flops and flops / 1e9, "flops", 1e-9),
+            self._forecast_row(),
         ]
+
+    def _forecast_row(self) -> Row:
+        """Median over the windows of how far off their forecasts were; of all-FULL steps, the rehearsal's."""
+        trained = [abs(seen.error) for seen in self.windows if seen.window]
+        rehearsed = [abs(seen.error) for seen in self.windows if not seen.window]
+        return Row(
+            "forecast error",
+            "fraction",
+            None,
+            statistics.median(trained) if trained else None,
+            rehearsed[0] if rehearsed else None,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -108,6 +151,7 @@ class Ledger:
             "accuracy": {"before": self.accuracy_before, "after": self.accuracy_after},
             "phases": self.phases,
             "steps": self.training.steps,
+            "migrations": self.migrations,
             "checkpoint": self.checkpoint,
         }
 

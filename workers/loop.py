@@ -8,6 +8,7 @@ run's event file, whose last line is the outcome; the exit status is 0 for succe
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import logging
 import os
@@ -35,10 +36,12 @@ from workers.events import EventLog
 from workers.profiling import keep_freed_memory
 from workers.session import Place, Session
 from workers.transport import Nccl, Shared
+from workers.windows import Planned, Report
 
 FAILURES_DIR = "failures"
 POLL_S = 0.05
 PLAN_TIMEOUT_S = 300.0
+FORGET_TIMEOUT_S = 10.0
 # A group without a member's heartbeat for this long is given up by the collectives.
 COLLECTIVE_TIMEOUT_S = 120
 _ECHO_CODES = ("peer_lost", "transport_timeout")
@@ -89,9 +92,11 @@ def _attempt(context: RunContext) -> D2ftError | None:
     """Run the job; the error that ended it, or None."""
     try:
         wait_for_capacity(context)
-        scheduler = actor.connect()
-        _trainer(context).fit()
-        ray.get(scheduler.forget.remote(context.job_id))
+        scheduler = actor.connect(scheduler_dir(context))
+        try:
+            _trainer(context).fit()
+        finally:
+            _forget(scheduler, context.job_id)
     except D2ftError as error:
         return error
     except Exception as error:
@@ -100,6 +105,17 @@ def _attempt(context: RunContext) -> D2ftError | None:
             code="driver_failed",
         )
     return None
+
+
+def scheduler_dir(context: RunContext) -> str:
+    """Where the scheduler actor keeps what outlives it."""
+    return str(Path(context.storage_path) / "scheduler")
+
+
+def _forget(scheduler: Any, job_id: str) -> None:
+    """The job is over: the actor's memory of it is a courtesy, so that a lost actor must not change the outcome."""
+    with contextlib.suppress(ray.exceptions.RayError):
+        ray.get(scheduler.forget.remote(job_id), timeout=FORGET_TIMEOUT_S)
 
 
 def _emit(context: RunContext, type: str, message: str = "", **data: Any) -> None:
@@ -156,8 +172,11 @@ def run_worker(config: dict[str, Any]) -> None:
     context = RunContext.model_validate_json(config["context"])
     ranks = ray.train.get_context()
     rank = ranks.get_world_rank()
+    if context.cores is not None:
+        os.sched_setaffinity(0, {context.cores[rank]})
     # Threads follow what was booked; more would only take turns on the same cores.
-    torch.set_num_threads(max(1, int(context.resources_per_worker.get("CPU", 1))))
+    threads = 1 if context.cores is not None else int(context.resources_per_worker.get("CPU", 1))
+    torch.set_num_threads(max(1, threads))
     keep_freed_memory()
     device = str(get_device()) if context.use_gpu else "cpu"
     runtime = ray.get_runtime_context()
@@ -178,34 +197,33 @@ def run_worker(config: dict[str, Any]) -> None:
 
 @dataclass
 class ActorPlanner:
-    """Asks the scheduler actor, by name; each call can be repeated after the actor's restart."""
+    """Asks the scheduler actor, by name; a call is repeated when the actor restarts, or is gone and made anew."""
 
     context: RunContext
     rank: int
     world_size: int
 
     def __post_init__(self) -> None:
-        self._actor = actor.connect()
+        self._actor = actor.connect(scheduler_dir(self.context))
         self._announcement: dict[str, Any] = {}
 
     def announce(self, announcement: dict[str, Any]) -> None:
         self._announcement = announcement
-        job, attempt = self.context.job_id, self.context.attempt
-        answer = ray.get(self._actor.announce.remote(job, attempt, self.world_size, self.rank, announcement))
+        answer = self._ask("announce", self.world_size, self.rank, announcement)
         if "error" in answer:
             raise from_dict(answer["error"])
 
-    def plan(self, window: int) -> tuple[Plan, list[DeviceProfile]]:
+    def plan(self, window: int, report: Report | None) -> Planned:
+        if report is not None:
+            # Should the actor lose its memory, it must not choose another placement than the one in use.
+            self._announcement["placement"] = report["placement"]
         deadline = time.monotonic() + PLAN_TIMEOUT_S
+        answer: dict[str, Any] = {}
         while time.monotonic() < deadline:
-            answer = ray.get(
-                self._actor.plan.remote(self.context.job_id, self.context.attempt, window, None, self.rank)
-            )
+            answer = self._ask("plan", window, report, self.rank)
             if "cycle" in answer:
-                plan = Plan.from_dict(answer)
-                # Should the actor lose its memory, it must not choose another placement than the one in use.
-                self._announcement["placement"] = plan.placement.to_dict()
-                return plan, [DeviceProfile.from_dict(p) for p in answer["profiles"]]
+                profiles = [DeviceProfile.from_dict(profile) for profile in answer["profiles"]]
+                return Planned(Plan.from_dict(answer), profiles, answer.get("change") or {})
             if answer.get("error", {}).get("code") == "unknown_attempt":
                 self.announce(self._announcement)  # the actor was restarted and has forgotten
             elif "error" in answer:
@@ -214,6 +232,20 @@ class ActorPlanner:
         raise SystemFault(
             f"No plan for window {window} came within {PLAN_TIMEOUT_S:g} s: {answer}", code="plan_timeout"
         )
+
+    def _ask(self, method: str, *args: Any) -> dict[str, Any]:
+        """Call the actor about this attempt, over its restarts; a lost one is replaced and knows nothing yet."""
+        deadline = time.monotonic() + PLAN_TIMEOUT_S
+        while True:
+            try:
+                call = getattr(self._actor, method).remote(self.context.job_id, self.context.attempt, *args)
+                answer: dict[str, Any] = ray.get(call)
+                return answer
+            except ray.exceptions.RayActorError as error:
+                if time.monotonic() > deadline:
+                    raise SystemFault(f"The scheduler is gone: {error}", code="scheduler_lost") from error
+                time.sleep(POLL_S)
+                self._actor = actor.connect(scheduler_dir(self.context))
 
 
 def _record_failure(run_dir: Path, rank: int, error: Exception) -> None:

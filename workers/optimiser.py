@@ -13,21 +13,38 @@ import torch
 from workers.contract import Optimiser
 from workers.shard import Shard
 
+State = dict[str, dict[str, torch.Tensor]]  # parameter's name → AdamW's exp_avg, exp_avg_sq and step
+
 
 class Adam:
     """Updates a shard's parameters; call it with the global gradient norm once all gradients are in place."""
 
     def __init__(self, shard: Shard, spec: Optimiser, total_steps: int) -> None:
-        decayed: list[torch.nn.Parameter] = []
-        kept: list[torch.nn.Parameter] = []
-        for name, param in shard.named_parameters():
-            # As timm does: vectors and what the model names (positions, class token) are not decayed.
-            (kept if param.ndim <= 1 or name in shard.no_decay else decayed).append(param)
-        groups = [{"params": decayed, "weight_decay": spec.weight_decay}, {"params": kept, "weight_decay": 0.0}]
-        self._adam = torch.optim.AdamW(groups, lr=spec.learning_rate, betas=spec.betas, fused=True)
-        self._params = [*decayed, *kept]
         self._spec, self._total_steps = spec, total_steps
         self.step = 0
+        self._take(shard, {})
+
+    def rebuild(self, shard: Shard, arrived: State) -> None:
+        """Go on with what the shard holds now: state under a name stays, `arrived` is added, the rest is let go."""
+        kept = {name: self.state_of(name) for name in self._params}
+        self._take(shard, {**kept, **arrived})
+
+    def state_of(self, name: str) -> dict[str, torch.Tensor]:
+        """AdamW's state of a parameter; empty while it has had no gradient."""
+        return dict(self._adam.state.get(self._params[name], {}))
+
+    def _take(self, shard: Shard, state: State) -> None:
+        decayed: list[torch.nn.Parameter] = []
+        plain: list[torch.nn.Parameter] = []
+        for name, param in shard.named_parameters():
+            # As timm does: vectors and what the model names (positions, class token) are not decayed.
+            (plain if param.ndim <= 1 or name in shard.no_decay else decayed).append(param)
+        groups = [{"params": decayed, "weight_decay": self._spec.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+        self._adam = torch.optim.AdamW(groups, lr=self._spec.learning_rate, betas=self._spec.betas, fused=True)
+        self._params = dict(shard.named_parameters())
+        for name, param in self._params.items():
+            if state.get(name):
+                self._adam.state[param] = state[name]
 
     @property
     def learning_rate(self) -> float:
@@ -36,8 +53,9 @@ class Adam:
 
     def __call__(self, grad_norm: float) -> None:
         limit = self._spec.clip_norm
-        if limit and grad_norm > limit:
-            torch._foreach_mul_([p.grad for p in self._params if p.grad is not None], limit / (grad_norm + 1e-6))
+        grads = [param.grad for param in self._params.values() if param.grad is not None]
+        if grads and limit and grad_norm > limit:  # a worker whose heads all sat out has none
+            torch._foreach_mul_(grads, limit / (grad_norm + 1e-6))
         for group in self._adam.param_groups:
             group["lr"] = self.learning_rate
         self._adam.step()

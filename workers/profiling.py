@@ -1,7 +1,8 @@
 """What a worker finds out about itself before training: µs per head on the job's own shapes, links, free memory.
 
-Curves are measured for a few head counts and interpolated; every figure is the median of several runs. All workers
-profile at the same time, so that cores they share are shared in the profile too.
+Curves are measured for a few head counts and interpolated; every figure is the median of several runs, on one block
+after another, since a step does not find in the cache what its last sub-layer left there. All workers profile at the
+same time, so that cores they share are shared in the profile too. It is a first guess: live timings replace it.
 """
 
 from __future__ import annotations
@@ -9,21 +10,25 @@ from __future__ import annotations
 import ctypes
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import numpy as np
 import psutil
 import torch
+import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 
+from scheduler.cost import residual_bytes
 from scheduler.domain import SUBLAYERS, DeviceProfile, LinkProfile, Placement, StepShape
 from scheduler.program import MessageKey
+from workers.facts import device_facts, device_id, device_name
 from workers.partition import model_shape
 from workers.shard import BlockShard, Shard
 from workers.transport import Parcel, Transport
 
 REPEATS = 5
-LARGE_MESSAGE_BYTES = 1 << 20
+BURST = 4  # messages that every transport takes without waiting for their reader
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 
@@ -60,10 +65,14 @@ def profile_device(
     shard = Shard(model, whole, 0, device)
     stopwatch = _Stopwatch(shard, step, autocast)
     curves = {part: stopwatch.curves(part) for part in SUBLAYERS}
+    end_us, update_us = stopwatch.step_end_us()
+    message_bytes = residual_bytes(shape, step)
+    send_us, recv_us = measure_handling(transport, shard.dtype, shard.device, message_bytes)
+    facts = device_facts(shard.device)
     return DeviceProfile(
         rank=transport.rank,
         node=node,
-        device=_device_name(shard.device),
+        device=device_name(facts),
         attn_forward_us=curves["attn"][0],
         attn_backward_us=curves["attn"][1],
         mlp_forward_us=curves["mlp"][0],
@@ -71,38 +80,69 @@ def profile_device(
         embed_us=stopwatch.embed_us(),
         classify_us=stopwatch.classify_us(),
         sum_us=stopwatch.sum_us(),
-        update_us=stopwatch.update_us(),
+        update_us=update_us,
         free_bytes=_free_bytes(shard.device) // sharers,
-        links=measure_links(transport, shard.dtype, shard.device),
+        links=measure_links(transport, shard.dtype, shard.device, message_bytes, send_us + recv_us),
         labels=labels or {},
         measured_at=time.time(),
+        send_us=send_us,
+        recv_us=recv_us,
+        trunk_us=stopwatch.trunk_us(),
+        end_us=end_us,
+        device_id=device_id(facts),
+        facts=facts,
+        samples=stopwatch.samples,
     )
 
 
 def measure_links(
-    transport: Transport, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    transport: Transport,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    message_bytes: int = 1 << 20,
+    handled_us: int = 0,
 ) -> tuple[LinkProfile | None, ...]:
-    """Latency and width of the link to every peer, from echoes of a small and a large message; collective."""
-    small = torch.zeros(1, dtype=dtype, device=device)
-    large = torch.zeros(LARGE_MESSAGE_BYTES // small.element_size(), dtype=dtype, device=device)
+    """Latency and width of the link to every peer, from echoes of a small and a large message; collective.
+
+    The large one has the size that a step sends, as small and large ones may travel by other ways. `handled_us` of its
+    time keep the workers busy at either end, and are no part of the link's.
+    """
+    small, large = _messages(dtype, device, message_bytes)
     out: list[LinkProfile | None] = [None] * transport.size
-    for first in range(transport.size):
-        for second in range(first + 1, transport.size):
-            if transport.rank in (first, second):
-                peer = second if transport.rank == first else first
-                latency_s = _echo_s(transport, peer, small)
-                large_s = _echo_s(transport, peer, large)
-                rate = int(LARGE_MESSAGE_BYTES / max(large_s - latency_s, 1e-7))
-                out[peer] = LinkProfile(max(1, round(latency_s * 1e6)), max(1, rate))
+    for peer in _peers_in_turn(transport):
+        latency_s = _echo_s(transport, peer, small)
+        large_s = _echo_s(transport, peer, large)
+        wire_s = max(large_s - latency_s - handled_us / 1e6, large_s / 50, 1e-7)
+        rate = int(large.nbytes / wire_s)
+        out[peer] = LinkProfile(max(1, round(latency_s * 1e6)), max(1, rate))
     return tuple(out)
 
 
+def measure_handling(
+    transport: Transport, dtype: torch.dtype, device: torch.device | str, message_bytes: int
+) -> tuple[int, int]:
+    """µs that handing a large message to the transport, and taking an arrived one out, keep this worker busy.
+
+    Collective; (0, 0) for one worker.
+    """
+    small, large = _messages(dtype, device, message_bytes)
+    sent_s, read_s = [], []
+    for peer in _peers_in_turn(transport):
+        _echo_s(transport, peer, small)  # both are here now
+        sent, read = _burst_s(transport, peer, large)
+        sent_s.append(sent)
+        read_s.append(read)
+    if not sent_s:
+        return 0, 0
+    return max(1, round(statistics.median(sent_s) * 1e6)), max(1, round(statistics.median(read_s) * 1e6))
+
+
 class _Stopwatch:
-    """Times the pieces of a step on synthetic activations of the job's shapes."""
+    """Times the pieces of a step on synthetic activations of the job's shapes; `samples` counts runs of sub-layers."""
 
     def __init__(self, shard: Shard, step: StepShape, autocast: torch.dtype | None) -> None:
-        self.shard, self.block = shard, shard.blocks[0]
-        self.autocast = autocast
+        self.shard, self.autocast, self.samples = shard, autocast, 0
+        self.blocks: list[BlockShard] = list(shard.blocks.values())
         generator = torch.Generator().manual_seed(0)
         shape = (step.micro_batch_size, shard.shape.num_tokens, shard.shape.dim)
         self.x_BND = torch.randn(shape, generator=generator, dtype=shard.dtype).to(shard.device)
@@ -121,27 +161,64 @@ class _Stopwatch:
         images = torch.zeros(
             self.batch, self.shard._ends.in_chans, *size, dtype=self.shard.dtype, device=self.shard.device
         )
-        return self._median_us(lambda: self.shard.embed(images).sum().backward())
+        return self._median_us(lambda _: self.shard.embed(images).backward(self.x_BND))
 
     def classify_us(self) -> int:
-        return self._median_us(lambda: self.shard.classify(self.x_BND.requires_grad_()).sum().backward())
+        labels_B = torch.zeros(self.batch, dtype=torch.long, device=self.shard.device)
+
+        def run(_: int) -> None:
+            logits_BC = self.shard.classify(self.x_BND.detach().requires_grad_())
+            F.cross_entropy(logits_BC, labels_B).backward()
+            (logits_BC.argmax(1) == labels_B).sum()
+
+        return self._median_us(run)
 
     def sum_us(self) -> int:
-        x_BND = self.x_BND.detach()
-        return self._median_us(lambda: torch.addcmul(x_BND, x_BND + x_BND, x_BND[0, 0]))
+        """One part added: half of what two take, each from memory that no run before has touched."""
+        shape = (1 + REPEATS, 3, *self.x_BND.shape)
+        parts = torch.zeros(shape, dtype=self.shard.dtype, device=self.shard.device)
+        gamma = self.x_BND[0, 0]
+        return max(1, self._median_us(lambda i: torch.addcmul(parts[i, 0], parts[i, 1] + parts[i, 2], gamma)) // 2)
 
-    def update_us(self) -> int:
-        params = [p.detach().clone().requires_grad_() for p in self.block.params[0].values()]
-        optimiser = torch.optim.AdamW(params, lr=0.0)
-        for param in params:
-            param.grad = torch.ones_like(param)
-        return self._median_us(optimiser.step)
+    @torch.no_grad()
+    def trunk_us(self) -> int:
+        """Packing the gradients of one block's trunk and taking them apart again."""
+        params = [p for block in self.blocks for _, p in block.trunk.parameters()]
+        sizes = [p.numel() for p in params]
+
+        def run(_: int) -> None:
+            flat = torch.cat([p.flatten() for p in params])
+            for part, param in zip(flat.split(sizes), params, strict=True):
+                part.view_as(param)
+
+        return max(1, self._median_us(run) // len(self.blocks))
+
+    def step_end_us(self) -> tuple[int, int]:
+        """(µs of a step's end, µs more for each head trained): gradient norms and the update."""
+        few, many = 1, min(2, len(self.blocks)) * self.shard.shape.num_heads
+        low = self._update_us(few)
+        slope = (self._update_us(many) - low) / (many - few) if many > few else low / 2
+        return max(1, round(low - slope)), max(1, round(slope))
+
+    def _update_us(self, num_heads: int) -> int:
+        heads = [head for block in self.blocks for head in block.params.values()]
+        params = [p.detach().clone().requires_grad_() for head in heads[:num_heads] for p in head.values()]
+        grads = [torch.zeros_like(p) for p in params]
+        for param, grad in zip(params, grads, strict=True):
+            param.grad = grad
+        optimiser = torch.optim.AdamW(params, lr=0.0, fused=True)
+
+        def run(_: int) -> None:
+            torch.stack(torch._foreach_norm(grads)).double().square().sum().item()
+            optimiser.step()
+
+        return self._median_us(run)
 
     def _forward_backward_us(self, part: str, heads: tuple[int, ...]) -> tuple[int, int]:
-        block: BlockShard = self.block
         forward_us, backward_us = [], []
-        for _ in range(REPEATS):
-            leaf = self.x_BND.detach().requires_grad_()
+        for repeat in range(1 + REPEATS):
+            block = self.blocks[repeat % len(self.blocks)]
+            leaf = self.x_BND.detach().clone().requires_grad_()
             begin = self._now()
             with torch.autocast(self.shard.device.type, dtype=self.autocast, enabled=self.autocast is not None):
                 out = block.run(part, block.norms[part](leaf), block.trainable(part, heads))
@@ -150,16 +227,18 @@ class _Stopwatch:
             forward_us.append(middle - begin)
             backward_us.append(self._now() - middle)
         self.shard.clear()
-        return round(statistics.median(forward_us) * 1e6), round(statistics.median(backward_us) * 1e6)
+        self.samples += 2 * REPEATS
+        return round(statistics.median(forward_us[1:]) * 1e6), round(statistics.median(backward_us[1:]) * 1e6)
 
-    def _median_us(self, run: Callable[[], object]) -> int:
+    def _median_us(self, run: Callable[[int], object]) -> int:
+        """The median over runs 1, 2, …; run 0 warms up."""
         seconds = []
-        for _ in range(REPEATS):
+        for repeat in range(1 + REPEATS):
             begin = self._now()
-            run()
+            run(repeat)
             seconds.append(self._now() - begin)
         self.shard.clear()
-        return max(1, round(statistics.median(seconds) * 1e6))
+        return max(1, round(statistics.median(seconds[1:]) * 1e6))
 
     def _now(self) -> float:
         if self.shard.device.type == "cuda":
@@ -193,10 +272,41 @@ def _echo_s(transport: Transport, peer: int, message: torch.Tensor) -> float:
     return statistics.median(seconds[1:]) / 2
 
 
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return str(torch.cuda.get_device_name(device))
-    return f"CPU ({torch.get_num_threads()} threads)"
+def _burst_s(transport: Transport, peer: int, message: torch.Tensor) -> tuple[float, float]:
+    """Seconds to send one of several messages, and to read one that has arrived."""
+    own, other = [
+        [("burst", i, "", message.numel(), src, dst) for i in range(BURST)]
+        for src, dst in ((transport.rank, peer), (peer, transport.rank))
+    ]
+    transport.open({peer: [Parcel(key, tuple(message.shape), message.dtype) for key in other]})
+    sent_s, read_s = [], []
+    for key in own:
+        sent_s.append(_seconds(partial(transport.send, peer, key, message)))
+    time.sleep(2 * sum(sent_s))
+    for key in other:
+        read_s.append(_seconds(partial(transport.recv, peer, key)))
+    transport.close()
+    # A late message shows as waiting: only the quickest ones had surely arrived.
+    return statistics.median(sent_s), min(read_s)
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    begin = time.perf_counter()
+    run()
+    return time.perf_counter() - begin
+
+
+def _messages(dtype: torch.dtype, device: torch.device | str, message_bytes: int) -> tuple[torch.Tensor, torch.Tensor]:
+    small = torch.zeros(1, dtype=dtype, device=device)
+    return small, torch.zeros(max(2, message_bytes // small.element_size()), dtype=dtype, device=device)
+
+
+def _peers_in_turn(transport: Transport) -> Iterator[int]:
+    """This worker's peers, in an order of pairs that is the same on all workers."""
+    for first in range(transport.size):
+        for second in range(first + 1, transport.size):
+            if transport.rank in (first, second):
+                yield second if transport.rank == first else first
 
 
 def _free_bytes(device: torch.device) -> int:

@@ -1,37 +1,80 @@
-"""What a head is worth, before training: the empirical Fisher information of a gate on it, and its weights' size.
+"""What a head is worth, before training: six measures, by one pass over some images on the whole model.
 
-A gate c = 1 multiplies the head's attention output and its slice of the MLP. For image i, ∂loss_i/∂c is the inner
-product of those outputs with their gradients; its square, summed over images, is the Fisher information of the gate.
-Only activations need gradients, so that a pass costs two thirds of a training pass and no memory for weight gradients.
-Each worker scores other images on the whole model; the scheduler adds the sums up.
+A gate c = 1 multiplies the head's attention output and its slice of the MLP. For image i, the slope ∂loss_i/∂c is the
+inner product of those outputs with their gradients. Its square, summed over images, is the empirical Fisher information
+of the gate; its size is what the loss would change by without the head, to first order. Only activations need gradients
+for that, so that a pass costs two thirds of a training pass and no memory for weight gradients. A pass for `activation`
+costs a third, one for `weight` reads no image.
 
-Shapes: L blocks, H heads, B images, N tokens, K head width, F hidden width of the MLP.
+What the kinds mean is said in `scheduler.scores`. Each worker scores other images on the whole model; the scheduler
+adds the sums up.
+
+Shapes: L blocks, H heads, B images, N tokens, D width, K head width, F hidden width of the MLP.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from scheduler.domain import ModelShape
+from scheduler.scores import BY_SAMPLE, KINDS
 from workers.partition import head_slices, model_shape
 
+OF_HEADS = (".attn.qkv.", ".attn.proj.weight", ".mlp.fc1.", ".mlp.fc2.weight")  # parameters that are cut into heads
+Batches = Iterable[tuple[Tensor, Tensor]]
+Scored = tuple[Tensor, Tensor, int]
 
-def fisher_sums(model: VisionTransformer, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, int]:
-    """(Σ over images of (∂loss/∂gate)² [L, H] in float64, number of images); leaves the model as it was."""
+
+def score(
+    model: VisionTransformer,
+    batches: Batches,
+    kind: str,
+    *,
+    label_smoothing: float = 0.0,
+    keep: Callable[[Tensor], object] | None = None,
+) -> Scored:
+    """(backward [L, H], forward [L, H], samples): sums in float64 of what `merge` turns into means over workers.
+
+    A sample is an image; for `gradient` a micro-batch; for `weight` and `random`, which look at no image, the model.
+    `keep` is given every batch's slopes ∂loss_i/∂gate [B, L, H], for the kinds that are made of them. The model is left
+    as it was. Raises ValueError for a kind that is not one of the scheduler's.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"'{kind}' is not a score")
+    weight_LH = weight_sizes(model)
+    if kind == "random":
+        return torch.ones_like(weight_LH), torch.ones_like(weight_LH), 1
+    if kind == "weight":
+        return weight_LH, weight_LH, 1
+    if kind == "activation":
+        added_LH, samples = _activation_sums(model, batches)
+        return added_LH, added_LH, samples
+    if kind == "gradient":
+        norms_LH, samples = _gradient_sums(model, batches, label_smoothing)
+        return norms_LH, samples * weight_LH, samples
+    assert kind in BY_SAMPLE
+    total_LH, samples = torch.zeros_like(weight_LH), 0
+    for slopes_BLH in gate_slopes(model, batches, label_smoothing):
+        total_LH += (slopes_BLH.square() if kind == "fisher" else slopes_BLH.abs()).sum(0)
+        samples += len(slopes_BLH)
+        if keep is not None:
+            keep(slopes_BLH)
+    return total_LH, samples * weight_LH if kind == "fisher" else total_LH, samples
+
+
+def gate_slopes(model: VisionTransformer, batches: Batches, label_smoothing: float = 0.0) -> Iterator[Tensor]:
+    """∂loss_i/∂gate of every image: [B, L, H] in float64 on the CPU, batch by batch; weights are frozen meanwhile."""
     shape = model_shape(model)
     example = next(model.parameters())
-    total_LH = torch.zeros(shape.num_blocks, shape.num_heads, dtype=torch.float64)
-    count = 0
-    frozen = {p: p.requires_grad for p in model.parameters()}
-    model.requires_grad_(False)
-    try:
+    with _trained(model, ()):
         for images_BCHW, labels_B in batches:
             sizes = (shape.num_blocks, len(labels_B), shape.num_heads)
             gates_LBH = torch.ones(sizes, dtype=example.dtype, device=example.device, requires_grad=True)
@@ -39,29 +82,63 @@ def fisher_sums(model: VisionTransformer, batches: Iterable[tuple[Tensor, Tensor
                 for block, gates_BH in zip(model.blocks, gates_LBH, strict=True):
                     stack.callback(_gate_attention(block, gates_BH, shape).remove)
                     stack.callback(_gate_mlp(block, gates_BH, shape).remove)
-                loss = F.cross_entropy(
-                    model(images_BCHW.to(example.device)), labels_B.to(example.device), reduction="sum"
-                )
-            (slope_LBH,) = torch.autograd.grad(loss, gates_LBH)
-            total_LH += slope_LBH.double().square().sum(1).cpu()
-            count += len(labels_B)
-    finally:
-        for param, requires_grad in frozen.items():
-            param.requires_grad_(requires_grad)
+                loss = _loss(model, images_BCHW, labels_B, label_smoothing, "sum")
+            (slopes_LBH,) = torch.autograd.grad(loss, gates_LBH)
+            yield slopes_LBH.double().cpu().transpose(0, 1)
+
+
+@torch.no_grad()
+def weight_sizes(model: VisionTransformer) -> Tensor:
+    """Root of the mean square of each head's weights, [L, H] in float64."""
+    shape, state = model_shape(model), model.state_dict()
+    counts_H = torch.tensor(shape.head_params, dtype=torch.float64)
+    return _norms(state, shape) / counts_H.sqrt()
+
+
+def _gradient_sums(model: VisionTransformer, batches: Batches, label_smoothing: float) -> tuple[Tensor, int]:
+    """(Σ over micro-batches of the norm of ∂(mean loss)/∂(head's weights), number of micro-batches)."""
+    shape = model_shape(model)
+    wanted = [name for name, _ in model.named_parameters() if any(part in name for part in OF_HEADS)]
+    params = dict(model.named_parameters())
+    total_LH, count = torch.zeros(shape.num_blocks, shape.num_heads, dtype=torch.float64), 0
+    with _trained(model, wanted):
+        for images_BCHW, labels_B in batches:
+            loss = _loss(model, images_BCHW, labels_B, label_smoothing, "mean")
+            grads = torch.autograd.grad(loss, [params[name] for name in wanted])
+            total_LH += _norms(dict(zip(wanted, grads, strict=True)), shape)
+            count += 1
     return total_LH, count
 
 
 @torch.no_grad()
-def weight_magnitudes(model: VisionTransformer) -> Tensor:
-    """Root of the mean square of each head's weights, [L, H] in float64."""
-    shape, state = model_shape(model), model.state_dict()
-    return torch.tensor(
-        [[_rms(head_slices(state, b, h, shape)) for h in range(shape.num_heads)] for b in range(shape.num_blocks)],
-        dtype=torch.float64,
-    )
+def _activation_sums(model: VisionTransformer, batches: Batches) -> tuple[Tensor, int]:
+    """(Σ over images of ‖γ1·attn_h‖ + ‖γ2·mlp_h‖, mean over tokens; number of images)."""
+    shape, device = model_shape(model), next(model.parameters()).device
+    total_LH, count = torch.zeros(shape.num_blocks, shape.num_heads, dtype=torch.float64), 0
+    with ExitStack() as stack:
+        block: Any
+        for index, block in enumerate(model.blocks):
+            for linear, scale, widths in (
+                (block.attn.proj, block.ls1, [shape.head_dim] * shape.num_heads),
+                (block.mlp.fc2, block.ls2, list(shape.mlp_dims)),
+            ):
+                stack.callback(_measure_output(linear, scale, widths, total_LH[index]).remove)
+        for images_BCHW, labels_B in batches:
+            model(images_BCHW.to(device))
+            count += len(labels_B)
+    return total_LH, count
 
 
-def _gate_attention(block: Any, gates_BH: Tensor, shape: ModelShape) -> torch.utils.hooks.RemovableHandle:
+def _measure_output(linear: nn.Linear, scale: Any, widths: list[int], total_H: Tensor) -> RemovableHandle:
+    def measure(_: nn.Module, args: tuple[Tensor]) -> None:
+        slices = zip(args[0].split(widths, -1), linear.weight.split(widths, 1), strict=True)
+        for head, (x_BNk, w_Dk) in enumerate(slices):
+            total_H[head] += scale(x_BNk @ w_Dk.T).norm(dim=-1).double().mean(1).sum().cpu()
+
+    return linear.register_forward_pre_hook(measure)
+
+
+def _gate_attention(block: Any, gates_BH: Tensor, shape: ModelShape) -> RemovableHandle:
     def gate(_: nn.Module, args: tuple[Tensor]) -> Tensor:
         heads_BNHK = args[0].unflatten(2, (shape.num_heads, -1))
         return (heads_BNHK * gates_BH[:, None, :, None]).flatten(2)
@@ -69,7 +146,7 @@ def _gate_attention(block: Any, gates_BH: Tensor, shape: ModelShape) -> torch.ut
     return block.attn.proj.register_forward_pre_hook(gate)
 
 
-def _gate_mlp(block: Any, gates_BH: Tensor, shape: ModelShape) -> torch.utils.hooks.RemovableHandle:
+def _gate_mlp(block: Any, gates_BH: Tensor, shape: ModelShape) -> RemovableHandle:
     widths = torch.tensor(shape.mlp_dims, device=gates_BH.device)
 
     def gate(_: nn.Module, args: tuple[Tensor]) -> Tensor:
@@ -78,6 +155,35 @@ def _gate_mlp(block: Any, gates_BH: Tensor, shape: ModelShape) -> torch.utils.ho
     return block.mlp.fc2.register_forward_pre_hook(gate)
 
 
-def _rms(slices: dict[str, Tensor]) -> float:
-    squares = sum(float(value.double().square().sum()) for value in slices.values())
-    return float((squares / sum(value.numel() for value in slices.values())) ** 0.5)
+def _loss(model: VisionTransformer, images_BCHW: Tensor, labels_B: Tensor, smoothing: float, over: str) -> Tensor:
+    device = next(model.parameters()).device
+    return F.cross_entropy(
+        model(images_BCHW.to(device)), labels_B.to(device), label_smoothing=smoothing, reduction=over
+    )
+
+
+@contextmanager
+def _trained(model: VisionTransformer, names: Iterable[str]) -> Iterator[None]:
+    """Only the named parameters require gradients here."""
+    before = {param: param.requires_grad for param in model.parameters()}
+    wanted = set(names)
+    try:
+        for name, param in model.named_parameters():
+            param.requires_grad_(name in wanted)
+        yield
+    finally:
+        for param, requires_grad in before.items():
+            param.requires_grad_(requires_grad)
+
+
+def _norms(tensors: dict[str, Tensor], shape: ModelShape) -> Tensor:
+    """Norm of all slices of each head, [L, H] in float64; `tensors` under timm's names."""
+    squares = [
+        [_square(head_slices(tensors, block, head, shape)) for head in range(shape.num_heads)]
+        for block in range(shape.num_blocks)
+    ]
+    return torch.tensor(squares, dtype=torch.float64).sqrt()
+
+
+def _square(slices: dict[str, Tensor]) -> float:
+    return sum(float(values.double().square().sum()) for values in slices.values())

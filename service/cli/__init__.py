@@ -1,5 +1,7 @@
 """The command line: `d2ft`. Data goes to stdout, talk to stderr; exit codes are in `exits`."""
 
-from service.cli.commands import app, main
+from service.cli import plans
+from service.cli.commands import main
+from service.cli.frame import app
 
-__all__ = ["app", "main"]
+__all__ = ["app", "main", "plans"]

@@ -4,55 +4,20 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
-from urllib.parse import urlsplit
 
 import typer
-from pydantic import ValidationError
-from typer.core import TyperGroup
 
-from scheduler.errors import D2ftError
 from service import host
 from service.cli import talk
-from service.cli.exits import Exit, exit_code
+from service.cli.exits import Exit
+from service.cli.frame import Grain, Hold, JobId, Json, Schedule, Score, Strategy, Url, app, connected, service_url
 from service.cli.request import job_body
 from service.cli.watch import watch_job
-from service.client import Client
-from service.home import KEY_FILE, read_secret, read_server
+from service.home import read_server
 from service.processes import find
-from service.settings import LOOPBACK, ClientSettings, Settings
-
-
-class Reporting(TyperGroup):
-    """Turns our errors into a sentence on stderr and an exit code."""
-
-    def invoke(self, ctx: Any) -> Any:
-        try:
-            return super().invoke(ctx)
-        except D2ftError as error:
-            field = f" [{error.param}]" if error.param else ""
-            text = " ".join(part for part in (error.message, error.remedy) if part)
-            talk.say(f"error{field}: {text}")
-            raise typer.Exit(exit_code(error)) from None
-        except ValidationError as error:
-            first = error.errors()[0]
-            talk.say(f"error [{'.'.join(map(str, first['loc']))}]: {first['msg']}")
-            raise typer.Exit(Exit.USAGE) from None
-
-
-app = typer.Typer(
-    cls=Reporting,
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    help="Fine-tune vision transformers over unlike devices, doing only the part of the work that pays.",
-)
-
-Url = Annotated[str | None, typer.Option("--url", help="Service to talk to [D2FT_URL, else the one on this machine].")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON as the API sends it.")]
-JobId = Annotated[str, typer.Argument(metavar="JOB")]
+from service.settings import ClientSettings, Settings
 
 
 def main() -> None:
@@ -102,8 +67,11 @@ def submit(
     ratios: Annotated[str | None, typer.Option(help="FULL,FORWARD,SKIP micro-batches of a step, like 3,0,2.")] = None,
     compute: Annotated[float | None, typer.Option(help="Compute budget as a fraction of all-FULL.")] = None,
     bytes_: Annotated[float | None, typer.Option("--bytes", help="Bytes budget as a fraction of all-FULL.")] = None,
-    strategy: Annotated[str | None, typer.Option(help="held, coherent or scattered.")] = None,
-    score: Annotated[str | None, typer.Option(help="fisher, magnitude or random.")] = None,
+    schedule: Schedule = None,
+    strategy: Strategy = None,
+    hold: Hold = None,
+    grain: Grain = None,
+    score: Score = None,
     skip_fill: Annotated[str | None, typer.Option(help="zero, mean or rescale.")] = None,
     workers: Annotated[int | None, typer.Option(help="How many workers share the heads.")] = None,
     micro_batches: Annotated[int | None, typer.Option(help="Micro-batches of a step.")] = None,
@@ -124,7 +92,7 @@ def submit(
 ) -> None:
     """Put a job into the queue; prints its id."""
     flags = {**locals(), "bytes": bytes_}
-    with _client(url) as client:
+    with connected(url) as client:
         job = client.submit(job_body(flags))
         if watch_:
             talk.say(f"{job.id} is {job.status}")
@@ -144,14 +112,14 @@ def watch(
     json_: Json = False,
 ) -> None:
     """Follow a job to its end; Ctrl-C lets go of it."""
-    with _client(url) as client:
+    with connected(url) as client:
         raise typer.Exit(watch_job(client, job, as_json=json_, timeout_s=timeout))
 
 
 @app.command()
 def get(job: JobId, url: Url = None, json_: Json = False) -> None:
     """Show one job."""
-    with _client(url) as client:
+    with connected(url) as client:
         found = client.get(job)
     talk.put_json(found) if json_ else talk.put_job(found)
 
@@ -165,7 +133,7 @@ def list_(
     json_: Json = False,
 ) -> None:
     """List jobs, newest first."""
-    with _client(url) as client:
+    with connected(url) as client:
         page = client.list(after=after, limit=limit, status=status)
     if json_:
         talk.put_json(page)
@@ -178,7 +146,7 @@ def list_(
 @app.command()
 def cancel(job: JobId, url: Url = None, json_: Json = False) -> None:
     """End a job."""
-    with _client(url) as client:
+    with connected(url) as client:
         found = client.cancel(job)
     talk.put_json(found) if json_ else talk.put(f"{found.id}  {found.status}")
 
@@ -192,7 +160,7 @@ def events(
     json_: Json = False,
 ) -> None:
     """Print a job's history, one event a line."""
-    with _client(url) as client:
+    with connected(url) as client:
         for event in client.events(job, after=after, follow=follow):
             talk.put_json(event) if json_ else talk.put_event(event)
 
@@ -205,7 +173,7 @@ def artifacts(
     json_: Json = False,
 ) -> None:
     """List a job's files, or download them."""
-    with _client(url) as client:
+    with connected(url) as client:
         page = client.artifacts(job)
         if output is not None:
             paths = [client.download(job, artifact.name, output) for artifact in page.data]
@@ -215,17 +183,9 @@ def artifacts(
 
 
 @app.command()
-def plan(job: JobId, url: Url = None, json_: Json = False) -> None:
-    """Show the newest plan of a job."""
-    with _client(url) as client:
-        found = client.plan(job)
-    talk.put_json(found) if json_ else talk.put_plan(found)
-
-
-@app.command()
 def ledger(job: JobId, url: Url = None, json_: Json = False) -> None:
     """Show what a job was to cost and what it cost."""
-    with _client(url) as client:
+    with connected(url) as client:
         found = client.ledger(job)
     talk.put_json(found) if json_ else talk.put_ledger(found)
 
@@ -233,7 +193,7 @@ def ledger(job: JobId, url: Url = None, json_: Json = False) -> None:
 @app.command()
 def logs(job: JobId, url: Url = None) -> None:
     """Print what the driver of a job's newest attempt printed."""
-    with _client(url) as client:
+    with connected(url) as client:
         talk.put(client.logs(job))
 
 
@@ -243,13 +203,13 @@ def status(url: Url = None, json_: Json = False) -> None:
     settings = ClientSettings()
     noted = read_server(settings.home)
     report = {
-        "url": _url(url, settings),
+        "url": service_url(url, settings),
         "home": str(settings.home),
         "api": _life(noted.get("api")),
         "ray": _life(noted.get("ray")),
         "free_gb": round(shutil.disk_usage(_existing(settings.home)).free / 1e9, 1),
     }
-    with _client(url) as client:
+    with connected(url) as client:
         checks = client.ready()
     report |= {f"{part} check": state for part, state in checks.items()}
     if json_:
@@ -267,24 +227,6 @@ def _host_settings(**flags: Any) -> Settings:
     if settings.roots:
         return settings
     return Settings(**given, roots=(Path.home(), Path.cwd()))
-
-
-@contextmanager
-def _client(url: str | None) -> Iterator[Client]:
-    settings = ClientSettings()
-    target = _url(url, settings)
-    with Client(target, _key(target, settings)) as client:
-        yield client
-
-
-def _url(flag: str | None, settings: ClientSettings) -> str:
-    return flag or settings.url or read_server(settings.home).get("url") or Settings(home=settings.home).url
-
-
-def _key(url: str, settings: ClientSettings) -> str | None:
-    """The key given, or the one in home; the latter is not sent to other machines."""
-    local = urlsplit(url).hostname in LOOPBACK or url == read_server(settings.home).get("url")
-    return settings.api_key or (read_secret(settings.home / KEY_FILE) if local else None)
 
 
 def _life(noted: dict[str, Any] | None) -> str:

@@ -1,4 +1,4 @@
-"""From the flags of `submit` to the body of the request: a spec file first, flags over it, nothing else added."""
+"""From the flags of `submit` and `plan` to the body of the request: a spec file first, flags over it, nothing added."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ _PLACES = {
     "img_size": ("img_size",),
     "images_per_class": ("images_per_class",),
     "strategy": ("method", "strategy"),
+    "hold": ("method", "hold"),
+    "grain": ("method", "grain"),
     "score": ("method", "score"),
     "skip_fill": ("method", "skip_fill"),
     "lr": ("optimiser", "learning_rate"),
@@ -30,6 +32,8 @@ _PLACES = {
     "window": ("window",),
     "seed": ("seed",),
     "placement": ("placement",),
+    "num_classes": ("num_classes",),
+    "link": ("link",),
 }
 
 
@@ -49,26 +53,54 @@ def job_body(flags: Mapping[str, Any]) -> dict[str, Any]:
     return body
 
 
+def preview_body(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """The body of a dry run: the flags of a job, and a fleet."""
+    if bool(flags.get("device")) == bool(flags.get("live")):
+        raise typer.BadParameter("give --device, or --live for the measured ones", param_hint="--device")
+    return {**job_body(flags), "devices": "live" if flags.get("live") else list(flags["device"]), "gantt": True}
+
+
 def _put_share(body: dict[str, Any], flags: Mapping[str, Any]) -> None:
-    """Ratios or budgets. The ratios' sum is the number of micro-batches where that is not given."""
+    """Ratios, budgets or a schedule. The ratios' sum is the number of micro-batches where that is not given."""
+    ratios = None
     if flags.get("ratios"):
-        ratios = _ratios(flags["ratios"])
+        ratios = _ratios(flags["ratios"], "--ratios")
         _put(body, ("method", "ratios"), ratios)
-        if flags.get("micro_batches") is None and "micro_batches" not in body:
-            body["micro_batches"] = sum(ratios.values())
     if flags.get("compute") is not None or flags.get("bytes") is not None:
         compute = 1.0 if flags.get("compute") is None else flags["compute"]
         budgets = {"compute": compute, **({} if flags.get("bytes") is None else {"bytes": flags["bytes"]})}
         _put(body, ("method", "budgets"), budgets)
+    if flags.get("schedule"):
+        phases = [_phase(text) for text in flags["schedule"].split(";") if text.strip()]
+        _put(body, ("method", "schedule"), phases)
+        ratios = ratios or next((phase["ratios"] for phase in phases if "ratios" in phase), None)
+    if ratios and flags.get("micro_batches") is None and "micro_batches" not in body:
+        body["micro_batches"] = sum(ratios.values())
 
 
-def _ratios(text: str) -> dict[str, int]:
+def _phase(text: str) -> dict[str, Any]:
+    """SHARE:full, SHARE:FULL,FORWARD,SKIP or SHARE:COMPUTE[/BYTES], like 0.5:1,0,4 and 0.5:0.6/0.5."""
+    share, _, what = text.strip().partition(":")
+    try:
+        phase: dict[str, Any] = {"share": float(share)}
+        if what == "full":
+            return phase
+        if "," in what:
+            return {**phase, "ratios": _ratios(what, "--schedule")}
+        compute, slash, sent = what.partition("/")
+        return {**phase, "budgets": {"compute": float(compute), **({"bytes": float(sent)} if slash else {})}}
+    except ValueError:
+        raise typer.BadParameter(
+            f"'{text}' is not SHARE:full, SHARE:FULL,FORWARD,SKIP or SHARE:COMPUTE/BYTES, like 0.5:1,0,4;0.5:full",
+            param_hint="--schedule",
+        ) from None
+
+
+def _ratios(text: str, flag: str) -> dict[str, int]:
     try:
         full, forward, skip = (int(part) for part in text.split(","))
     except ValueError:
-        raise typer.BadParameter(
-            "give three whole numbers, FULL,FORWARD,SKIP, like 3,0,2", param_hint="--ratios"
-        ) from None
+        raise typer.BadParameter("give three whole numbers, FULL,FORWARD,SKIP, like 3,0,2", param_hint=flag) from None
     return {"full": full, "forward": forward, "skip": skip}
 
 

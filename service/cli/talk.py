@@ -70,11 +70,11 @@ def put_job(job: Job) -> None:
 
 def put_jobs(jobs: list[Job]) -> None:
     """Jobs as a table."""
-    table = _table("id", "name", "status", "model", "progress", "age")
+    table = make_table("id", "name", "status", "model", "progress", "age")
     for job in jobs:
         status = Text(job.status, _STYLES.get(job.status, ""))
         table.add_row(job.id, line(job.name or ""), status, line(job.model), progress_text(job), age(job.created_at))
-    _put_table(table)
+    put_table(table)
 
 
 def put_event(event: Event) -> None:
@@ -83,21 +83,21 @@ def put_event(event: Event) -> None:
 
 
 def put_artifacts(artifacts: list[Artifact]) -> None:
-    table = _table("name", "bytes", "sha256")
+    table = make_table("name", "bytes", "sha256")
     for artifact in artifacts:
         table.add_row(line(artifact.name), f"{artifact.bytes or 0:,}", (artifact.sha256 or "")[:16])
-    _put_table(table)
+    put_table(table)
 
 
 def put_ledger(ledger: dict[str, Any]) -> None:
     """Predicted beside measured; rows and keys that this version does not know are shown as they come."""
     rows = [row for row in ledger.get("rows", []) if isinstance(row, dict)]
     if rows:
-        table = _table("", "predicted", "measured", "all FULL")
+        table = make_table("", "predicted", "measured", "all FULL")
         for row in rows:
             figures = [_figure(row, key) for key in ("predicted", "measured", "all_full")]
             table.add_row(line(str(row.get("name", ""))), *figures)
-        _put_table(table)
+        put_table(table)
     accuracy = ledger.get("accuracy") or {}
     if accuracy:
         put(f"accuracy    {percent(accuracy.get('before'))} before, {percent(accuracy.get('after'))} after")
@@ -105,30 +105,11 @@ def put_ledger(ledger: dict[str, Any]) -> None:
     if phases:
         put(
             "seconds     "
-            + ", ".join(f"{name} {seconds:.1f}" for name, seconds in phases.items() if _is_number(seconds))
+            + ", ".join(f"{name} {seconds:.1f}" for name, seconds in phases.items() if is_number(seconds))
         )
     for key in ("steps", "checkpoint"):
         if ledger.get(key) is not None:
             put(f"{key:12}{ledger[key]}")
-
-
-def put_plan(plan: dict[str, Any]) -> None:
-    """A plan in a few lines: its forecast, and how many heads each worker owns in each block."""
-    forecast = plan.get("forecast") or {}
-    put(f"plan      version {plan.get('version')}, window {plan.get('window')}")
-    put(f"compute   {percent(plan.get('compute_fraction'))} of all-FULL")
-    put(f"bytes     {percent(plan.get('bytes_fraction'))} of all-FULL")
-    if "step_us" in forecast:
-        put(f"step      {forecast['step_us'] / 1e3:.1f} ms forecast, idle {percent(forecast.get('idle_share'))}")
-    owners = (plan.get("placement") or {}).get("owners") or []
-    if owners:
-        workers = range((plan["placement"].get("num_workers")) or max(map(max, owners)) + 1)
-        table = _table("block", *(f"worker {worker}" for worker in workers), "ops")
-        ops = (plan.get("cycle") or [[[]] * len(owners)])[0]
-        for block, row in enumerate(owners):
-            counts = [str(row.count(worker)) for worker in workers]
-            table.add_row(str(block), *counts, " ".join(ops[block]) if block < len(ops) else "")
-        _put_table(table)
 
 
 def put_paths(paths: list[Path]) -> None:
@@ -142,25 +123,34 @@ def progress_text(job: Job) -> str:
 
 
 def percent(value: Any) -> str:
-    return f"{value:.1%}" if _is_number(value) else ""
+    return f"{value:.1%}" if is_number(value) else ""
 
 
 def age(since: int) -> str:
-    seconds = max(0, int(time.time() - since))
+    return duration(time.time() - since)
+
+
+def duration(seconds: float) -> str:
+    """In the largest unit of which it has at least one."""
+    whole = max(0, int(seconds))
     for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
-        if seconds >= size:
-            return f"{seconds // size} {unit}"
-    return f"{seconds} s"
+        if whole >= size:
+            return f"{whole // size} {unit}"
+    return f"{whole} s"
 
 
-def _table(*columns: str) -> Table:
+def is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def make_table(*columns: str) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in columns:
         table.add_column(column, no_wrap=True, min_width=_ID_WIDTH if column == "id" else None)
     return table
 
 
-def _put_table(table: Table) -> None:
+def put_table(table: Table) -> None:
     if out.is_terminal:
         out.print(table)
     else:
@@ -169,11 +159,7 @@ def _put_table(table: Table) -> None:
 
 def _figure(row: dict[str, Any], key: str) -> str:
     value = row.get(key)
-    if not _is_number(value):
+    if not is_number(value):
         return "-"
     unit = str(row.get("unit") or "")
     return f"{value:.1%}" if unit == "fraction" else f"{value:.4g} {line(unit)}".rstrip()
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -45,6 +45,8 @@ class JobView:
             self._say(event.message)
         elif event.type in ("plan.created", "plan.changed"):
             self._say(_plan_words(event.data))
+        elif event.type == "window":
+            self._say(event.message)
         elif event.level in ("warning", "error"):
             self._say(f"{event.level}: {event.message}")
 
@@ -131,7 +133,11 @@ def _bar() -> Progress:
 
 def _plan_words(data: dict[str, Any]) -> str:
     share = f"compute {talk.percent(data.get('compute_fraction'))}, bytes {talk.percent(data.get('bytes_fraction'))}"
-    return f"plan {data.get('plan_version')}: {share}, {_part('step', data.get('step_seconds'), '{:.3f} s')} forecast"
+    text = f"plan {data.get('plan_version')}: {share}, {_part('step', data.get('step_seconds'), '{:.3f} s')} forecast"
+    change = data.get("change") or {}
+    if not change.get("migrated"):
+        return text
+    return f"{text}; {change.get('moved_heads')} heads move: {change.get('reason')}"
 
 
 def _part(name: str, value: Any, form: str) -> str:

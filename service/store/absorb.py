@@ -36,9 +36,11 @@ def _append(session: Session, job: JobRow, event: RunEvent, data: dict[str, Any]
 
 
 def _shown(event: RunEvent) -> dict[str, Any]:
-    """The event's data for the history; of a plan only its forecast, the op tables are at `/plan`."""
+    """The event's data for the history; of a plan its forecast and what changed, the op tables are at `/plan`."""
     data: dict[str, Any] = event.get("data") or {}
-    return _estimate(data) if event["type"] in ("plan.created", "plan.changed") else data
+    if event["type"] not in ("plan.created", "plan.changed"):
+        return data
+    return {**_estimate(data), **({"change": data["change"]} if data.get("change") else {})}
 
 
 def _keep(session: Session, job: JobRow, event: RunEvent) -> bool:

@@ -14,7 +14,7 @@ from sqlalchemy.orm import Session, undefer
 from ulid import ULID
 
 from service.errors import ConflictError, InvalidRequestError, Issue, NotFoundError
-from service.lifecycle import JobState
+from service.lifecycle import FINAL, JobState
 from service.schemas import Artifact, Event, Job, MetricsPage, Page
 from service.store.database import Database
 from service.store.journal import append, move
@@ -23,6 +23,7 @@ from service.tables import ArtifactRow, AttemptRow, EventRow, JobRow, MetricRow
 from workers.contract import JobSpec
 
 _WAITING = frozenset({JobState.QUEUED, JobState.PAUSED})
+_HOLDING = frozenset(JobState) - FINAL - _WAITING - {JobState.VALIDATING}
 
 
 @dataclass(frozen=True)
@@ -161,6 +162,12 @@ class Jobs:
             if row is None:
                 raise NotFoundError(f"Job {job_id} has no attempt {number}.", code="attempt_not_found", param="attempt")
             return number, row.submission_id
+
+    def plans_in_use(self) -> dict[str, dict[str, Any]]:
+        """The plans of the jobs that hold the cluster, by job."""
+        with self._database.read() as session:
+            wanted = select(JobRow.id, JobRow.plan).where(JobRow.state.in_(_HOLDING), JobRow.plan.is_not(None))
+            return {row.id: row.plan for row in session.execute(wanted)}
 
     def count(self, state: JobState) -> int:
         with self._database.read() as session:

@@ -3,8 +3,8 @@
     python -m tests.bench.engine [--blocks 12] [--rounds 8] [--wire shared|gloo] [--out engine]
 
 ViT-S width (384, 6 heads), 98 px, 5 micro-batches of 16 images, two gloo workers with one thread each, pinned to
-different cores. Placements are the planner's: whole blocks; split blocks, in which a block's most worthy heads are
-shared out evenly; the same with these heads gathered at one worker of the block (the lead). Every round runs one step
+different cores. Placements are the planner's: whole blocks; split blocks; split blocks placed together with the heads
+that 40 % FULL holds still, which then tend to be one worker's in each block (the lead). Every round runs one step
 of every row in turn, so that a machine that changes its speed changes all rows alike; figures are medians over the
 rounds after the first, ratios are of medians. "plain timm" is the ordinary loop (five backward passes,
 clipping, AdamW), run on both cores at the same time, since two busy cores are slower than one.
@@ -27,7 +27,7 @@ from scheduler.compiler import compile_step
 from scheduler.cost import Costs, residual_bytes
 from scheduler.domain import DeviceProfile, Scores, StepShape
 from scheduler.placement import propose
-from scheduler.selection import SelectionRequest, all_full, select_ratios
+from scheduler.selection import SelectionRequest, select, static_part
 from scheduler.simulate import simulate
 from tests.bench.report import publish, target
 from tests.workers.processes import on_processes
@@ -43,13 +43,13 @@ MICRO_BATCHES, BATCH = 5, 16
 TRANSPORTS = {"shared": Shared, "gloo": Gloo}
 HELD = "40 % FULL, rest FORWARD, held"
 PATTERNS = {
-    "all FULL": None,
-    "3F2S": ((3, 0, 2), "held"),
-    "3F2S scattered": ((3, 0, 2), "scattered"),
-    "2F3O redrawn": ((2, 3, 0), "coherent"),
-    "2F1O2S held": ((2, 1, 2), "held"),
-    "2F1O2S redrawn": ((2, 1, 2), "coherent"),
-    HELD: ((2, 3, 0), "held"),
+    "all FULL": SelectionRequest(),
+    "3F2S": SelectionRequest(ratios=(3, 0, 2)),
+    "3F2S scattered": SelectionRequest(ratios=(3, 0, 2), grain="scattered"),
+    "2F3O redrawn": SelectionRequest(ratios=(2, 3, 0), strategy="random", hold="none"),
+    "2F1O2S held": SelectionRequest(ratios=(2, 1, 2)),
+    "2F1O2S redrawn": SelectionRequest(ratios=(2, 1, 2), strategy="random", hold="none"),
+    HELD: SelectionRequest(ratios=(2, 3, 0)),
 }
 LEAD_PATTERNS = ("all FULL", HELD)
 PLAIN = ("plain timm", "")
@@ -108,29 +108,24 @@ def build_rows(rank, model, wire):
     profile = profile_device(model, StepShape(MICRO_BATCHES, BATCH), transport)
     costs = Costs(model_shape(model), StepShape(MICRO_BATCHES, BATCH), gathered(profile))
     worth = Scores(*np.random.default_rng(0).uniform(0.5, 1.5, (2, costs.shape.num_blocks, costs.shape.num_heads)))
-    placements = {
-        "split": propose(costs, "split", scores=worth, styles=("even",))[0][0],
-        "split, lead": propose(costs, "split", scores=worth, styles=("lead",))[0][0],
-        "whole": propose(costs, "whole", scores=worth)[0][0],
+    held = static_part(PATTERNS[HELD], costs, worth)
+    candidates = {
+        "split": propose(costs, "split", scores=worth)[0],
+        "split, lead": propose(costs, "split", static=held, scores=worth)[0],
+        "whole": propose(costs, "whole", scores=worth)[0],
     }
     rows = {}
-    for name, placement in placements.items():
+    for name, candidate in candidates.items():
+        placement = candidate.placement
         shard = Shard(model, placement, rank)
         executor = Executor(shard, transport, update=Adam(shard, Optimiser(learning_rate=1e-5), 1000))
         for pattern in LEAD_PATTERNS if name == "split, lead" else PATTERNS:
-            programs = [compile_step(placement, ops, costs) for ops in cycle_of(pattern, placement, worth)]
+            # Worths are random, since here only cost counts.
+            chosen = select(PATTERNS[pattern], placement, costs, worth, full_LH=candidate.full_LH)
+            programs = [compile_step(placement, ops, costs) for ops in chosen.cycle]
             steps = [StepPrograms(p, rank, costs, shard.dtype) for p in programs]
             rows[name, pattern] = Row(executor, steps, [simulate(p, costs).total_bytes for p in programs])
     return rows
-
-
-def cycle_of(pattern, placement, worth):
-    """The planner's own op tables; worths are random, since here only cost counts."""
-    if PATTERNS[pattern] is None:
-        return all_full(placement, MICRO_BATCHES).cycle
-    ratios, strategy = PATTERNS[pattern]
-    request = SelectionRequest(ratios=ratios, strategy=strategy)
-    return select_ratios(request, placement, worth, MICRO_BATCHES).cycle
 
 
 def plain_timm(model, batch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import operator
 import os
@@ -21,12 +22,13 @@ def target(name, value, comparison, limit):
 
 
 def publish(name, rows, targets, note=""):
-    """Print rows and targets as tables and write them with the machine's name as JSON."""
+    """Print rows, a table for each run of the same columns, and targets; write them with the machine's name as JSON."""
     console = Console(width=140)
-    table = Table(*map(str, rows[0]), title=name)
-    for row in rows:
-        table.add_row(*(f"{v:.3f}" if isinstance(v, float) else str(v) for v in row.values()))
-    console.print(table)
+    for part, alike in itertools.groupby(rows, key=tuple):
+        table = Table(*map(str, part), title=name)
+        for row in alike:
+            table.add_row(*(f"{v:.3f}" if isinstance(v, float) else str(v) for v in row.values()))
+        console.print(table)
     checks = Table("target", "value", "limit", "holds", title="targets")
     for t in targets:
         value = f"{t['value']:.3f}" if isinstance(t["value"], float) else str(t["value"])

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from scheduler.domain import DeviceProfile, LinkProfile, ModelShape
+import numpy as np
+
+from scheduler.domain import DeviceProfile, LinkProfile, ModelShape, Scores
 
 GIB = 1 << 30
 
@@ -112,3 +114,10 @@ def _device(
         free_bytes=free_bytes,
         links=tuple(links),
     )
+
+
+def random_scores(num_blocks: int = 6, num_heads: int = 6, seed: int = 0) -> Scores:
+    """Worths as unlike as real ones: a few heads matter much."""
+    rng = np.random.default_rng(seed)
+    backward_LH, forward_LH = rng.lognormal(sigma=(1.0, 0.3), size=(num_blocks, num_heads, 2)).transpose(2, 0, 1)
+    return Scores(backward_LH / backward_LH.mean(), forward_LH / forward_LH.mean())

@@ -1,4 +1,4 @@
-"""The held knapsack equals brute force on tiny instances, shares FULL heads evenly, and is the same every time."""
+"""The knapsacks equal brute force on tiny instances, or stay between it and the linear program's optimum."""
 
 from __future__ import annotations
 
@@ -8,79 +8,184 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.optimize import linprog
 
-from scheduler.domain import Placement
-from scheduler.knapsack import SUM_MESSAGES, hold, shares
+from scheduler.domain import Op, Placement
+from scheduler.selection.assign import Items, assign_by_price, assign_in_stages, assign_proved
+from scheduler.selection.held import choose_full
+from scheduler.selection.hull import pick_by_hull, price_bytes
+from scheduler.selection.menus import Menus, best_ops, best_subsets, coherent_menus, scattered_menus
+from scheduler.selection.proof import pick_proved
+from scheduler.selection.shares import whole
+from scheduler.selection.stages import best_options, pick_in_stages
 
 PLACEMENTS = [
     Placement(np.array([[0, 0, 1, 1]] * 2), 2, 1),
     Placement(np.array([[0, 0, 0, 0], [1, 1, 1, 1]]), 2, 1),
     Placement(np.array([[0, 1, 1, 1], [1, 1, 0, 2]]), 3, 2),
-    Placement(np.array([[0, 1, 0], [1, 0, 1], [0, 0, 1]]), 2, 0),
 ]
 
 
-def messages(full_LH: np.ndarray, placement: Placement) -> int:
-    """What the charge counts, written out."""
-    total, above = 0, {placement.classifier}
-    for block in reversed(range(len(full_LH))):
-        trains = {int(w) for w in placement.owner_LH[block][full_LH[block]]}
-        total += SUM_MESSAGES * max(0, len(trains) - 1) + len(trains - above)
-        above = trains or above
-    return total
+def random_menus(groups: int, seed: int, limited: bool, coherent: bool) -> Menus:
+    """Two heads a group on two workers, with fixed charges."""
+    rng = np.random.default_rng(seed)
+    worker_G = np.arange(groups) % 2
+    forward_GN, backward_GN = rng.exponential(size=(2, groups, 2))
+    cost_GN1 = np.array([0, 1, 1])[None] * rng.integers(1, 6, (groups, 1)) + np.arange(3) * rng.integers(
+        3, 9, (groups, 1)
+    )
+    bytes_G2 = rng.integers(0, 5, (groups, 2))
+    budget_W = np.array([int(0.6 * (3 * cost_GN1[worker_G == w, 2]).sum()) for w in range(2)])
+    limit = float(0.5 * bytes_G2.sum()) if limited else np.inf
+    if coherent:
+        cost_G2 = np.stack([cost_GN1[:, 2], 2 * cost_GN1[:, 2]], axis=1)
+        heads_G = np.full(groups, 2)
+        return coherent_menus(worker_G, forward_GN.sum(axis=1), backward_GN.sum(axis=1), heads_G, cost_G2, bytes_G2,
+                              budget_W, limit)  # fmt: skip
+    return scattered_menus(worker_G, forward_GN, backward_GN, cost_GN1, 2 * cost_GN1, bytes_G2, budget_W, limit)
 
 
-def brute_force(worth_LH: np.ndarray, placement: Placement, total: int, price: float) -> float:
-    best = -np.inf
-    limits = shares(placement, total)
-    for chosen in itertools.combinations(range(worth_LH.size), total):
-        full = np.zeros(worth_LH.size, dtype=bool)
-        full[list(chosen)] = True
-        counts = np.bincount(placement.owner_LH.ravel()[full], minlength=placement.num_workers)
-        if all(least <= n <= most for n, (least, most) in zip(counts, limits, strict=True)):
-            full_LH = full.reshape(worth_LH.shape)
-            best = max(best, float(worth_LH[full_LH].sum()) - price * messages(full_LH, placement))
-    return best
+def best_by_force(menus: Menus) -> float:
+    options = [np.flatnonzero(row) for row in np.isfinite(menus.worths)]
+    choices = (np.array(choice) for choice in itertools.product(*options))
+    return max(menus.totals(choice)[0] for choice in choices if menus.fits(choice))
+
+
+def linear_optimum(menus: Menus) -> float:
+    """Of the relaxation, by a solver that knows nothing of hulls."""
+    usable = np.argwhere(np.isfinite(menus.worths))
+    group, option = usable[:, 0], usable[:, 1]
+    rows = [np.where(menus.worker_G[group] == w, menus.cost_GK[group, option], 0) for w in range(len(menus.budget_W))]
+    limits = menus.budget_W.tolist()
+    if np.isfinite(menus.max_bytes):
+        rows.append(menus.bytes_GK[group, option])
+        limits.append(menus.max_bytes)
+    picks_one = np.equal.outer(np.arange(len(menus.worker_G)), group).astype(float)
+    worth = menus.worths[group, option]
+    solved = linprog(-worth, np.array(rows), limits, picks_one, np.ones(len(picks_one)), method="highs")
+    return float(-solved.fun)
+
+
+instances = st.builds(random_menus, st.integers(1, 4), st.integers(0, 10_000), st.booleans(), st.booleans())
+
+
+@settings(max_examples=60, deadline=None)
+@given(menus=instances)
+def test_the_hull_lies_below_the_optimum_and_its_bound_above(menus: Menus) -> None:
+    optimum, picked = best_by_force(menus), pick_by_hull(menus)
+    assert menus.fits(picked.choice_G)
+    assert picked.worth == pytest.approx(menus.totals(picked.choice_G)[0])
+    assert picked.worth <= optimum + 1e-9 <= picked.bound + 1e-6
+
+
+@settings(max_examples=30, deadline=None)
+@given(menus=instances)
+def test_cpsat_proves_the_optimum(menus: Menus) -> None:
+    picked = pick_proved(menus)
+    assert picked.status == "OPTIMAL"
+    assert menus.fits(picked.choice_G)
+    assert picked.worth == pytest.approx(best_by_force(menus), abs=1e-4)
+    assert picked.bound == pytest.approx(picked.worth, abs=1e-4)
 
 
 @settings(max_examples=40, deadline=None)
-@given(
-    placement=st.sampled_from(PLACEMENTS),
-    part=st.floats(0.1, 1.0),
-    price=st.sampled_from([0.0, 0.1, 1.0, 20.0]),
-    seed=st.integers(0, 10_000),
-)
-def test_it_equals_brute_force(placement: Placement, part: float, price: float, seed: int) -> None:
+@given(groups=st.integers(5, 60), seed=st.integers(0, 1000), limited=st.booleans(), coherent=st.booleans())
+def test_the_bound_is_the_optimum_of_the_relaxation(groups: int, seed: int, limited: bool, coherent: bool) -> None:
+    menus = random_menus(groups, seed, limited, coherent)
+    bound, optimum = price_bytes(menus)[1], linear_optimum(menus)
+    assert optimum - 1e-6 <= bound <= optimum * (1 + 2e-4) + 1e-6
+
+
+@settings(max_examples=30, deadline=None)
+@given(menus=instances)
+def test_two_stages_keep_the_budgets_and_stay_below_the_optimum(menus: Menus) -> None:
+    picked = pick_in_stages(menus)
+    assert menus.fits(picked.choice_G)
+    assert picked.worth <= best_by_force(menus) + 1e-9
+
+
+@settings(max_examples=60, deadline=None)
+@given(groups=st.integers(1, 5), budget=st.integers(0, 30), seed=st.integers(0, 1000))
+def test_each_stage_is_optimal_by_dynamic_programming(groups: int, budget: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    value_GK, cost_GK = rng.exponential(size=(groups, 3)), rng.integers(1, 12, (groups, 3))
+    value_GK[:, 0], cost_GK[:, 0] = 0.0, 0
+    choice = best_options(value_GK, cost_GK, budget)
+    rows = range(groups)
+    assert sum(cost_GK[g, choice[g]] for g in rows) <= budget
+    best = max(
+        sum(value_GK[g, k] for g, k in enumerate(ks))
+        for ks in itertools.product(range(3), repeat=groups)
+        if sum(cost_GK[g, k] for g, k in enumerate(ks)) <= budget
+    )
+    assert sum(value_GK[g, choice[g]] for g in rows) == pytest.approx(best)
+
+
+@settings(max_examples=40, deadline=None)
+@given(heads=st.integers(1, 4), seed=st.integers(0, 1000))
+def test_an_option_holds_the_best_heads_for_its_counts(heads: int, seed: int) -> None:
+    forward_N, backward_N = np.random.default_rng(seed).exponential(size=(2, heads))
+    worth, forward = best_subsets(forward_N[None], backward_N[None])
+    for r in range(heads + 1):
+        for t in range(r + 1):
+            seen = max(
+                sum(forward_N[h] for h in ran) + sum(backward_N[h] for h in trained)
+                for ran in itertools.combinations(range(heads), r)
+                for trained in itertools.combinations(ran, t)
+            )
+            assert worth[0, r, t] == pytest.approx(seen)
+            ops = best_ops(forward_N, backward_N, r, t)
+            assert ((ops > 0).sum(), (ops == Op.FULL).sum()) == (r, t)
+            gained = forward_N[ops > 0].sum() + backward_N[ops == Op.FULL].sum()
+            assert gained == pytest.approx(seen)
+            assert forward[0, r, t] <= seen + 1e-9
+
+
+def random_items(count: int, seed: int, grouped: bool) -> Items:
+    rng = np.random.default_rng(seed)
+    num_run = int(rng.integers(0, count + 1))
+    group_I = np.arange(count) // 2 if grouped else np.arange(count)
+    return Items(*rng.exponential(size=(2, count)), group_I, int(rng.integers(0, num_run + 1)), num_run)
+
+
+@settings(max_examples=80, deadline=None)
+@given(count=st.integers(1, 7), seed=st.integers(0, 10_000), grouped=st.booleans())
+def test_assignments_have_the_counts_asked_and_lie_between_optimum_and_bound(
+    count: int, seed: int, grouped: bool
+) -> None:
+    items = random_items(count, seed, grouped)
+    tables = (np.array(t) for t in itertools.product(range(3), repeat=count))
+    fitting = [t for t in tables if (t > 0).sum() == items.num_run and (t == 2).sum() == items.num_full]
+    optimum = max(items.worth(t) for t in fitting)
+    for assign in (assign_by_price, assign_in_stages, assign_proved):
+        ops_I, bound = assign(items)
+        assert (int((ops_I > 0).sum()), int((ops_I == Op.FULL).sum())) == (items.num_run, items.num_full)
+        assert items.worth(ops_I) <= optimum + 1e-9
+        if assign is not assign_proved:
+            assert bound >= optimum - 1e-6
+    if not grouped:
+        assert items.worth(assign_by_price(items)[0]) == pytest.approx(optimum, rel=1e-6)
+        assert items.worth(assign_proved(items)[0]) == pytest.approx(optimum, abs=1e-3)
+
+
+@settings(max_examples=40, deadline=None)
+@given(placement=st.sampled_from(PLACEMENTS), part=st.floats(0.1, 1.0), seed=st.integers(0, 10_000))
+def test_heads_held_full_equal_brute_force(placement: Placement, part: float, seed: int) -> None:
     worth = np.random.default_rng(seed).exponential(size=placement.owner_LH.shape).round(4)
     total = max(1, int(part * worth.size))
-    held = hold(worth, placement, total, price)
-    assert held.status == "OPTIMAL"
-    assert held.objective == pytest.approx(brute_force(worth, placement, total, price), abs=1e-6)
-    assert held.bound == pytest.approx(held.objective, abs=1e-6)
-    assert held.full_LH.sum() == total
-
-
-@given(total=st.integers(0, 8), placement=st.sampled_from(PLACEMENTS[:3]))
-def test_shares_are_rounded_parts_of_what_a_worker_owns(total: int, placement: Placement) -> None:
-    limits = shares(placement, total)
-    assert sum(least for least, _ in limits) <= total <= sum(most for _, most in limits)
-    assert all(most - least <= 1 for least, most in limits)
-
-
-def test_a_price_gathers_full_heads_on_one_worker_per_block() -> None:
-    placement = Placement(np.tile([0, 0, 0, 1, 1, 1], (6, 1)), 2, 1)
-    worth = np.random.default_rng(1).exponential(size=(6, 6))
-    free, dear = hold(worth, placement, 18, 0.0), hold(worth, placement, 18, 50.0)
-    assert messages(dear.full_LH, placement) < messages(free.full_LH, placement)
-    assert all(len(set(placement.owner_LH[b][dear.full_LH[b]])) == 1 for b in range(6))
-
-
-def test_equal_worths_give_the_same_heads_every_time() -> None:
-    placement = PLACEMENTS[0]
-    first, again = (hold(np.ones((2, 4)), placement, 4, 0.5).full_LH for _ in range(2))
-    assert (first == again).all()
+    owned_W = np.bincount(placement.owner_LH.ravel(), minlength=placement.num_workers).astype(float)
+    limits = whole(owned_W * total / worth.size, total, owned_W)
+    best = -np.inf
+    for heads in itertools.combinations(range(worth.size), total):
+        count_W = np.bincount(placement.owner_LH.ravel()[list(heads)], minlength=placement.num_workers)
+        if all(least <= n <= most for n, (least, most) in zip(count_W, limits, strict=True)):
+            best = max(best, float(worth.ravel()[list(heads)].sum()))
+    for proved in (False, True):
+        held = choose_full(worth, placement, limits, total, proved=proved)
+        assert held.worth == pytest.approx(best, abs=1e-6)
+        assert held.full_LH.sum() == total
 
 
 def test_more_heads_than_there_are_is_a_mistake() -> None:
     with pytest.raises(ValueError, match="9 heads"):
-        hold(np.ones((2, 4)), PLACEMENTS[0], 9)
+        choose_full(np.ones((2, 4)), PLACEMENTS[0], [(0, 4), (0, 4)], 9)

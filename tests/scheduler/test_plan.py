@@ -8,19 +8,25 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from scheduler.check import check
 from scheduler.cost import Costs
 from scheduler.domain import Forecast, Op, Placement, Plan, Scores, StepShape
 from scheduler.errors import InfeasibleError, UserError
-from scheduler.plan import PlanRequest, check, make_plan
-from tests.scheduler.fleet import fleet, vit_shape
-from tests.scheduler.test_selection import random_scores
+from scheduler.plan import held_rows, make_plan
+from scheduler.request import Phase, PlanRequest
+from tests.scheduler.fleet import fleet, random_scores, vit_shape
 
 REQUESTS = {
     "all-FULL": PlanRequest(),
     "3F2S": PlanRequest(ratios=(3, 0, 2)),
     "2F3O": PlanRequest(ratios=(2, 3, 0)),
-    "2F1O2S coherent": PlanRequest(ratios=(2, 1, 2), strategy="coherent"),
-    "2F1O2S scattered": PlanRequest(ratios=(2, 1, 2), strategy="scattered"),
+    "2F1O2S redrawn": PlanRequest(ratios=(2, 1, 2), hold="none"),
+    "2F1O2S scattered": PlanRequest(ratios=(2, 1, 2), hold="none", grain="scattered"),
+    "2F1O2S static": PlanRequest(ratios=(2, 1, 2), hold="all"),
+    "two-stage": PlanRequest(ratios=(2, 1, 2), strategy="two_stage", hold="none"),
+    "random": PlanRequest(ratios=(2, 3, 0), strategy="random"),
+    "uniform": PlanRequest(ratios=(2, 3, 0), strategy="uniform"),
+    "full": PlanRequest(strategy="full"),
     "budgets": PlanRequest(compute=0.6, max_bytes=0.5),
     "budgets whole": PlanRequest(compute=0.5, placement="whole", embed_grad=False),
 }
@@ -77,12 +83,17 @@ def test_the_next_window_keeps_the_placement_and_redraws() -> None:
     assert (np.stack(second.cycle) != np.stack(first.cycle)).any()
 
 
-def test_held_heads_stay_held_over_windows() -> None:
+def test_held_heads_stay_held_over_windows_while_they_are_worth_it() -> None:
     costs, scores = setting()
     request = PlanRequest(ratios=(2, 3, 0))
     first = make_plan(request, costs, scores)
-    second = make_plan(request, costs, scores, window=1, placement=first.placement)
-    assert (np.stack(second.cycle) == np.stack(first.cycle)).all()
+    noisy = replace(scores, backward_LH=scores.backward_LH * np.random.default_rng(1).uniform(0.95, 1.05, (6, 6)))
+    turned = replace(scores, backward_LH=scores.backward_LH[::-1])
+    kept, changed = (
+        make_plan(request, costs, now, window=1, placement=first.placement, held=held_rows(first))
+        for now in (noisy, turned)
+    )
+    assert held_rows(kept) == held_rows(first) != held_rows(changed)
 
 
 def test_a_plan_survives_json() -> None:
@@ -104,6 +115,15 @@ def test_an_unknown_strategy_is_named() -> None:
     with pytest.raises(UserError, match="'greedy' is not a strategy") as caught:
         PlanRequest(strategy="greedy")
     assert caught.value.param == "method.strategy"
+
+
+def test_a_schedule_says_what_holds_when() -> None:
+    first, second = Phase(0.25, ratios=(1, 0, 4)), Phase(0.75, compute=0.5, max_bytes=0.9)
+    request = PlanRequest(schedule=(first, second), seed=3)
+    assert [request.at(progress).ratios for progress in (0.0, 0.24, 0.25, 1.0)] == [(1, 0, 4), (1, 0, 4), None, None]
+    assert (request.at(0.25).compute, request.at(0.25).max_bytes, request.at(0.25).seed) == (0.5, 0.9, 3)
+    assert request.at(0.5).at(0.0) == request.at(0.5)
+    assert PlanRequest.from_dict(json.loads(json.dumps(request.to_dict()))) == request
 
 
 def test_budgets_that_no_placement_meets_say_how_near_each_one_comes() -> None:

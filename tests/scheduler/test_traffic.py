@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scheduler.domain import Placement, StepShape
-from scheduler.traffic import Traffic
+from scheduler.selection.traffic import Traffic
 from scheduler.transfers import step_bytes
 from tests.scheduler.fleet import vit_shape
 

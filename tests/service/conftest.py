@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
+import logging
 import shlex
+import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx2
 import pytest
+import uvicorn
 from starlette.testclient import TestClient
 
-from service.app import create_app
+from scheduler.book import Book
+from scheduler.devices import DeviceRecord
+from scheduler.domain import LinkProfile
+from scheduler.fleets import parse_device, records_of
+from service.app import create_app, uvicorn_options
+from service.catalogue import FORMAT
 from service.home import read_secret
 from service.settings import Settings
 from service.store import Store
@@ -95,6 +105,13 @@ class FakeRay:
             self.jobs[key]["status"] = "SUCCEEDED"
 
 
+def sizes(**given: Any) -> dict[str, Any]:
+    """A line of the catalogue: a plain vision transformer with these arguments."""
+    plain = {"img_size": 224, "patch_size": 16, "in_chans": 3, "depth": 12, "mlp_ratio": 4.0, "init_values": 0.0}
+    switches = {"qkv_bias": True, "proj_bias": True, "class_token": True, "no_embed_class": False, "final_norm": True}
+    return {**plain, **switches, "global_pool": "token", **given}
+
+
 @pytest.fixture
 def home(tmp_path: Path) -> Path:
     return tmp_path / "home"
@@ -119,18 +136,18 @@ def store(home: Path) -> Iterator[Store]:
 
 
 @pytest.fixture
-def models(home: Path) -> dict[str, str | None]:
+def models(home: Path) -> dict[str, dict[str, Any] | str]:
     """A catalogue that is already there, so that no child is started."""
-    import importlib.metadata
-
-    known: dict[str, str | None] = {
-        "d2ft_digits": None,
-        "vit_small_patch16_224": None,
-        "vit_tiny_patch16_224": None,
+    known: dict[str, dict[str, Any] | str] = {
+        "d2ft_digits": sizes(img_size=28, patch_size=4, in_chans=1, embed_dim=96, depth=6, num_heads=6),
+        "vit_tiny_patch16_224": sizes(embed_dim=192, num_heads=3),
+        "vit_small_patch16_224": sizes(embed_dim=384, num_heads=6),
+        "vit_large_patch16_224": sizes(embed_dim=1024, num_heads=16, depth=24),
         "resnet50": "architecture resnet is not a vision transformer",
     }
     home.mkdir(exist_ok=True)
-    (home / "models.json").write_text(json.dumps({"timm": importlib.metadata.version("timm"), "models": known}))
+    content = {"format": FORMAT, "timm": importlib.metadata.version("timm"), "models": known}
+    (home / "models.json").write_text(json.dumps(content))
     return known
 
 
@@ -158,3 +175,45 @@ def submit(api: TestClient) -> Callable[..., str]:
 @pytest.fixture
 def spec() -> JobSpec:
     return JobSpec(steps=4)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture
+def server(settings: Settings, models: object) -> Iterator[str]:
+    """The service on a real socket; yields its URL."""
+    settings = settings.model_copy(update={"port": free_port()})
+    ray = FakeRay(drives=True)
+    server = uvicorn.Server(
+        uvicorn.Config(create_app(settings, ray_transport=ray.transport()), **uvicorn_options(settings))
+    )
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    yield settings.url
+    server.should_exit = True
+    thread.join(10)
+    ray.join()
+    logging.getLogger("uvicorn").handlers.clear()
+
+
+@pytest.fixture
+def record() -> DeviceRecord:
+    """A device that was measured just now."""
+    invented = records_of([parse_device("fast")])[0]
+    links = {"gpu-1": LinkProfile(20, 10**9)}
+    facts = {"name": "GPU", "cores": 8}
+    changes = {"id": "gpu-0", "node": "n1", "measured_at": time.time(), "samples": 40, "links": links, "facts": facts}
+    return DeviceRecord(**{**vars(invented), **changes})
+
+
+def write_book(path: Path, *records: DeviceRecord) -> None:
+    """The scheduler's file, as its own book writes it."""
+    book = Book(path)
+    book._records = {record.id: record for record in records}
+    book.hear([], None, None)  # type: ignore[arg-type]

@@ -42,6 +42,9 @@ def run(context: RunContext, events: EventLog, stopped: Callable[[], bool] = lam
         if outcome == "crash" and step == steps // 2:
             print("about to crash", flush=True)
             os._exit(13)
+    events.emit("window", "window 1: +4% of the forecast", window=1, steps=steps, error=0.04)
+    change = {"migrated": True, "moved_heads": 3, "reason": "worker 1 is slower", "before": {}, "after": {}}
+    events.emit("plan.changed", **{**plan(), "version": 2, "window": 2}, change=change)
     while outcome == "hang" and not stopped():
         time.sleep(0.05)
     events.emit("phase", name="finalizing")

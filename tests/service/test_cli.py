@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import json
-import logging
-import socket
-import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import uvicorn
 from typer.testing import CliRunner, Result
 
-from service.app import create_app, uvicorn_options
+from scheduler.devices import DeviceRecord
 from service.cli import app
 from service.cli.talk import clean
 from service.client import (
@@ -28,35 +23,10 @@ from service.client import (
 )
 from service.home import read_secret
 from service.settings import Settings
-from tests.service.conftest import FakeRay
+from tests.service.conftest import free_port, write_book
 from workers.contract import JobSpec
 
 Run = Callable[..., Result]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-@pytest.fixture
-def server(settings: Settings, models: object) -> Iterator[str]:
-    """The service on a real socket; yields its URL."""
-    settings = settings.model_copy(update={"port": free_port()})
-    ray = FakeRay(drives=True)
-    server = uvicorn.Server(
-        uvicorn.Config(create_app(settings, ray_transport=ray.transport()), **uvicorn_options(settings))
-    )
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    yield settings.url
-    server.should_exit = True
-    thread.join(10)
-    ray.join()
-    logging.getLogger("uvicorn").handlers.clear()
 
 
 @pytest.fixture
@@ -80,6 +50,8 @@ def test_submit_and_watch_to_the_ledger(run: Run, tmp_path: Path) -> None:
     assert "compute fraction" in done.stdout and "61.0%" in done.stdout and "87.0% after" in done.stdout
     assert "35.25 MB" in done.stdout and "0.052 s" in done.stdout
     assert "step 5/5" in done.stderr and "plan 1: compute 60.0%" in done.stderr and "running" in done.stderr
+    assert "+4% of the forecast" in done.stderr and "plan 2: compute 60.0%" in done.stderr
+    assert "3 heads move: worker 1 is slower" in done.stderr
     listed = run("list")
     assert "\x1b" not in listed.stdout and "\\x1b[31m" in listed.stdout
     job_id = json.loads(run("list", "--json").stdout)["data"][0]["id"]
@@ -143,14 +115,14 @@ def test_a_wrong_key_and_no_server_have_their_own_codes(run: Run, monkeypatch: p
 
 
 def test_the_key_of_this_machine_is_not_sent_to_another(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from service.cli.commands import _key
+    from service.cli.frame import key_for
     from service.settings import ClientSettings
 
     home.mkdir()
     (home / "key").write_text("d2ft_here")
-    assert _key("http://127.0.0.1:1", ClientSettings(home=home)) == "d2ft_here"
-    assert _key("http://gpu.example:7421", ClientSettings(home=home)) is None
-    assert _key("http://gpu.example:7421", ClientSettings(home=home, api_key="d2ft_there")) == "d2ft_there"
+    assert key_for("http://127.0.0.1:1", ClientSettings(home=home)) == "d2ft_here"
+    assert key_for("http://gpu.example:7421", ClientSettings(home=home)) is None
+    assert key_for("http://gpu.example:7421", ClientSettings(home=home, api_key="d2ft_there")) == "d2ft_there"
 
 
 def test_a_failed_job_is_exit_code_one_with_its_error(run: Run, tmp_path: Path) -> None:
@@ -229,6 +201,66 @@ def test_following_survives_broken_connections(client: Client, monkeypatch: pyte
     monkeypatch.setattr(Client, "_stream", cut)
     seen = [event.seq for event in client.events(job.id, follow=True)]
     assert seen == list(range(1, len(seen) + 1)) and len(seen) > 40
+
+
+def test_a_schedule_and_the_words_of_a_method_are_flags(run: Run) -> None:
+    words = ["--hold", "all", "--grain", "scattered", "--strategy", "cpsat", "--score", "taylor"]
+    job = json.loads(run("submit", "--schedule", "0.5:1,0,4;0.25:0.6/0.5; 0.25:full", *words, "--json").stdout)
+    first, second, third = job["method"]["schedule"]
+    assert first["ratios"] == {"full": 1, "forward": 0, "skip": 4} and job["spec"]["micro_batches"] == 5
+    assert second["budgets"] == {"compute": 0.6, "bytes": 0.5}
+    assert third["share"] == 0.25 and third["ratios"] is None and third["budgets"] is None
+    method = job["method"]
+    assert [method[word[2:]] for word in words[::2]] == words[1::2]
+
+
+def test_a_plan_that_no_job_has_is_drawn_with_its_reasons(run: Run) -> None:
+    fleet = ["--device", "2x fast:24GB", "--device", "slow:8GB", "--link", "1Gbps"]
+    done = run("plan", *fleet, "--ratios", "2,2,1", "--why", "b3.h2")
+    assert done.exit_code == 0, done.output
+    for word in ("fast-0", "slow-2", "bound by", "all-FULL", "gap", "b00", "one step", "ms", "b3.h2  w"):
+        assert word in done.stdout, word
+    assert "\x1b" not in done.stdout
+    every = run("plan", *fleet, "--ratios", "2,2,1", "--reasons").stdout
+    assert all(f"b{block}.h{head}  w" in every for block in range(6) for head in range(6))
+    found = json.loads(run("plan", *fleet, "--compute", "0.6", "--json").stdout)
+    assert found["object"] == "plan_preview" and found["gantt"]["workers"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ((), "--live"),
+        (("--device", "fast", "--live"), "--live"),
+        (("--device", "2x abacus"), "abacus"),
+        (("--device", "fast", "--link", "fast"), "link"),
+        (("--device", "fast", "--why", "b99.h0"), "b5.h5"),
+        (("--device", "fast", "--ratios", "3,0"), "FULL,FORWARD,SKIP"),
+        (("--device", "fast", "--schedule", "half:full"), "SHARE:full"),
+        (("ftjob_x", "--device", "fast"), "leave JOB out"),
+    ],
+)
+def test_a_bad_dry_run_is_exit_code_two(run: Run, words: tuple[str, ...], said: str) -> None:
+    done = run("plan", *words)
+    assert done.exit_code == 2, done.output
+    assert said in " ".join(done.stderr.replace("│", " ").split()) and done.stdout == ""
+
+
+def test_a_dry_run_without_a_service_is_exit_code_five(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("service.client.RETRIES", 0)
+    assert run("plan", "--device", "fast", "--url", f"http://127.0.0.1:{free_port()}").exit_code == 5
+
+
+def test_devices_are_listed_and_planned_for(run: Run, settings: Settings, record: DeviceRecord) -> None:
+    none = run("devices")
+    assert none.exit_code == 0 and none.stdout == "" and "measured yet" in none.stderr
+    assert run("plan", "--live").exit_code == 6
+    write_book(settings.devices_file, record, DeviceRecord(**{**vars(record), "id": "old-1", "measured_at": 1e9}))
+    shown = run("devices")
+    assert "gpu-0" in shown.stdout and "stale" in shown.stdout and "8,000.0" in shown.stdout
+    assert len(json.loads(run("devices", "--json").stdout)["data"]) == 2
+    planned = run("plan", "--live")
+    assert planned.exit_code == 0 and "gpu-0" in planned.stdout and "warning: old-1" in planned.stderr
 
 
 def test_the_help_names_every_command() -> None:

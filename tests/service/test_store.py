@@ -156,6 +156,24 @@ def test_a_writer_with_another_token_stands_down(store: Store, spec: JobSpec) ->
     assert store.jobs.get(attempt.job_id).status == "planning"
 
 
+def test_a_changed_plan_says_what_changed_and_a_window_how_good_its_forecast_was(store: Store, spec: JobSpec) -> None:
+    job = store.jobs.create(spec, owner="k")[0]
+    attempt = store.attempts.claim(1)
+    assert attempt
+    change = {"migrated": True, "moved_heads": 4, "reason": "slower", "before": {"step_us": 9}, "after": {"step_us": 7}}
+    plan = {"version": 2, "window": 3, "cycle": ["big"], "forecast": {"step_us": 7}, "devices": ["gpu-0"]}
+    window = {"window": 2, "steps": 100, "step_seconds_median": 0.5, "forecast_seconds": 0.4, "error": 0.25}
+    lines = [line(1, "window", **window), line(2, "plan.changed", **plan, change=change)]
+    assert store.jobs.plans_in_use() == {}
+    store.attempts.absorb(attempt, lines, 50)
+    seen = {event.type: event.data for event in store.jobs.events(job.id).data}
+    assert seen["window"] == window
+    assert seen["plan.changed"]["change"] == change and "cycle" not in seen["plan.changed"]
+    assert store.jobs.plan(job.id)["cycle"] == ["big"] and list(store.jobs.plans_in_use()) == [job.id]
+    store.attempts.finish(attempt, JobState.SUCCEEDED)
+    assert store.jobs.plans_in_use() == {}
+
+
 def test_documents_and_artifacts_are_kept_apart_from_history(store: Store, spec: JobSpec) -> None:
     job = store.jobs.create(spec, owner="k")[0]
     with pytest.raises(NotFoundError, match="no plan yet"):

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import timm
 
+import service.catalogue
+
 from workers import catalog
 from workers.contract import DIGITS_MODEL
 
@@ -20,9 +22,11 @@ def test_some_known_models_are_judged_rightly(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(timm, "list_models", lambda: SOME)
     built = catalog.build_catalog()
     assert built["timm"] == timm.__version__
+    assert built["format"] == catalog.FORMAT == service.catalogue.FORMAT
+    sizes = {name: built["models"].pop(name) for name in (DIGITS_MODEL, "vit_small_patch14_dinov2")}
+    assert sizes[DIGITS_MODEL]["embed_dim"] == 96 and sizes[DIGITS_MODEL]["img_size"] == 28
+    assert sizes["vit_small_patch14_dinov2"]["img_size"] == 518 and sizes["vit_small_patch14_dinov2"]["depth"] == 12
     assert built["models"] == {
-        DIGITS_MODEL: None,
-        "vit_small_patch14_dinov2": None,
         "vit_small_patch14_reg4_dinov2": "register tokens",
         "deit_tiny_distilled_patch16_224": "architecture VisionTransformerDistilled is not a plain VisionTransformer",
         "resnet50": "architecture resnet is not a plain VisionTransformer",
@@ -37,7 +41,7 @@ def test_the_command_covers_every_name_that_timm_registers(
     catalog.main()
     models = json.loads(path.read_text())["models"]
     assert set(models) == {DIGITS_MODEL, *timm.list_models()}
-    supported = [name for name, reason in models.items() if reason is None]
+    supported = [name for name, entry in models.items() if isinstance(entry, dict)]
     assert len(supported) > 60
     assert f"{len(supported)} of {len(models)} models work" in capsys.readouterr().out
 

@@ -13,7 +13,8 @@ import torch
 
 from scheduler.domain import Placement, Plan, SolverReport, uniform_ops
 from scheduler.errors import CapacityError, InfeasibleError, SystemFault, UserError
-from scheduler.plan import PlanRequest, make_plan
+from scheduler.plan import make_plan
+from scheduler.request import PlanRequest
 from scheduler.scores import make_scores
 from tests.scheduler.test_program import SHAPE, costs_of
 from workers import loop
@@ -77,8 +78,16 @@ class FakeActor:
 
     def __init__(self, answers):
         self.answers, self.announced = list(answers), []
-        self.plan = SimpleNamespace(remote=lambda *args: self.answers.pop(0))
+        self.asked, self.connected = [], 0
+        self.plan = SimpleNamespace(remote=self._plan)
         self.announce = SimpleNamespace(remote=self._announce)
+
+    def _plan(self, job, attempt, window, report, rank):
+        self.asked.append((window, report, rank))
+        answer = self.answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
 
     def _announce(self, job, attempt, world_size, rank, announcement):
         self.announced.append((rank, announcement))
@@ -89,44 +98,91 @@ class FakeActor:
 def planner_with(tmp_path, monkeypatch):
     def make(answers):
         actor = FakeActor(answers)
-        monkeypatch.setattr(loop.actor, "connect", lambda: actor)
+
+        def connect(state_dir):
+            assert state_dir == str(tmp_path / "scheduler")
+            actor.connected += 1
+            return actor
+
+        monkeypatch.setattr(loop.actor, "connect", connect)
         monkeypatch.setattr(ray, "get", lambda answer: answer)
         return loop.ActorPlanner(context_of(tmp_path), 1, 2), actor
 
     return make
 
 
-def plan_answer():
+def plan_answer(**change):
     costs = costs_of(2)
     scores = make_scores("random", np.ones((4, 4)), np.ones((4, 4)), 0)
     plan = make_plan(PlanRequest(ratios=(2, 0, 1)), costs, scores)
-    return json.loads(json.dumps({**plan.to_dict(), "profiles": [asdict(p) for p in costs.profiles]})), costs
+    answer = {**plan.to_dict(), "profiles": [asdict(p) for p in costs.profiles], "change": change or None}
+    return json.loads(json.dumps(answer)), costs
+
+
+def forgotten():
+    return {"error": SystemFault("Nobody announced this attempt.", code="unknown_attempt").to_dict()}
 
 
 def test_the_planner_waits_announces_again_after_a_restart_and_keeps_the_placement(planner_with):
-    answer, costs = plan_answer()
-    forgotten = {"error": SystemFault("Nobody announced this attempt.", code="unknown_attempt").to_dict()}
-    planner, actor = planner_with([{"waiting": 1}, answer, forgotten, answer])
+    first, costs = plan_answer()
+    second, _ = plan_answer(reason="heads move")
+    planner, actor = planner_with([{"waiting": 1}, first, forgotten(), second])
     planner.announce({"profile": 1})
-    plan, profiles = planner.plan(0)
-    assert isinstance(plan, Plan) and tuple(profiles) == costs.profiles
-    planner.plan(1)
+    planned = planner.plan(0, None)
+    assert isinstance(planned.plan, Plan) and tuple(planned.profiles) == costs.profiles and planned.change == {}
+    report = {"placement": planned.plan.placement.to_dict(), "progress": 0.5}
+    assert planner.plan(1, report).change == {"reason": "heads move"}
+    assert actor.asked == [(0, None, 1)] * 2 + [(1, report, 1)] * 2
     assert list(actor.announced[1][1]) == ["profile", "placement"]
     kept = Placement.from_dict(actor.announced[1][1]["placement"])
-    assert np.array_equal(kept.owner_LH, plan.placement.owner_LH)
+    assert np.array_equal(kept.owner_LH, planned.plan.placement.owner_LH)
+
+
+def test_a_scheduler_that_is_gone_is_made_anew_and_told_again(planner_with):
+    answer, _ = plan_answer()
+    planner, actor = planner_with([ray.exceptions.RayActorError(), forgotten(), answer])
+    planner.announce({"profile": 1})
+    planner.plan(0, None)
+    assert actor.connected == 2 and [rank for rank, _ in actor.announced] == [1, 1]
+
+
+def test_a_scheduler_that_stays_away_is_a_fault_of_the_system(planner_with, monkeypatch):
+    monkeypatch.setattr(loop, "PLAN_TIMEOUT_S", 0.1)
+    planner, _ = planner_with([ray.exceptions.RayActorError()] * 50)
+    with pytest.raises(SystemFault) as raised:
+        planner.plan(0, None)
+    assert raised.value.code == "scheduler_lost"
+
+
+def test_a_lost_scheduler_does_not_change_how_a_job_ended(monkeypatch):
+    def get(answer, timeout):
+        raise ray.exceptions.GetTimeoutError("no answer")
+
+    monkeypatch.setattr(ray, "get", get)
+    loop._forget(SimpleNamespace(forget=SimpleNamespace(remote=lambda job: job)), "job")
+
+
+def test_cores_are_given_to_every_rank_or_to_none(tmp_path):
+    assert context_of(tmp_path).cores is None
+    given = RunContext.model_validate_json(context_of(tmp_path).model_copy(update={"cores": (0, 1)}).model_dump_json())
+    assert given.cores == (0, 1)
+    with pytest.raises(ValueError, match="1 cores for 2 workers"):
+        RunContext(job_id="job", spec=JobSpec(), run_dir="r", storage_path="s", cores=(0,))
 
 
 def test_an_infeasible_plan_is_the_users_error(planner_with):
     error = InfeasibleError("no plan", code="budgets_infeasible", param="method.budgets").to_dict()
     planner, _ = planner_with([{"error": error}])
     with pytest.raises(UserError) as raised:
-        planner.plan(0)
+        planner.plan(0, None)
     assert raised.value.code == "budgets_infeasible" and raised.value.param == "method.budgets"
 
 
 def test_plans_survive_json():
     answer, _ = plan_answer()
     plan = Plan.from_dict(answer)
-    assert json.loads(json.dumps(plan.to_dict())) == {k: v for k, v in answer.items() if k != "profiles"}
+    assert json.loads(json.dumps(plan.to_dict())) == {
+        k: v for k, v in answer.items() if k not in ("profiles", "change")
+    }
     assert isinstance(plan.placement_report, SolverReport)
     assert uniform_ops(SHAPE, 3, 2).shape == plan.cycle[0].shape

@@ -2,42 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import time
-
 import pytest
 import timm
 import torch
 
 from scheduler.actor import Scheduler
-from scheduler.domain import DeviceProfile, Plan
-from scheduler.errors import from_dict
 from tests.workers.engine import on_threads
+from tests.workers.planners import DirectPlanner
 from workers.contract import JobSpec
 from workers.data import open_dataset
 from workers.events import EventLog, read_events
 from workers.session import Place, Session
-
-
-class DirectPlanner:
-    """Calls the scheduler in this process."""
-
-    def __init__(self, scheduler, rank, size):
-        self.scheduler, self.rank, self.size = scheduler, rank, size
-
-    def announce(self, announcement):
-        announcement = json.loads(json.dumps(announcement))
-        assert "error" not in self.scheduler.announce("job", 1, self.size, self.rank, announcement)
-
-    def plan(self, window):
-        while True:
-            answer = self.scheduler.plan("job", 1, window)
-            if "error" in answer:
-                raise from_dict(answer["error"])
-            if "cycle" in answer:
-                answer = json.loads(json.dumps(answer))
-                return Plan.from_dict(answer), [DeviceProfile.from_dict(p) for p in answer["profiles"]]
-            time.sleep(0.01)
 
 
 def run_job(spec, run_dir, size=2):
@@ -74,7 +49,7 @@ def spec_of(**fields):
     [
         {},
         {"budgets": {"compute": 0.6, "bytes": 0.5}},
-        {"ratios": {"full": 3, "skip": 2}, "strategy": "coherent", "skip_fill": "rescale"},
+        {"ratios": {"full": 3, "skip": 2}, "hold": "none", "skip_fill": "rescale"},
         {"ratios": {"full": 2, "forward": 1, "skip": 2}, "skip_fill": "mean"},
     ],
     ids=["all-full", "budgets", "coherent rescale", "held mean"],

@@ -1,0 +1,80 @@
+"""Planners for tests: the scheduler in this process, and one that gives the placements it was told to give."""
+
+from __future__ import annotations
+
+import json
+import time
+
+from scheduler.compiler import compile_step
+from scheduler.cost import Costs
+from scheduler.domain import (
+    DeviceProfile,
+    ModelShape,
+    Op,
+    Placement,
+    Plan,
+    SolverReport,
+    StepShape,
+    mean_forecast,
+    uniform_ops,
+)
+from scheduler.errors import from_dict
+from scheduler.simulate import simulate
+from workers.gather import gather_json
+from workers.windows import Planned
+
+REPORT = SolverReport("scripted", "KEPT", 0.0, 0.0, 0.0, 0.0)
+
+
+def read_answer(answer):
+    """The actor's answer as a worker reads it."""
+    if "error" in answer:
+        raise from_dict(answer["error"])
+    answer = json.loads(json.dumps(answer))
+    profiles = [DeviceProfile.from_dict(p) for p in answer["profiles"]]
+    return Planned(Plan.from_dict(answer), profiles, answer["change"] or {})
+
+
+class DirectPlanner:
+    """Calls a `Scheduler` in this process; all ranks on threads share it."""
+
+    def __init__(self, scheduler, rank, size):
+        self.scheduler, self.rank, self.size = scheduler, rank, size
+
+    def announce(self, announcement):
+        announcement = json.loads(json.dumps(announcement))
+        assert "error" not in self.scheduler.announce("job", 1, self.size, self.rank, announcement)
+
+    def plan(self, window, report):
+        while True:
+            answer = self.scheduler.plan("job", 1, window, json.loads(json.dumps(report)), self.rank)
+            if "waiting" not in answer:
+                return read_answer(answer)
+            time.sleep(0.01)
+
+
+class ScriptedPlanner:
+    """Gives placements and op tables from functions of the window; profiles come from the group or its reports."""
+
+    def __init__(self, transport, owners, cycle=None):
+        self.transport, self.owners = transport, owners
+        self.cycle = cycle or (lambda window, shape, num: (uniform_ops(shape, num, Op.FULL),))
+        self.reports = []
+
+    def announce(self, announcement):
+        self.shape = ModelShape(**{k: tuple(v) if isinstance(v, list) else v for k, v in announcement["shape"].items()})
+        self.step = StepShape(**announcement["step"])
+        self.profiles = [DeviceProfile.from_dict(p) for p in gather_json(self.transport, announcement["profile"])]
+
+    def plan(self, window, report):
+        if report is not None:
+            self.reports.append(json.loads(json.dumps(report)))
+            self.profiles = [DeviceProfile.from_dict(report["profiles"][str(r)]) for r in range(self.transport.size)]
+        costs = Costs(self.shape, self.step, self.profiles)
+        placement = Placement.make(self.owners(window), self.transport.size)
+        cycle = self.cycle(window, self.shape, self.step.num_micro_batches)
+        full = uniform_ops(self.shape, self.step.num_micro_batches, Op.FULL)
+        seen = [simulate(compile_step(placement, ops, costs), costs) for ops in (*cycle, full)]
+        forecast = mean_forecast(seen[:-1])
+        plan = Plan(window + 1, window, placement, cycle, forecast, seen[-1], REPORT, REPORT, policy={"window": window})
+        return Planned(plan, self.profiles, {"reason": "so it is written"})

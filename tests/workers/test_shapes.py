@@ -1,0 +1,130 @@
+"""The arithmetic of shapes, judged by counting really built models."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import timm
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from scheduler.errors import UserError
+from workers import bundled
+from workers.catalog import sizes_of
+from workers.contract import MODEL_ARGS, JobSpec
+from workers.model import build_model, foreign_architecture, refusal
+from workers.partition import model_shape
+from workers.shapes import POOLS, Sizes, resized, shape_of
+
+TINY = "vit_tiny_patch16_224"
+CASES: list[tuple[str, dict[str, Any], int | None]] = [
+    ("d2ft_digits", {}, None),
+    ("d2ft_digits", {"depth": 3, "num_heads": 4, "embed_dim": 64}, 32),
+    (TINY, {}, None),
+    (TINY, {"qkv_bias": False, "init_values": 1e-5, "depth": 2}, 96),
+    (TINY, {"class_token": False, "global_pool": "avg", "depth": 1}, None),
+    (TINY, {"patch_size": 14, "in_chans": 1, "depth": 1}, 100),
+    (TINY, {"mlp_ratio": 2.7, "num_heads": 6, "depth": 1}, None),
+    ("vit_small_patch32_384", {"depth": 2, "img_size": 70}, None),
+    ("vit_small_patch14_dinov2", {"depth": 2}, 224),
+    ("deit3_small_patch16_224", {"depth": 2}, 160),
+    ("deit3_small_patch16_224", {"depth": 1, "class_token": False, "global_pool": "avg"}, None),
+    ("vit_base_patch16_224", {"depth": 1, "global_pool": "avg"}, None),
+    ("vit_medium_patch16_gap_240", {"depth": 1}, None),
+    ("vit_so150m_patch16_reg4_gap_256", {}, None),
+]
+
+
+def sizes(model: str) -> Sizes:
+    return sizes_of(bundled.TIMM_NAME, **bundled.MODEL_ARGS) if model == "d2ft_digits" else sizes_of(model)
+
+
+@pytest.mark.parametrize(("model", "args", "img_size"), CASES)
+def test_the_shape_is_that_of_the_built_model(model: str, args: dict[str, Any], img_size: int | None) -> None:
+    spec = JobSpec(model=model, model_args=args, img_size=img_size)
+    try:
+        built = build_model(spec, num_classes=7, load=False)
+    except UserError as error:
+        assert error.code == "model_refused"
+        return
+    assert shape_of(resized(sizes(model), args, img_size), 7) == model_shape(built)
+
+
+def test_every_supported_model_has_the_shape_that_the_catalogue_says() -> None:
+    names = [name for name in timm.list_models() if foreign_architecture(name) is None]
+    agreed = 0
+    for name in names:
+        with torch.device("meta"):
+            built = timm.create_model(name, pretrained=False, num_classes=3, depth=1)
+        if refusal(built) is None:
+            assert shape_of(resized(sizes_of(name), {"depth": 1}), 3) == model_shape(built), name
+            agreed += 1
+    assert agreed > 60
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.integers(1, 5),
+    st.integers(1, 8),
+    st.integers(1, 3),
+    st.integers(4, 40),
+    st.integers(2, 16),
+    st.floats(0.5, 5),
+    st.booleans(),
+    st.booleans(),
+)
+def test_any_arguments_count_as_the_built_model_does(
+    heads: int, width: int, depth: int, side: int, patch: int, ratio: float, bias: bool, token: bool
+) -> None:
+    args: dict[str, Any] = {
+        "num_heads": heads,
+        "embed_dim": 4 * heads * width,
+        "depth": depth,
+        "patch_size": min(side, patch),
+        "mlp_ratio": ratio,
+        "qkv_bias": bias,
+        "class_token": token,
+        "global_pool": "token" if token else "avg",
+    }
+    with torch.device("meta"):
+        built = timm.create_model(TINY, pretrained=False, num_classes=3, img_size=side, **args)
+    assert shape_of(resized(sizes(TINY), args, side), 3) == model_shape(built)
+
+
+@pytest.mark.parametrize(
+    ("args", "img_size", "param"),
+    [
+        ({"num_heads": 5}, None, "model_args.num_heads"),
+        ({"depth": 0}, None, "model_args.depth"),
+        ({"depth": 1 << 40}, None, "model_args.depth"),
+        ({"embed_dim": 96.5}, None, "model_args.embed_dim"),
+        ({"embed_dim": True}, None, "model_args.embed_dim"),
+        ({"patch_size": "sixteen"}, None, "model_args.patch_size"),
+        ({"mlp_ratio": 0.001}, None, "model_args.mlp_ratio"),
+        ({"mlp_ratio": "4"}, None, "model_args.mlp_ratio"),
+        ({"qkv_bias": 1}, None, "model_args.qkv_bias"),
+        ({"global_pool": "map"}, None, "model_args.global_pool"),
+        ({"class_token": False}, None, "model_args.class_token"),
+        ({}, 8, "img_size"),
+        ({"img_size": 8}, None, "img_size"),
+    ],
+)
+def test_sizes_that_cannot_be_built_are_refused_by_field(
+    args: dict[str, Any], img_size: int | None, param: str
+) -> None:
+    with pytest.raises(UserError) as refused:
+        resized(sizes(TINY), args, img_size)
+    assert refused.value.code == "bad_model_args" and refused.value.param == param and refused.value.remedy
+
+
+def test_every_argument_of_a_job_is_one_of_the_sizes() -> None:
+    assert set(MODEL_ARGS) <= set(Sizes.__dataclass_fields__)
+    assert POOLS == ("token", "avg")
+
+
+def test_sizes_survive_their_file() -> None:
+    assert Sizes.from_dict(sizes(TINY).to_dict()) == sizes(TINY)
+    with pytest.raises(KeyError):
+        Sizes.from_dict({"img_size": 224})
