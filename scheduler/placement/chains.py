@@ -14,12 +14,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Sequence
-from fractions import Fraction
 
 from scheduler.placement.instance import Chain, Instance, Team
 
 ALL_CHAINS_UP_TO = 3  # workers
 EXACT_ORDER_UP_TO = 6  # teams; longer chains are ordered greedily
+ROUNDED_DOWN = 1 - 1e-9  # keeps a bound in floating point below the number meant
 KINDS = ("split", "whole", "mixed")
 
 
@@ -60,9 +60,12 @@ def quick_bound_us(instance: Instance, chain: Chain) -> int:
 
 
 def _quick_bound_us(instance: Instance, chain: Chain) -> int:
-    fixed, workers = instance.fixed(chain), [w for team in chain for w in team]
-    share, more = Fraction(instance.run_share).limit_denominator(1000), instance.more
-    head_us, work = _head_us(instance, workers)
+    fixed, workers = instance.fixed(chain), sorted({w for team in chain for w in team})
+    share, more = instance.run_share, instance.more
+    full_us, only_us = instance.head_us_W
+    head_us = {w: full_us[w] for w in workers}
+    part = min(1.0, *(only_us[w] / full_us[w] for w in workers))
+    work = instance.num_full + part * (instance.num_blocks * instance.num_heads - instance.num_full)
     speed = sum(1 / us for us in head_us.values())
     load = (share * work + sum(fixed.load_W[w] / us for w, us in head_us.items())) / speed
     fastest = max(sum(1 / head_us[w] for w in team) for team in chain)
@@ -75,19 +78,7 @@ def _quick_bound_us(instance: Instance, chain: Chain) -> int:
         wires = max(instance.exchange_us(chain[0]).values(), default=0) * both * instance.num_blocks
     slowest = max(more * load, more * path / instance.in_flight, more * share * wires)
     rounding = instance.num_blocks + 1
-    return int(slowest + path) + fixed.tail_us - rounding * (more + 2)
-
-
-def _head_us(instance: Instance, workers: Sequence[int]) -> tuple[dict[int, Fraction], Fraction]:
-    """Least µs of a FULL head by worker, and all work in FULL heads: a FORWARD head counts as the least part of one."""
-    heads = range(1, instance.num_heads + 1)
-    busy = instance.busy_WAO
-    full = {w: min(Fraction(int(busy[w, n, 0]), n) for n in heads) for w in workers}
-    only = {w: min(Fraction(int(busy[w, 0, n]), n) for n in heads) for w in workers}
-    full = {w: max(us, Fraction(1, 1000)) for w, us in full.items()}
-    part = min(min(only[w] / full[w] for w in workers), Fraction(1))
-    num_only = instance.num_blocks * instance.num_heads - instance.num_full
-    return full, instance.num_full + part * num_only
+    return int((slowest + path) * ROUNDED_DOWN) + fixed.tail_us - rounding * (more + 2)
 
 
 def _fits(instance: Instance, chain: Chain) -> bool:

@@ -161,6 +161,14 @@ class Instance:
         return self.forward_WAO + self.backward_SWN.sum(axis=0)[:, :, None]
 
     @cached_property
+    def head_us_W(self) -> tuple[list[float], list[float]]:  # noqa: N802
+        """Least µs of a FULL head and of a FORWARD head by worker, in calls of the best size."""
+        counts_N = np.arange(1, self.num_heads + 1)
+        full_W = (self.busy_WAO[:, 1:, 0] / counts_N).min(axis=1)
+        only_W = (self.busy_WAO[:, 0, 1:] / counts_N).min(axis=1)
+        return np.maximum(full_W, 1e-3).tolist(), only_W.tolist()
+
+    @cached_property
     def bytes_AO(self) -> IntArray:  # noqa: N802
         """[H+1, H+1]: what `a` FULL and `o` FORWARD heads of one block take of a worker's memory."""
         counts = range(self.num_heads + 1)

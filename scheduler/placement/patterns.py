@@ -2,8 +2,8 @@
 
 *Pricing* finds the row with the least reduced cost by dynamic programming over the team's members: the state is how
 many heads (and FULL heads) are given out. The slowest members of forward and of backward are handled by *cells*:
-intervals of both times, charged at their lower ends; cells that look good are split. So the value found is a true lower
-bound over all rows of the team with these trainers.
+intervals of the times there are, charged at their first; cells that look good are split. So the value found is a true lower
+bound over all rows of the team.
 """
 
 from __future__ import annotations
@@ -11,19 +11,19 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from scheduler.domain import IntArray
-from scheduler.placement.chains import trainers_of
+from scheduler.placement.chains import by_speed, trainers_of
 from scheduler.placement.instance import Instance, Row, Team
 
 FloatArray = npt.NDArray[np.float64]
 COMPLETE_UP_TO = 600  # rows of a team
 FOUND = 6  # rows that one pricing brings
 CUTS = np.array([0.6, 0.9, 1.1, 1.4])  # of an even share: the first cells
-PARTS = 2  # a good cell is split so often, both ways
 SPLIT_AT_ONCE = 64  # cells
 
 
@@ -112,27 +112,29 @@ def _greedy(instance: Instance, team: Team, trainers: Team, num_full: int, cost_
 
 
 def price(
-    instance: Instance, team: Team, trainers: Team, prices: Prices, enough: float, splits: int
+    instance: Instance, team: Team, prices: Prices, apart: dict[Team, float], enough: float, splits: int
 ) -> tuple[float, list[Row]]:
-    """(Lower bound of the reduced cost over all rows, good rows); what does not depend on shares is left out.
+    """(Lower bound of the reduced cost over all rows, good rows); `apart` is what each set of trainers costs besides.
 
     Cells with a bound below `enough` are split, up to `splits` times.
     """
-    cells_V4 = _first_cells(instance, team, trainers)
+    times = _times(instance, team)
+    cells_V4 = _first_cells(instance, team, times)
     bound, rows = np.inf, list[Row]()
     for turn in range(splits + 1):
-        stages = [np.full((len(cells_V4), instance.num_heads + 1, len(prices.full_K)), np.inf)]
-        stages[0][:, 0, 0] = 0.0
-        for w in team:
-            choices = options(instance, w in trainers)
-            stages.append(_next_stage(instance, stages[-1], w, choices, cells_V4, prices.cost_WAO[w]))
-        least_V = prices.path * (cells_V4[:, 0] + cells_V4[:, 2])
-        totals = stages[-1][:, -1, :] + least_V[:, None] + prices.full_K[None]
-        for at in _best(totals):
-            rows.append(_trace(instance, team, trainers, stages, cells_V4, prices, divmod(at, totals.shape[1])))
-        least = totals.min(axis=1)
+        forward_V2, backward_V2 = (ts[cells_V4[:, i : i + 2] - [0, 1]] for ts, i in zip(times, (0, 2), strict=True))
+        most_V2 = np.stack([forward_V2[:, 1], backward_V2[:, 1]], axis=1)
+        ways = _ways(instance, team, list(apart), prices, most_V2)
+        least_V = prices.path * (forward_V2[:, 0] + backward_V2[:, 0])
+        totals_TVK = np.array([way[-1][1][:, -1] + apart[trainers] for trainers, way in ways.items()])
+        totals_TVK += least_V[:, None] + prices.full_K
+        for t, cell, full in _best(totals_TVK, enough):
+            trainers = list(ways)[t]
+            rows.append(_trace(instance, team, ways[trainers], most_V2[cell], prices, (cell, full)))
+        least = totals_TVK.min(axis=(0, 2))
+        wide_V = (cells_V4[:, 1] - cells_V4[:, 0] > 1) | (cells_V4[:, 3] - cells_V4[:, 2] > 1)
         order = np.argsort(least, kind="stable")
-        hopeful = order[:SPLIT_AT_ONCE][least[order[:SPLIT_AT_ONCE]] < enough]
+        hopeful = order[(least[order] < enough) & wide_V[order]][:SPLIT_AT_ONCE]
         if turn == splits or not len(hopeful):
             return min(bound, float(least.min())), list(dict.fromkeys(rows))
         others = np.delete(least, hopeful)
@@ -141,91 +143,101 @@ def price(
     raise AssertionError("the last turn returns")
 
 
-def _best(totals: FloatArray) -> list[int]:
-    """The final states that are best, from different cells or numbers of FULL heads."""
-    ranked = (int(at) for at in np.argsort(totals, axis=None, kind="stable")[:FOUND])
-    return [at for at in ranked if np.isfinite(totals.flat[at])]
+def _best(totals_TVK: FloatArray, enough: float) -> list[tuple[int, int, int]]:
+    """The final states that are best overall, and for each number of FULL heads: rows of all kinds are needed."""
+    ranked = [int(at) for at in np.argsort(totals_TVK, axis=None, kind="stable")[:FOUND]]
+    by_full_KX = np.moveaxis(totals_TVK, 2, 0).reshape(totals_TVK.shape[2], -1)
+    ranked += [int(at) * len(by_full_KX) + k for k, at in enumerate(by_full_KX.argmin(axis=1))]
+    good = [at for at in dict.fromkeys(ranked) if totals_TVK.flat[at] < enough]
+    return [tuple(map(int, np.unravel_index(at, totals_TVK.shape))) for at in good]  # type: ignore[misc]
 
 
-def _first_cells(instance: Instance, team: Team, trainers: Team) -> FloatArray:
-    """[V, 4]: forward time of the slowest member above and up to which, and backward time; no row is outside."""
-    forward = _cuts([instance.forward_WAO[w, 0, 1:] for w in team])
-    backward = _cuts([instance.backward_SWN[:, w, 1:].sum(axis=0) for w in trainers])
-    if len(team) == 1:
-        forward, backward = forward[[0, -1]], backward[[0, -1]]
-    pairs = itertools.product(itertools.pairwise(forward), itertools.pairwise(backward))
-    return np.array([[*f, *b] for f, b in pairs])
+def _times(instance: Instance, team: Team) -> tuple[IntArray, IntArray]:
+    """All times that a member's forward calls may take in one block, and its backward calls; rising."""
+    forward = instance.forward_WAO[list(team)]
+    backward = instance.backward_SWN[:, list(team)].sum(axis=0)
+    return np.unique(forward[forward > 0]), np.unique(backward)
 
 
-def _cuts(curves: Sequence[IntArray]) -> FloatArray:
+def _first_cells(instance: Instance, team: Team, times: tuple[IntArray, IntArray]) -> IntArray:
+    """[V, 4]: of the slowest member's time, forward from and up to before which of `times`, and backward."""
+    curves = (instance.forward_WAO[list(team), 0, 1:], instance.backward_SWN[:, list(team), 1:].sum(axis=0))
+    ends = [_cuts(curves_WN, ts) if len(team) > 1 else [0, len(ts)] for curves_WN, ts in zip(curves, times, strict=True)]
+    pairs = itertools.product(*map(itertools.pairwise, ends))
+    return np.array([[*forward, *backward] for forward, backward in pairs])
+
+
+def _cuts(curves_WN: IntArray, times: IntArray) -> list[int]:
     """Ends of the first intervals: around an even share of all heads, or of a few."""
-    if not curves:
-        return np.array([0.0, 1.0])
-    heads = len(curves[0])
-    even = heads / sum(heads / max(1, int(curve[-1])) for curve in curves)
-    highest = 2.0 * max(int(curve[-1]) for curve in curves) + 1
-    return np.array([0.0, *(even * CUTS)[even * CUTS < highest], highest])
+    heads = curves_WN.shape[1]
+    even = heads / (heads / np.maximum(1, curves_WN[:, -1])).sum()
+    return sorted({0, len(times), *map(int, np.searchsorted(times, even * CUTS))})
 
 
-def _split(cell: FloatArray) -> FloatArray:
-    forward, backward = (np.linspace(low, high, PARTS + 1) for low, high in (cell[:2], cell[2:]))
+def _split(cell: IntArray) -> IntArray:
+    forward, backward = (sorted({int(low), (int(low) + int(end)) // 2, int(end)}) for low, end in (cell[:2], cell[2:]))
     pairs = itertools.product(itertools.pairwise(forward), itertools.pairwise(backward))
     return np.array([[*f, *b] for f, b in pairs])
+
+
+Stage: TypeAlias = tuple[tuple[int, bool], FloatArray]  # (a member, whether it trains), least cost [V, H+1, K]
+
+
+def _ways(
+    instance: Instance, team: Team, sets: Sequence[Team], prices: Prices, most_V2: IntArray
+) -> dict[Team, list[Stage]]:
+    """Per set of trainers the stages of its dynamic program, trainers first, fast ones first: most sets share those."""
+    known: dict[tuple[tuple[int, bool], ...], FloatArray] = {}
+    start = np.full((len(most_V2), instance.num_heads + 1, len(prices.full_K)), np.inf)
+    start[:, 0, 0] = 0.0
+    order, ways = by_speed(instance, team), dict[Team, list[Stage]]()
+    for trainers in sets:
+        roles = sorted(((w, w in trainers) for w in order), key=lambda role: not role[1])
+        stages: list[Stage] = [((-1, False), start)]
+        for place, role in enumerate(roles):
+            path = tuple(roles[: place + 1])
+            if path not in known:
+                known[path] = _next_stage(instance, stages[-1][1], role, most_V2, prices.cost_WAO[role[0]])
+            stages.append((role, known[path]))
+        ways[trainers] = stages
+    return ways
 
 
 def _next_stage(
-    instance: Instance,
-    before: FloatArray,
-    worker: int,
-    choices: Sequence[tuple[int, int]],
-    cells_V4: FloatArray,
-    cost_AO: FloatArray,
+    instance: Instance, before: FloatArray, role: tuple[int, bool], most_V2: IntArray, cost_AO: FloatArray
 ) -> FloatArray:
     after = np.full_like(before, np.inf)
     size, width = before.shape[1:]
-    for a, o in choices:
-        fits = _fits(instance, worker, a, o, cells_V4)
-        if not fits.any():
-            continue
+    costs_VS = _costs(instance, role, most_V2, cost_AO)
+    for s, (a, o) in enumerate(options(instance, role[1])):
         heads, full = a + o, a if width > 1 else 0
-        came = before[:, : size - heads, : width - full] + cost_AO[a, o]
-        if not fits.all():
-            came[~fits] = np.inf
         target = after[:, heads:, full:]
-        np.minimum(target, came, out=target)
+        np.minimum(target, before[:, : size - heads, : width - full] + costs_VS[:, s, None, None], out=target)
     return after
 
 
-def _fits(instance: Instance, worker: int, a: int, o: int, cells_V4: FloatArray) -> npt.NDArray[np.bool_]:
-    """In which cells a member may have this share."""
-    forward = instance.forward_WAO[worker, a, o] <= cells_V4[:, 1]
-    return forward & (instance.backward_SWN[:, worker, a].sum() <= cells_V4[:, 3])
+def _costs(instance: Instance, role: tuple[int, bool], most_V2: IntArray, cost_AO: FloatArray) -> FloatArray:
+    """[V, options]: what a member's share costs, infinite in cells where the member may not have it."""
+    worker, shares = role[0], np.array(options(instance, role[1]))
+    a, o = shares[:, 0], shares[:, 1]
+    fits_VS = instance.forward_WAO[worker, a, o] <= most_V2[:, 0, None]
+    fits_VS &= instance.backward_SWN[:, worker, a].sum(axis=0) <= most_V2[:, 1, None]
+    return np.where(fits_VS, cost_AO[a, o], np.inf)
 
 
 def _trace(
-    instance: Instance,
-    team: Team,
-    trainers: Team,
-    stages: Sequence[FloatArray],
-    cells_V4: FloatArray,
-    prices: Prices,
-    end: tuple[int, int],
+    instance: Instance, team: Team, stages: Sequence[Stage], most_2: IntArray, prices: Prices, end: tuple[int, int]
 ) -> Row:
     """The row behind a final state, found by walking back through the stages."""
-    cell, full = end
-    heads, static = instance.num_heads, stages[0].shape[2] > 1
-    shares: list[tuple[int, int]] = []
-    for place in range(len(team) - 1, -1, -1):
-        w, value = team[place], stages[place + 1][cell, heads, full]
-
-        def came(share: tuple[int, int], place: int = place, w: int = w, heads: int = heads, full: int = full) -> float:
-            a, o = share
-            f = full - a if static else 0
-            if a + o > heads or f < 0 or not _fits(instance, w, a, o, cells_V4[[cell]])[0]:
-                return np.inf
-            return float(stages[place][cell, heads - a - o, f] + prices.cost_WAO[w, a, o])
-
-        a, o = min(options(instance, w in trainers), key=lambda share: abs(came(share) - value))
-        shares.append((a, o))
-        heads, full = heads - a - o, full - a if static else 0
-    return spelled(instance, team, shares[::-1])
+    (index, full), heads, static = end, instance.num_heads, len(prices.full_K) > 1
+    found: dict[int, tuple[int, int]] = {}
+    for (_, before), (role, after) in reversed(list(itertools.pairwise(stages))):
+        shares = np.array(options(instance, role[1]))
+        own = _costs(instance, role, most_2[None], prices.cost_WAO[role[0]])[0]
+        heads_S, full_S = heads - shares.sum(axis=1), full - shares[:, 0] * static
+        own[(heads_S < 0) | (full_S < 0)] = np.inf
+        came_S = own + before[index, np.maximum(heads_S, 0), np.maximum(full_S, 0)]
+        best = int(np.abs(came_S - after[index, heads, full]).argmin())
+        found[role[0]] = (int(shares[best, 0]), int(shares[best, 1]))
+        heads, full = int(heads_S[best]), int(full_S[best])
+    return spelled(instance, team, [found[w] for w in team])

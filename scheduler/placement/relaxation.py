@@ -21,11 +21,11 @@ from scheduler.placement.patterns import Prices, all_rows, first_rows, price
 from scheduler.placement.worth import Losses
 
 ROUNDS = 40  # of column generation; each gives a valid bound
-ROUNDS_STATIC = 3  # pricing FULL and FORWARD heads takes long, and greedy rows are within 3 % of the best ones
+ROUNDS_ROUGH = 4  # to see whether a chain is worth more
 CLOSE = 5e-4  # bound and objective: further rows are not worth their time
+CLOSE_STATIC = 2e-3
 MEGABYTE = 1e6
-MANY_WORKERS = 12  # above, with a static part, greedy rows and the quick bound must do
-FEW_SPLITS, MANY_SPLITS = 0, 7  # of cells in pricing: to find rows, to prove that there are none
+SPLITS = (0, 8)  # of cells in pricing: to find rows, to prove that there are none
 LACKING = 1e-3  # megabytes: more than rounding
 DEAR = 1e3  # a lacking megabyte, in thousandths of a step
 KEPT_ROWS = 60  # by team, for CP-SAT
@@ -72,14 +72,21 @@ class Relaxed:
     choices: tuple[tuple[int, ...], ...] = ()
 
 
-def relax(instance: Instance, chain: Chain, pool: Pool, losses: Losses | None, goal: float = math.inf) -> Relaxed:
+def relax(
+    instance: Instance,
+    chain: Chain,
+    pool: Pool,
+    losses: Losses | None,
+    goal: float = math.inf,
+    rough: bool = False,
+) -> Relaxed:
     """Bound the proxy of a chain from below (inf if it cannot fit) and find the rows that matter.
 
-    Stops early once the bound is above `goal`.
+    Stops early once the bound is above `goal`; `rough` is content with good rows and a poor bound.
     """
-    program, best, grew, objective = _Program(instance, chain, pool, losses), -math.inf, True, None
-    last = ROUNDS if instance.static is None else ROUNDS_STATIC * (instance.num_workers <= MANY_WORKERS)
-    for turn in range(last + 1):
+    program, best, level, objective = _Program(instance, chain, pool, losses), -math.inf, 0, None
+    close = CLOSE if instance.static is None else CLOSE_STATIC
+    for turn in range((ROUNDS_ROUGH if rough else ROUNDS) + 1):
         objective = program.solve()
         if objective is None:  # rarely, after many new rows; from scratch it finds its way
             program = _Program(instance, chain, pool, losses)
@@ -88,16 +95,22 @@ def relax(instance: Instance, chain: Chain, pool: Pool, losses: Losses | None, g
             nothing = max(best, quick_bound_us(instance, chain)), -math.inf, -math.inf
             return Relaxed(*nothing, *_unpriced(instance, chain, pool, losses))
         if set(chain) <= pool.complete:
-            best, grew = objective, False
-        if turn == last or not grew or best >= min(goal, objective * (1 - CLOSE)):
+            best, level = objective, len(SPLITS)
+        ready = best >= min(goal, objective * (1 - close)) or level == len(SPLITS)
+        if ready or turn == (ROUNDS_ROUGH if rough else ROUNDS):
             break
-        for splits in (FEW_SPLITS,) if instance.static else (FEW_SPLITS, MANY_SPLITS):
-            least, wanted = program.wanted(CLOSE / 2 * objective / instance.num_blocks, splits)
+        spare = max(close / 2 * objective, objective - goal) / instance.num_blocks
+        grew = False
+        while not grew and level < len(SPLITS):
+            least, wanted = program.wanted(spare if level else close / 2 * objective / instance.num_blocks, SPLITS[level])
             best = max(best, objective + instance.num_blocks * min(0.0, least))
-            grew = program.grow(wanted)  # prices are gone until the next solve
-            if grew:
+            if best >= goal:
                 break
-    if program.lacking and not grew and best < goal:
+            grew = program.grow(wanted)  # prices are gone until the next solve
+            level += not grew
+            if rough and level:
+                level = len(SPLITS)
+    if program.lacking and level == len(SPLITS) and not rough and best < goal:
         return Relaxed(math.inf)
     return program.cut(max(best, quick_bound_us(instance, chain)), math.inf if objective is None else objective)
 
@@ -235,13 +248,11 @@ class _Program:
         for place, team in enumerate(self.chain):
             if team in self.pool.complete:
                 continue
-            for trainers in trainers_of(self.instance, team):
-                apart = self._apart(place, team, trainers)
-                bound, rows = price(self.instance, team, trainers, prices, -close - apart, splits)
-                bound += apart
-                least = min(least, bound)
-                if bound < -close:
-                    wanted.append((place, rows))
+            apart = {trainers: self._apart(place, team, trainers) for trainers in trainers_of(self.instance, team)}
+            bound, rows = price(self.instance, team, prices, apart, -close, splits)
+            least = min(least, bound)
+            if bound < -close:
+                wanted.append((place, rows))
         return least, wanted
 
     def grow(self, wanted: list[tuple[int, list[Row]]]) -> bool:

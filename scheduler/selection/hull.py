@@ -117,10 +117,10 @@ def relax(menus: Menus, price: float) -> Relaxed:
     """Solve the linear program of every worker with bytes at `price`."""
     cost_KG, bytes_KG, worth_KG = menus.columns
     value_KG = worth_KG - price * bytes_KG if price else worth_KG
-    group_S, origin_S, goal_S, cost_S, gain_S = _hull_steps(cost_KG, value_KG)
-    rate_S = gain_S / cost_S
+    group_S, origin_S, goal_S, cost_S, gain_S, rate_S = _hull_steps(cost_KG, value_KG)
     worker_S = menus.worker_G[group_S]
-    order = np.argsort(worker_S - rate_S / (1.0001 * float(rate_S.max(initial=1e-12)) + 1e-12))
+    # Stable, since the steps of a straight stretch have one rate and count only one after the other.
+    order = np.argsort(worker_S - rate_S / (1.0001 * float(rate_S.max(initial=1e-12)) + 1e-12), kind="stable")
     group_S, goal_S, worker_S = group_S[order], goal_S[order], worker_S[order]
     cost_S, gain_S = cost_S[order], gain_S[order]
     spent_W = np.bincount(worker_S, weights=cost_S, minlength=len(menus.budget_W))
@@ -284,14 +284,17 @@ def _first_price(menus: Menus, free: Relaxed) -> float:
 
 def _hull_steps(
     cost_KG: FloatArray, value_KG: FloatArray
-) -> tuple[IntArray, IntArray, IntArray, FloatArray, FloatArray]:
-    """(group, from, to, cost, gain) of the steps along every menu's upper hull, from option 0 on.
+) -> tuple[IntArray, IntArray, IntArray, FloatArray, FloatArray, FloatArray]:
+    """(group, from, to, cost, gain, gain per cost) of the steps along every menu's upper hull, from option 0 on.
+
+    Gain per cost never rises from a group's step to its next one, not even by rounding.
 
     Options are looked at from where a group stands: the steepest one that costs more and is worth more is next. Options
     lie along the first axis, so that one operation serves all groups.
     """
     options, groups = cost_KG.shape
     live, at = np.arange(groups), np.zeros(groups, dtype=np.int64)
+    ceiling = np.full(groups, np.inf)
     here_cost, here_value = cost_KG[0].copy(), value_KG[0].copy()
     parts = []
     while len(live):
@@ -304,13 +307,14 @@ def _hull_steps(
             np.copyto(goal, option, where=better)
         goes = np.flatnonzero(best)
         to = goal[goes]
+        rate = np.minimum(best[goes], ceiling[goes])
         place = to * len(live) + goes
         cost, value = np.take(cost_KG, place), np.take(value_KG, place)
-        parts.append((live[goes], at[goes], to, cost - here_cost[goes], value - here_value[goes]))
+        parts.append((live[goes], at[goes], to, cost - here_cost[goes], value - here_value[goes], rate))
         if len(goes) < SPARSE * len(live):  # those at their end are carried along until it pays to drop them
             live, cost_KG, value_KG = live[goes], cost_KG[:, goes], value_KG[:, goes]
-            at, here_cost, here_value = to.copy(), cost, value
+            at, here_cost, here_value, ceiling = to.copy(), cost, value, rate.copy()
         else:
-            at[goes], here_cost[goes], here_value[goes] = to, cost, value
-    group, origin, goal, more, gain = (np.concatenate(column) for column in zip(*parts, strict=True))
-    return group, origin, goal, more, gain
+            at[goes], here_cost[goes], here_value[goes], ceiling[goes] = to, cost, value, rate
+    group, origin, goal, more, gain, per_cost = (np.concatenate(column) for column in zip(*parts, strict=True))
+    return group, origin, goal, more, gain, per_cost

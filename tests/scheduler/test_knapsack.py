@@ -79,6 +79,20 @@ def test_the_hull_lies_below_the_optimum_and_its_bound_above(menus: Menus) -> No
 
 
 @settings(max_examples=30, deadline=None)
+@given(groups=st.integers(2, 30), heads=st.integers(2, 16), part=st.floats(0.05, 0.95), limited=st.booleans())
+def test_heads_of_equal_worth_keep_the_budgets_too(groups: int, heads: int, part: float, limited: bool) -> None:
+    worker_G, worth_GN = np.arange(groups) % 2, np.full((groups, heads), 0.3)
+    cost_GN1 = np.tile(7 * np.arange(heads + 1), (groups, 1))
+    budget_W = np.array([int(part * 3 * cost_GN1[worker_G == w, -1].sum()) for w in range(2)])
+    bytes_G2 = np.full((groups, 2), 3)
+    limit = part * bytes_G2.sum() if limited else np.inf
+    menus = scattered_menus(worker_G, worth_GN, worth_GN, cost_GN1, 2 * cost_GN1, bytes_G2, budget_W, limit)
+    picked = pick_by_hull(menus)
+    assert menus.fits(picked.choice_G)
+    assert picked.worth <= picked.bound + 1e-9
+
+
+@settings(max_examples=30, deadline=None)
 @given(menus=instances)
 def test_cpsat_proves_the_optimum(menus: Menus) -> None:
     picked = pick_proved(menus)
