@@ -99,8 +99,8 @@ class DeviceProfile:
 
     The four curves have H + 1 entries: entry k is the µs for k heads run together (entry 0 is 0).
     `sum_us` is adding one part to the residual, `embed_us`/`classify_us` the trunk's ends (forward and backward
-    together), `update_us` the optimiser's time for one head. `send_us`/`recv_us` is what handing one message of the residual
-    stream to the transport, or taking an arrived one out, keeps the worker busy; `trunk_us` packing, adding or
+    together), `update_us` the optimiser's time for one head. `send_us`/`recv_us` is what handing one message of the
+    residual stream to the transport, or taking an arrived one out, keeps the worker busy; `trunk_us` packing, adding or
     unpacking the gradients of one trunk unit; `end_us` the end of a step apart from the heads: tally, clipping, update.
     `links[v]` is the link to worker v (None to itself). `device_id` names the device across jobs, `facts` says what the
     machine tells of it, `samples` counts the measurements behind the curves.

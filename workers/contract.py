@@ -42,7 +42,7 @@ class Budgets(Frozen):
 
 
 class Phase(Frozen):
-    """A part of the training with its own ratios or budgets; neither means all-FULL. `share` is its part of the steps."""
+    """A part of the training, `share` of its steps, with its own ratios or budgets; neither means all-FULL."""
 
     share: Annotated[float, Field(gt=0, le=1)]
     ratios: Ratios | None = None
@@ -58,11 +58,11 @@ class Phase(Frozen):
 class Method(Frozen):
     """How the work is chosen. Give one of `ratios`, `budgets` and `schedule`; none means all-FULL.
 
-    `strategy` says who chooses: "hull" the most worthy within each worker's time (the default), "cpsat" the same, proved;
-    "two_stage" FULL by backward and then FORWARD by forward score, device by device (the paper's way); "random",
-    "uniform" without looking at worth; "full" all-FULL.
-    `hold` says what stays the same over a window: "training" which heads are FULL and which FORWARD, with SKIPs drawn for
-    each step; "all" also which are SKIP; "none" nothing, every micro-batch is chosen for.
+    `strategy` says who chooses: "hull" the most worthy within each worker's time (the default), "cpsat" the same,
+    proved; "two_stage" FULL by backward and then FORWARD by forward score, device by device (the paper's way);
+    "random", "uniform" without looking at worth; "full" all-FULL.
+    `hold` says what stays the same over a window: "training" which heads are FULL and which FORWARD, with SKIPs drawn
+    for each step; "all" also which are SKIP; "none" nothing, every micro-batch is chosen for.
     `grain`: a worker's heads of a block sit out together ("coherent": that saves bytes), or each alone ("scattered").
     `score` is what a head is worth; `skip_fill` what a skipped head adds.
     """

@@ -5,6 +5,7 @@
 | split | one team of at least two workers |
 | whole | teams of one worker each |
 | mixed | workers agglomerated over their fastest links into a few teams; each level of that tree is one chain |
+| | in small fleets also a team with slow workers in some blocks and without them in the others |
 
 Of every kind the k fastest workers are tried for each k: the slow ones may be left out. Up to three workers all chains
 are tried. The order of a chain is the one with the shortest crossings; where worth differs by block, also by speed.
@@ -18,6 +19,7 @@ from collections.abc import Iterable, Sequence
 from scheduler.placement.instance import Chain, Instance, Team
 
 ALL_CHAINS_UP_TO = 3  # workers
+NESTED_UP_TO = 4  # workers
 EXACT_ORDER_UP_TO = 6  # teams; longer chains are ordered greedily
 ROUNDED_DOWN = 1 - 1e-9  # keeps a bound in floating point below the number meant
 KINDS = ("split", "whole", "mixed")
@@ -29,6 +31,8 @@ def chains_of(instance: Instance, kind: str) -> list[Chain]:
         found = set(_all_chains(instance, kind))
     else:
         found = set(_near_chains(instance, kind))
+    if kind == "mixed":
+        found |= set(_nested_chains(instance))
     fits = (chain for chain in found if _fits(instance, chain))
     return sorted(fits, key=lambda chain: (quick_bound_us(instance, chain), chain))
 
@@ -119,6 +123,15 @@ def _near_chains(instance: Instance, kind: str) -> Iterable[Chain]:
                 yield from ((team,) for team in level if len(team) > 1)
             elif _is(kind, level):
                 yield from _orders(instance, level)
+
+
+def _nested_chains(instance: Instance) -> Iterable[Chain]:
+    """All workers in some blocks, the fastest ones alone in the others: a slow one is too slow for a head of each."""
+    if instance.static is None and instance.num_workers <= NESTED_UP_TO:
+        order = by_speed(instance, range(instance.num_workers))
+        for count in range(3, instance.num_workers + 1):
+            for inner in range(2, count):
+                yield tuple(sorted(order[:count])), tuple(sorted(order[:inner]))
 
 
 def _levels(instance: Instance, workers: Iterable[int]) -> list[Chain]:

@@ -5,7 +5,7 @@ The *team* of a row is who has heads in it, its *trainers* are who has FULL head
 in block order. Per micro-batch, in µs, with M micro-batches of which F are in flight at a time:
 
     load_w     Σ forward(full) + forward(only) + backward(full), sums and messages; the ends where w has them
-    phase_w    Σ over w's teams (largest forward + largest backward load of a member)
+    phase_w    largest forward + largest backward load of a member of w's team, or of teams that share members
     wire_uv    time that link u→v is taken: 2/P messages per exchange of P workers (the root rotates), and crossings
     path       Σ over sub-layers (slowest forward + slowest backward + hops of exchanges) + crossings + ends
     proxy      max((M−1−Q)·load_w + Q·phase_w + update_w·FULL heads of w, (M−1)·wire_uv, (M−1)·path / F) + path + tail
@@ -314,11 +314,12 @@ class Instance:
 
     def _phase_W(self, rows: Sequence[Row]) -> list[int]:  # noqa: N802
         out = [0] * self.num_workers
-        for team in {row.team for row in rows}:
-            costs = [self.cost(row) for row in rows if row.team == team]
-            forward = max(sum(cost.forward_W[w] for cost in costs) for w in team)
-            backward = max(sum(cost.backward_W[w] for cost in costs) for w in team)
-            for w in team:
+        for teams in linked(chain_of(rows)):
+            costs = [self.cost(row) for row in rows if row.team in teams]
+            members = sorted({w for team in teams for w in team})
+            forward = max(sum(cost.forward_W[w] for cost in costs) for w in members)
+            backward = max(sum(cost.backward_W[w] for cost in costs) for w in members)
+            for w in members:
                 out[w] += forward + backward
         return out
 
@@ -326,6 +327,15 @@ class Instance:
 def chain_of(rows: Sequence[Row]) -> Chain:
     """The teams of consecutive blocks, each run once."""
     return tuple(team for team, _ in itertools.groupby(row.team for row in rows))
+
+
+def linked(chain: Chain) -> list[list[Team]]:
+    """The teams in groups: those that share members, at one remove or more, go in step."""
+    groups: list[list[Team]] = []
+    for team in dict.fromkeys(chain):
+        near = [group for group in groups if any(set(team) & set(other) for other in group)]
+        groups = [group for group in groups if group not in near] + [[team, *(t for group in near for t in group)]]
+    return groups
 
 
 def block_bytes(costs: Costs, num_full: int, num_only: int) -> int:

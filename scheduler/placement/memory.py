@@ -130,20 +130,21 @@ class _Slack:
                     self.model.add(trains == length)
                 totals.append(total)
                 all_full.append(full)
-                trunk: Any = instance.trunk_bytes(w in chain[0], False)
-                trunk += instance.trunk_bytes(False, True) * classifies.get(w, 0)
-                self._worker(w, length, total - full, full, trains, trunk)
+                self._worker(w, length, total - full, full, trains)
             self.model.add(sum(totals) == heads * length)
         self.model.add(sum(all_full) == instance.num_full)
+        for w in self.needs:
+            self.needs[w] += instance.trunk_bytes(w in chain[0], False)
+            self.needs[w] += instance.trunk_bytes(False, True) * classifies.get(w, 0)
+            self.lacks[w] = self.model.new_int_var(0, CEILING, f"lacks{w}")
+            self.model.add(self.needs[w] <= instance.costs.profiles[w].free_bytes + self.lacks[w])
         self.model.minimize(sum(self.lacks.values()))
 
-    def _worker(self, worker: int, length: Any, only: Any, full: Any, trains: Any, trunk: Any) -> None:
+    def _worker(self, worker: int, length: Any, only: Any, full: Any, trains: Any) -> None:
         size_AO = self.instance.bytes_AO.tolist()
         first_full, first_only = size_AO[1][0], size_AO[0][1]
         per_full = size_AO[2][0] - first_full if len(size_AO) > 2 else first_full
         per_only = size_AO[0][2] - first_only if len(size_AO) > 2 else first_only
         need = (first_full - per_full) * trains + per_full * full
-        need += (first_only - per_only) * (length - trains) + per_only * only + trunk
-        lacks = self.model.new_int_var(0, CEILING, f"lacks{worker}")
-        self.model.add(need <= self.instance.costs.profiles[worker].free_bytes + lacks)
-        self.needs[worker], self.lacks[worker] = need, lacks
+        need += (first_only - per_only) * (length - trains) + per_only * only
+        self.needs[worker] = self.needs.get(worker, 0) + need

@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 
 from ortools.sat.python import cp_model
 
-from scheduler.placement.instance import Chain, Instance, Link, Row
+from scheduler.placement.instance import Chain, Instance, Link, Row, linked
 from scheduler.placement.relaxation import Relaxed
 from scheduler.placement.worth import Losses
 
@@ -76,12 +76,23 @@ def solve_chain(
         of_team = Counter(row.team for row in answer.rows)
         lengths = [of_team[team] for team in chain]
         answer, _ = run.best(below, lengths)
+    if answer is not None and len(linked(chain)) < len(chain):
+        rows = interleaved(answer.rows)
+        answer = Answer(rows, answer.classifier, instance.proxy_us(rows, answer.classifier))
     return answer, max(relaxed.bound, min(relaxed.beyond, proved))
+
+
+def interleaved(rows: Sequence[Row]) -> tuple[Row, ...]:
+    """Rows of teams that share members, in turns: as runs of their own they would wait for each other in each."""
+    return tuple(_spread(dict(Counter(rows))))
 
 
 @dataclass(frozen=True)
 class _Run:
-    """Solves of one chain. With worth the blocks' own best numbers of FULL heads come first: a small model."""
+    """Solves of one chain. With worth, the blocks' own best numbers of FULL heads are a small model.
+
+    It says how long several runs should be, comes first there, and stands in where the large one finds nothing.
+    """
 
     instance: Instance
     chain: Chain
@@ -93,15 +104,29 @@ class _Run:
 
     def best(self, below: int | None, lengths: Sequence[int] | None = None) -> tuple[Answer | None, float]:
         """(The best answer below `below`, a bound over the rows of the relaxation)."""
-        first: Answer | None = None
-        if self.losses is not None:
-            narrow = replace(self.relaxed, choices=tuple((k,) for k in self.losses.best_L))
-            first, _ = self._solve(narrow, below, lengths, None)
+        if self.losses is None:
+            return self._solve(self.relaxed, below, lengths)
+        narrow = replace(self.relaxed, choices=tuple((k,) for k in self.losses.best_L))
+        if len(self.chain) == 1:
+            first, bound = self._solve(self.relaxed, below, lengths)
+            first = first or self._solve(narrow, below, lengths)[0]
+            if first is None or first.objective * (1 - self.within) <= max(bound, self.relaxed.bound):
+                return first, bound
+            better, proved = self._solve(self.relaxed, first.objective, lengths, first, by_program=False)
+            return better or first, max(bound, proved)
+        first, _ = self._solve(narrow, below, lengths)
+        if lengths is None and first is not None:
+            return first, -math.inf
         better, proved = self._solve(self.relaxed, below if first is None else first.objective, lengths, first)
         return better or first, proved
 
     def _solve(
-        self, relaxed: Relaxed, below: int | None, lengths: Sequence[int] | None, hint: Answer | None
+        self,
+        relaxed: Relaxed,
+        below: int | None,
+        lengths: Sequence[int] | None,
+        hint: Answer | None = None,
+        by_program: bool = True,
     ) -> tuple[Answer | None, float]:
         model = _Model(self.instance, self.chain, relaxed, self.losses, lengths)
         model.objective(max(0, math.ceil(relaxed.bound - 1e-6)), None if below is None else below + (hint is not None))
@@ -109,8 +134,11 @@ class _Run:
             model.hint(hint)
         solver = solver_of(self.limits, self.seconds)
         solver.parameters.relative_gap_limit = self.within
-        if self.losses is not None:
-            solver.parameters.search_branching = cp_model.LP_SEARCH  # finds in 0.1 s what the default misses for 1 s
+        if self.losses is not None and by_program:
+            # Finds in 0.1 s what the default misses for 1 s; probing and symmetries took longer than the search.
+            solver.parameters.search_branching = cp_model.LP_SEARCH
+            solver.parameters.cp_model_probing_level = 0
+            solver.parameters.symmetry_level = 0
         status = solver.solve(model.model)
         if status == cp_model.INFEASIBLE:
             return None, math.inf if below is None else below
@@ -194,9 +222,9 @@ class _Model:
         path = self._all(lambda row: instance.cost(row).path_us) + self.fixed.path_us
         path += sum(costs.classify_us(w) * classifies for w, classifies in self.classifies.items())
         self.model.add(instance.in_flight * slowest >= more * path)
-        for team, phase in zip(self.chain, self._phases(), strict=True):
-            inside = more - instance.apart * (len(team) > 1)
-            for w in team:
+        for members, phase in self._phases():
+            inside = more - instance.apart * (len(members) > 1)
+            for w in members:
 
                 def load(row: Row, w: int = w, inside: int = inside) -> int:
                     return inside * instance.cost(row).load_W[w] + costs.update_us(w, row.full_W[w])
@@ -212,18 +240,19 @@ class _Model:
             self.model.add(total < max(below, at_least + 1))
         self.model.minimize(total)
 
-    def _phases(self) -> list[Linear]:
-        """Per run the largest forward load of a member and the largest backward load; 0 for a team of one."""
-        cost, out = self.instance.cost, list[Linear]()
-        for team in self.chain:
-            if len(team) == 1:
-                out.append(0)
+    def _phases(self) -> list[tuple[list[int], Linear]]:
+        """Members that go in step, with their largest forward and backward loads together; 0 for one alone."""
+        cost, out = self.instance.cost, list[tuple[list[int], Linear]]()
+        for teams in linked(self.chain):
+            members = sorted({w for team in teams for w in team})
+            if len(members) == 1:
+                out.append((members, 0))
                 continue
             forward, backward = (self.model.new_int_var(0, CEILING, "") for _ in range(2))
-            for w in team:
+            for w in members:
                 self.model.add(forward >= self._terms(w, lambda row, w=w: cost(row).forward_W[w]))
                 self.model.add(backward >= self._terms(w, lambda row, w=w: cost(row).backward_W[w]))
-            out.append(forward + backward)
+            out.append((members, forward + backward))
         return out
 
     def _links(self) -> list[Link]:

@@ -2,8 +2,8 @@
 
 *Pricing* finds the row with the least reduced cost by dynamic programming over the team's members: the state is how
 many heads (and FULL heads) are given out. The slowest members of forward and of backward are handled by *cells*:
-intervals of the times there are, charged at their first; cells that look good are split. So the value found is a true lower
-bound over all rows of the team.
+intervals of the times there are, charged at their first; cells that look good are split. So the value found is a true
+lower bound over all rows of the team.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ FloatArray = npt.NDArray[np.float64]
 COMPLETE_UP_TO = 600  # rows of a team
 FOUND = 6  # rows that one pricing brings
 CUTS = np.array([0.6, 0.9, 1.1, 1.4])  # of an even share: the first cells
-SPLIT_AT_ONCE = 64  # cells
+SPLIT_AT_ONCE = 32  # cells
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,6 +111,20 @@ def _greedy(instance: Instance, team: Team, trainers: Team, num_full: int, cost_
     return spelled(instance, team, [shares[w] for w in team])
 
 
+def without(instance: Instance, row: Row, gone: int) -> Row:
+    """The heads of one member go one by one to whom they make the least slow; trainers stay the others."""
+    full, only = list(row.full_W), list(row.only_W)
+    (a, full[gone]), (o, only[gone]) = (full[gone], 0), (only[gone], 0)
+    team = [w for w in row.team if w != gone]
+    trainers = [w for w in team if full[w]] or team
+    for counts, able, times in ((full, trainers, a), (only, team, o)):
+        for _ in range(times):
+            taken = counts is full
+            best = min(able, key=lambda w: (int(instance.busy_WAO[w, full[w] + taken, only[w] + (not taken)]), w))
+            counts[best] += 1
+    return Row(tuple(full), tuple(only))
+
+
 def price(
     instance: Instance, team: Team, prices: Prices, apart: dict[Team, float], enough: float, splits: int
 ) -> tuple[float, list[Row]]:
@@ -162,7 +176,9 @@ def _times(instance: Instance, team: Team) -> tuple[IntArray, IntArray]:
 def _first_cells(instance: Instance, team: Team, times: tuple[IntArray, IntArray]) -> IntArray:
     """[V, 4]: of the slowest member's time, forward from and up to before which of `times`, and backward."""
     curves = (instance.forward_WAO[list(team), 0, 1:], instance.backward_SWN[:, list(team), 1:].sum(axis=0))
-    ends = [_cuts(curves_WN, ts) if len(team) > 1 else [0, len(ts)] for curves_WN, ts in zip(curves, times, strict=True)]
+    ends = [
+        _cuts(curves_WN, ts) if len(team) > 1 else [0, len(ts)] for curves_WN, ts in zip(curves, times, strict=True)
+    ]
     pairs = itertools.product(*map(itertools.pairwise, ends))
     return np.array([[*forward, *backward] for forward, backward in pairs])
 

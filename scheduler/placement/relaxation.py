@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,8 +17,8 @@ import numpy as np
 from ortools.linear_solver import pywraplp
 
 from scheduler.placement.chains import quick_bound_us, trainers_of
-from scheduler.placement.instance import Chain, Instance, Row, Team
-from scheduler.placement.patterns import Prices, all_rows, first_rows, price
+from scheduler.placement.instance import Chain, Instance, Row, Team, linked
+from scheduler.placement.patterns import Prices, all_rows, first_rows, price, without
 from scheduler.placement.worth import Losses
 
 ROUNDS = 40  # of column generation; each gives a valid bound
@@ -26,10 +27,12 @@ CLOSE = 5e-4  # bound and objective: further rows are not worth their time
 CLOSE_STATIC = 2e-3
 MEGABYTE = 1e6
 SPLITS = (0, 8)  # of cells in pricing: to find rows, to prove that there are none
+MANY_WORKERS = 12  # above, greedy rows must do for a rough look
 LACKING = 1e-3  # megabytes: more than rounding
 DEAR = 1e3  # a lacking megabyte, in thousandths of a step
 KEPT_ROWS = 60  # by team, for CP-SAT
-KEPT_EACH = 3  # of them at least, with each number of FULL heads
+KEPT_STATIC = 20
+KEPT_EACH = 1  # of them at least, with each number of FULL heads
 KEPT_WITHIN = 0.05  # of the bound: reduced cost of a block's number of FULL heads
 
 
@@ -44,10 +47,20 @@ class Pool:
     def of(self, team: Team) -> list[Row]:
         if team not in self.rows:
             everything = all_rows(self.instance, team)
-            self.rows[team] = first_rows(self.instance, team) if everything is None else everything
+            self.rows[team] = self._first(team) if everything is None else everything
             if everything is not None:
                 self.complete.add(team)
         return self.rows[team]
+
+    def _first(self, team: Team) -> list[Row]:
+        """Greedy rows, and those of a team with one more member whose heads go to another."""
+        rows = dict.fromkeys(first_rows(self.instance, team))
+        larger = next((t for t in self.rows if len(t) == len(team) + 1 and set(t) > set(team)), None)
+        if larger is not None and self.instance.static is not None:
+            [gone] = set(larger) - set(team)
+            for row in self.rows[larger]:
+                rows.setdefault(without(self.instance, row, gone))
+        return list(rows)
 
     def add(self, team: Team, rows: list[Row]) -> list[Row]:
         """Those of `rows` that are new here."""
@@ -86,7 +99,8 @@ def relax(
     """
     program, best, level, objective = _Program(instance, chain, pool, losses), -math.inf, 0, None
     close = CLOSE if instance.static is None else CLOSE_STATIC
-    for turn in range((ROUNDS_ROUGH if rough else ROUNDS) + 1):
+    last, levels = (ROUNDS_ROUGH * (instance.num_workers <= MANY_WORKERS), SPLITS[:1]) if rough else (ROUNDS, SPLITS)
+    for turn in range(last + 1):
         objective = program.solve()
         if objective is None:  # rarely, after many new rows; from scratch it finds its way
             program = _Program(instance, chain, pool, losses)
@@ -95,22 +109,17 @@ def relax(
             nothing = max(best, quick_bound_us(instance, chain)), -math.inf, -math.inf
             return Relaxed(*nothing, *_unpriced(instance, chain, pool, losses))
         if set(chain) <= pool.complete:
-            best, level = objective, len(SPLITS)
-        ready = best >= min(goal, objective * (1 - close)) or level == len(SPLITS)
-        if ready or turn == (ROUNDS_ROUGH if rough else ROUNDS):
+            best, level, rough = objective, len(levels), False
+        if turn == last or level == len(levels) or best >= min(goal, objective * (1 - close)):
             break
-        spare = max(close / 2 * objective, objective - goal) / instance.num_blocks
-        grew = False
-        while not grew and level < len(SPLITS):
-            least, wanted = program.wanted(spare if level else close / 2 * objective / instance.num_blocks, SPLITS[level])
-            best = max(best, objective + instance.num_blocks * min(0.0, least))
-            if best >= goal:
-                break
-            grew = program.grow(wanted)  # prices are gone until the next solve
-            level += not grew
-            if rough and level:
-                level = len(SPLITS)
-    if program.lacking and level == len(SPLITS) and not rough and best < goal:
+        enough = close / 2 * objective
+        if level and not program.lacking:
+            enough = max(enough, objective - goal)
+        least, wanted = program.wanted(enough / instance.num_blocks, levels[level])
+        best = max(best, objective + instance.num_blocks * min(0.0, least))
+        if best < goal:
+            level += not program.grow(wanted)
+    if program.lacking and level == len(levels) and not rough and best < goal:
         return Relaxed(math.inf)
     return program.cut(max(best, quick_bound_us(instance, chain)), math.inf if objective is None else objective)
 
@@ -130,7 +139,7 @@ class _Program:
     def __init__(self, instance: Instance, chain: Chain, pool: Pool, losses: Losses | None) -> None:
         self.instance, self.chain, self.pool, self.losses = instance, chain, pool, losses
         self.fixed = instance.fixed(chain)
-        self.workers = sorted(w for team in chain for w in team)
+        self.workers = sorted({w for team in chain for w in team})
         self.solver = pywraplp.Solver.CreateSolver("GLOP")
         self.inf, self.lacking = self.solver.infinity(), False
         self.unit = max(1.0, quick_bound_us(instance, chain) / 1e3)  # µs: keeps the program's numbers near 1
@@ -166,19 +175,22 @@ class _Program:
             self.short[w] = self.solver.NumVar(0, inf, f"short{w}")
             self.objective.SetCoefficient(self.short[w], DEAR)
             self.rooms[w].SetCoefficient(self.short[w], -1)
-        self.phases = [self._phase(team) for team in self.chain]
+        phases: dict[Team, dict[int, tuple[Any, Any]]] = {}
+        for teams in linked(self.chain):
+            phases |= dict.fromkeys(teams, self._phase(sorted({w for team in teams for w in team})))
+        self.phases = [phases[team] for team in self.chain]
         links = {link for team in self.chain for link in instance.exchange_us(team)} | set(self.fixed.wires)
         self.wires = {link: new(more * self.fixed.wires.get(link, 0), inf) for link in sorted(links)}
         for wire in self.wires.values():
             wire.SetCoefficient(self.slowest, 1)
 
-    def _phase(self, team: Team) -> dict[int, tuple[Any, Any]]:
-        """Rows that hold a team's largest forward and backward loads above its members'."""
-        if len(team) == 1:
+    def _phase(self, members: Sequence[int]) -> dict[int, tuple[Any, Any]]:
+        """Rows that hold the largest forward and backward loads above those of members that go in step."""
+        if len(members) == 1:
             return {}
         largest = [self.solver.NumVar(0, self.inf, "") for _ in range(2)]
         out = {}
-        for w in team:
+        for w in members:
             out[w] = (self.solver.Constraint(0, self.inf), self.solver.Constraint(0, self.inf))
             for phase, most in zip(out[w], largest, strict=True):
                 phase.SetCoefficient(most, 1)
@@ -265,14 +277,14 @@ class _Program:
 
     def cut(self, bound: float, fractional: float) -> Relaxed:
         """What has a small reduced cost, and the bound on all else."""
-        rows, beyond = [], math.inf
+        rows, beyond, most = [], math.inf, KEPT_ROWS if self.losses is None else KEPT_STATIC
         for team, uses in zip(self.chain, self.uses, strict=True):
             ranked = sorted((use.reduced_cost(), i, row) for i, (row, use) in enumerate(uses))
             of_full = Counter[int]()
             kept_rows, left = list[Row](), math.inf
             for cost, _, row in ranked:
                 of_full[row.num_full] += 1
-                if len(kept_rows) < KEPT_ROWS or of_full[row.num_full] <= KEPT_EACH:
+                if len(kept_rows) < most or of_full[row.num_full] <= KEPT_EACH:
                     kept_rows.append(row)
                 else:
                     left = min(left, cost)

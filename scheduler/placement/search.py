@@ -31,6 +31,7 @@ BoolArray = npt.NDArray[np.bool_]
 MODES = {"auto": KINDS, "split": ("split",), "whole": ("whole",)}
 CHAINS = 48  # in which the least lacking memory is sought
 HOPELESS = 1.15  # a kind whose bound is above this times the best answer is not worth simulating
+PROVED_STATIC = 0.005  # as PROVED_WITHIN, with FULL and FORWARD heads: bounds are dear
 LOOSELY = 0.01  # gap of a kind that another one has beaten
 LARGE = 12  # workers; above this an answer is wanted within a second
 SAME = 1e-3  # relative: as good as the placement in use
@@ -38,18 +39,23 @@ SAME = 1e-3  # relative: as good as the placement in use
 
 @dataclass(frozen=True)
 class Effort:
-    """How many chains of a kind are relaxed and solved, and the part of the time that one solve may take."""
+    """How many chains of a kind are relaxed, solved and bounded, and the part of the time that one solve may take."""
 
     relaxed: int
     solved: int
     part: float
+    bounded: int = 0
 
 
 EFFORT = Effort(40, 4, 0.1)
-EFFORT_STATIC = Effort(6, 2, 0.06)  # FULL and FORWARD heads make models larger
+EFFORT_STATIC = Effort(1, 1, 0.05, 6)  # FULL and FORWARD heads make models larger
 EFFORT_RIVAL = Effort(2, 1, 0.015)  # of a kind that comes after another, with a static part
 EFFORT_LARGE = Effort(4, 1, 0.03)
-EFFORT_LARGE_STATIC = Effort(1, 1, 0.015)
+EFFORT_LARGE_STATIC = Effort(1, 1, 0.04, 3)
+EFFORT_LARGE_RIVAL = Effort(1, 1, 0.01)
+CHEAP = 0.1  # of relaxing a chain: one whose teams have few rows
+SIZE = 24 * 16 * 16  # of a large model
+TINY = 30  # numbers of FULL heads to choose from
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,81 +117,183 @@ def solve_kinds(instance: Instance, kinds: Sequence[str], limits: Limits) -> lis
     """The best answer of each kind that has one, the best first. Raises InfeasibleError if none has."""
     pool, losses = Pool(instance), losses_of(instance)
     chains = {kind: chains_of(instance, kind) for kind in kinds}
-    chains = {kind: some for kind, some in chains.items() if some}
+    quests = [Quest(instance, kind, some, pool, losses, limits) for kind, some in chains.items() if some]
     solved: list[Solved] = []
-    for kind in sorted(chains, key=lambda kind: quick_bound_us(instance, chains[kind][0])):
-        best = min((s.answer.objective for s in solved), default=math.inf)
-        if quick_bound_us(instance, chains[kind][0]) < best * HOPELESS:
-            found = solve_kind(instance, kind, chains[kind], pool, losses, limits, best)
-            solved += [found] if found else []
+    for quest in _by_promise(quests):
+        found = quest.solve_below(min((s.answer.objective for s in solved), default=math.inf))
+        solved += [found] if found else []
     if not solved:
         everything = [chain for some in chains.values() for chain in some]
-        raise memory_error(instance, tuple(chains), everything[:CHAINS], limits)
+        raise memory_error(instance, tuple(quest.kind for quest in quests), everything[:CHAINS], limits)
     return sorted(solved, key=lambda s: s.answer.objective)
 
 
-def solve_kind(
-    instance: Instance,
-    kind: str,
-    chains: Sequence[Chain],
-    pool: Pool,
-    losses: Losses | None,
-    limits: Limits,
-    rival: float = math.inf,
-) -> Solved | None:
-    """The best answer over the chains; `rival` is the best of other kinds.
+def _by_promise(quests: Sequence[Quest]) -> list[Quest]:
+    """By what the kinds may come to: by their bounds; with a static part by a look at their chains."""
+    order = sorted(quests, key=lambda quest: min(quest.known))
+    least = math.inf
+    for quest in order if order and order[0].losses is not None else []:
+        if min(quest.known) < least * HOPELESS:
+            quest.look()
+            least = min(least, quest.promise)
+    return sorted(order, key=lambda quest: quest.promise)
 
-    Chains are taken in order of their bounds: quick, then by relaxation, then solved. What is left gives the bound.
-    """
-    began = time.perf_counter()
-    effort = _effort(instance, rival)
-    waiting: list[tuple[float, bool, int]] = [(quick_bound_us(instance, c), False, i) for i, c in enumerate(chains)]
-    heapq.heapify(waiting)
-    relaxations: dict[int, Relaxed] = {}
-    best: Answer | None = None
-    bound, fractional, relaxed, solved = math.inf, math.inf, 0, 0
-    while waiting:
-        known, is_relaxed, index = waiting[0]
-        goal = min(math.inf if best is None else best.objective * (1 - PROVED_WITHIN), rival * HOPELESS)
-        late = time.perf_counter() - began > limits.wall_seconds or relaxed >= effort.relaxed or solved >= effort.solved
-        if known >= goal or (late and (best is not None or solved >= 2 * effort.solved)):
-            break
-        heapq.heappop(waiting)
-        if not is_relaxed:
-            relaxed += 1
-            better = relax(instance, chains[index], pool, losses, goal)
-            if better.bound < math.inf:
-                relaxations[index] = better
-                heapq.heappush(waiting, (max(known, better.bound), bool(better.rows), index))
-            continue
-        if best is not None and relaxations[index].fractional >= best.objective * (1 - PROVED_WITHIN):
-            bound = min(bound, known)
-            continue
-        solved += 1
+
+class Quest:
+    """One kind's search. `known[i]` is a bound on chain i, quick at first."""
+
+    def __init__(
+        self,
+        instance: Instance,
+        kind: str,
+        chains: Sequence[Chain],
+        pool: Pool,
+        losses: Losses | None,
+        limits: Limits,
+    ) -> None:
+        self.instance, self.kind, self.chains, self.pool, self.losses = instance, kind, chains, pool, losses
+        self.limits, self.rival, self.effort = limits, math.inf, _effort(instance, math.inf)
+        self.known: list[float] = [quick_bound_us(instance, chain) for chain in chains]
+        self.relaxations: dict[int, Relaxed] = {}
+        self.best: tuple[Answer, float] | None = None
+        self.seconds = 0.0
+        self.solved = 0
+
+    @property
+    def promise(self) -> float:
+        """What the kind may come to: its least fractional objective, or its bound."""
+        if self.losses is None:
+            return min(self.known)
+        return min((self.relaxations[i].fractional for i in self._promising()), default=math.inf)
+
+    def solve_below(self, rival: float) -> Solved | None:
+        """The best answer over the chains; `rival` is the best of other kinds."""
+        began = time.perf_counter()
+        self.late_at = began + self.limits.wall_seconds
+        self.rival, self.effort = rival, _effort(self.instance, rival)
+        if self.instance.static is None:
+            self._by_bound()
+        else:
+            self._by_promise()
+        if self.best is None:
+            return None
+        answer, fractional = self.best
+        seconds = self.seconds + time.perf_counter() - began
+        return Solved(self.kind, answer, self.bound(), fractional, len(self.chains), seconds)
+
+    @property
+    def objective(self) -> float:
+        return math.inf if self.best is None else self.best[0].objective
+
+    @property
+    def late(self) -> bool:
+        return time.perf_counter() > self.late_at
+
+    @property
+    def size(self) -> float:
+        """Of the model, at most 1: small ones need less time; tiny ones end by themselves."""
+        heads = self.instance.num_heads
+        if self.losses is None or self.losses.loss_LK.size <= TINY:
+            return 1.0
+        return float(np.clip(self.instance.num_blocks * heads**2 / SIZE, 0.09, 1.0))
+
+    @property
+    def within(self) -> float:
+        return PROVED_WITHIN if self.losses is None else PROVED_STATIC
+
+    def bound(self) -> float:
+        return min(self.objective, *self.known)
+
+    def goal(self) -> float:
+        """A chain that cannot have less is passed over."""
+        return min(self.objective * (1 - self.within), self.rival * HOPELESS)
+
+    def _by_bound(self) -> None:
+        """The chain with the least bound is relaxed, then solved, until none can beat the answer."""
+        waiting = [(bound, False, i) for i, bound in enumerate(self.known)]
+        heapq.heapify(waiting)
+        relaxed = 0
+        while waiting and waiting[0][0] < self.goal():
+            enough = self.late or relaxed >= self.effort.relaxed or self.solved >= self.effort.solved
+            if enough and (self.best is not None or self.solved >= 2 * self.effort.solved):
+                break
+            _, is_relaxed, index = heapq.heappop(waiting)
+            if is_relaxed:
+                self.solve(index)
+            else:
+                relaxed += 1
+                self.relax(index)
+                if self.relaxations[index].bound < math.inf:
+                    heapq.heappush(waiting, (self.known[index], bool(self.relaxations[index].rows), index))
+
+    def look(self) -> None:
+        """Relax roughly the chains of small quick bounds."""
+        began, spent = time.perf_counter(), 0.0
+        for i in sorted(range(len(self.chains)), key=lambda i: self.known[i]):
+            if spent >= self.effort.relaxed and self._promising():
+                break
+            self.relax(i, rough=True)
+            spent += CHEAP if set(self.chains[i]) <= self.pool.complete else 1
+        self.seconds += time.perf_counter() - began
+
+    def _by_promise(self) -> None:
+        """The most promising chain is solved, then bounds are tightened where they are below its own."""
+        if not self.relaxations and self.rival == math.inf:
+            self.look()
+        tight = math.inf
+        for i in self._promising():
+            tried = self.late or self.solved >= self.effort.solved
+            if tried and (self.best is not None or self.solved >= 2 * self.effort.solved):
+                break
+            if self.effort.bounded and self.relaxations[i].fractional < self.goal():
+                self.relax(i)
+                tight = min(tight, self.known[i])
+            self.solve(i)
+        for i in sorted(range(len(self.chains)), key=lambda i: self.known[i])[: self.effort.bounded]:
+            if self.known[i] < min(tight, self.goal()) and not self.late:
+                self.relax(i, goal=min(tight, self.goal()))
+                if self.known[i] < min(tight, self.goal()):
+                    self.solve(i)
+
+    def _promising(self) -> list[int]:
+        """Relaxed chains that may fit, the least fractional objective first."""
+        found = (i for i, relaxed in self.relaxations.items() if relaxed.bound < math.inf)
+        return sorted(found, key=lambda i: (self.relaxations[i].fractional, i))
+
+    def relax(self, index: int, rough: bool = False, goal: float | None = None) -> None:
+        if index in self.relaxations and set(self.chains[index]) <= self.pool.complete:
+            return
+        goal = self.goal() if goal is None else goal
+        found = relax(self.instance, self.chains[index], self.pool, self.losses, goal, rough)
+        self.known[index] = max(self.known[index], found.bound)
+        self.relaxations[index] = found
+
+    def solve(self, index: int) -> None:
+        relaxed = self.relaxations[index]
+        if relaxed.fractional >= self.goal():
+            return
+        self.solved += 1
+        part = self.effort.part if relaxed.fractional >= self.rival else _effort(self.instance, math.inf).part
         answer, proved = solve_chain(
-            instance,
-            chains[index],
-            relaxations[index],
-            losses,
-            limits,
-            below=None if best is None else best.objective,
-            seconds=limits.seconds * effort.part,
-            within=PROVED_WITHIN if known < rival else LOOSELY,
+            self.instance,
+            self.chains[index],
+            relaxed,
+            self.losses,
+            self.limits,
+            below=None if self.best is None else self.best[0].objective,
+            seconds=self.limits.seconds * part * self.size,
+            within=self.within if self.known[index] < self.rival else LOOSELY,
         )
-        bound = min(bound, max(known, proved))
-        if answer is not None and (best is None or answer.objective < best.objective):
-            best, fractional = answer, relaxations[index].fractional
-    if best is None:
-        return None
-    bound = min(bound, best.objective, *(known for known, _, _ in waiting))
-    return Solved(kind, best, bound, fractional, len(chains), time.perf_counter() - began)
+        self.known[index] = max(self.known[index], proved)
+        if answer is not None and answer.objective < self.objective:
+            self.best = answer, relaxed.fractional
 
 
 def _effort(instance: Instance, rival: float) -> Effort:
-    if instance.num_workers > LARGE:
-        return EFFORT_LARGE if instance.static is None else EFFORT_LARGE_STATIC
     if instance.static is None:
-        return EFFORT
+        return EFFORT if instance.num_workers <= LARGE else EFFORT_LARGE
+    if instance.num_workers > LARGE:
+        return EFFORT_LARGE_STATIC if rival == math.inf else EFFORT_LARGE_RIVAL
     return EFFORT_STATIC if rival == math.inf else EFFORT_RIVAL
 
 

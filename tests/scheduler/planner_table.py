@@ -12,7 +12,6 @@ import numpy as np
 from scheduler.cost import Costs
 from scheduler.domain import Plan, Scores, StepShape
 from scheduler.errors import InfeasibleError
-from scheduler.explain import Explanation
 from scheduler.plan import make_plan
 from scheduler.request import PlanRequest
 from tests.scheduler.fleet import fleet, two_nodes, vit_shape

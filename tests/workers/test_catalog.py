@@ -11,7 +11,6 @@ import pytest
 import timm
 
 import service.catalogue
-
 from workers import catalog
 from workers.contract import DIGITS_MODEL
 
