@@ -10,7 +10,7 @@ that cannot meet the budgets is passed over.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -64,12 +64,10 @@ def make_plan(
     request = request.at(0.0)
     asked = request.selection(window)
     if placement is not None:
-        candidates = [Candidate(placement, _worthy(held, scores), KEPT)]
+        offers: Iterable[Sequence[Candidate]] = [[Candidate(placement, _worthy(held, scores), KEPT)]]
     else:
-        limits = limits or Limits(seed=request.seed)
-        static = static_part(asked, costs, scores)
-        candidates = propose(costs, request.placement, static=static, scores=scores, limits=limits, current=current)
-    drafts = _drafts(request, asked, costs, scores, candidates)
+        offers = _candidates(request, asked, costs, scores, limits or Limits(seed=request.seed), current)
+    drafts = _drafts(request, asked, costs, scores, offers)
     worthy = max(draft.worth for draft in drafts) * NEARLY
     best = min((draft for draft in drafts if draft.worth >= worthy), key=lambda draft: draft.step_us)
     more = _sample(best.selection.cycle, samples)[len(best.steps) :]
@@ -105,24 +103,47 @@ class _Draft:
         return mean_forecast(self.steps).step_us
 
 
+def _candidates(
+    request: PlanRequest,
+    asked: SelectionRequest,
+    costs: Costs,
+    scores: Scores,
+    limits: Limits,
+    current: Placement | None,
+) -> Iterator[list[Candidate]]:
+    """The mode's best placements; then, where "auto" offers none that can keep the bytes, those of split blocks.
+
+    Whole blocks send little, and nearly all of that whatever is selected, so that no fraction of it can be saved.
+    """
+    static = static_part(asked, costs, scores)
+    modes = [request.placement]
+    if request.placement == "auto" and costs.num_workers > 1 and asked.max_bytes < 1:
+        modes.append("split")
+    for mode in modes:
+        yield propose(costs, mode, static=static, scores=scores, limits=limits, current=current)
+
+
 def _drafts(
-    request: PlanRequest, asked: SelectionRequest, costs: Costs, scores: Scores, candidates: Sequence[Candidate]
+    request: PlanRequest, asked: SelectionRequest, costs: Costs, scores: Scores, offers: Iterable[Sequence[Candidate]]
 ) -> list[_Draft]:
-    drafts: list[_Draft] = []
+    """Those of the first offer in which some candidate can do what is asked."""
     misses: list[InfeasibleError] = []
-    for candidate in candidates:
-        placement = candidate.placement
-        try:
-            selection = select(asked, placement, costs, scores, full_LH=candidate.full_LH)
-            _check_memory(placement, selection, costs)
-        except InfeasibleError as error:
-            misses.append(error)
-            continue
-        steps = tuple(forecast(request, placement, ops, costs) for ops in _sample(selection.cycle, SAMPLED))
-        drafts.append(_Draft(placement, candidate.report, selection, worth_fraction(selection.cycle, scores), steps))
-    if not drafts:
-        raise _no_plan(misses)
-    return drafts
+    for candidates in offers:
+        drafts = []
+        for candidate in candidates:
+            placement = candidate.placement
+            try:
+                selection = select(asked, placement, costs, scores, full_LH=candidate.full_LH)
+                _check_memory(placement, selection, costs)
+            except InfeasibleError as error:
+                misses.append(error)
+                continue
+            steps = tuple(forecast(request, placement, ops, costs) for ops in _sample(selection.cycle, SAMPLED))
+            worth = worth_fraction(selection.cycle, scores)
+            drafts.append(_Draft(placement, candidate.report, selection, worth, steps))
+        if drafts:
+            return drafts
+    raise _no_plan(misses)
 
 
 def held_rows(plan: Plan) -> list[str]:

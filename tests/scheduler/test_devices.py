@@ -30,14 +30,15 @@ rates = st.integers(10**9, 10**15)
 
 @st.composite
 def records(draw, count=1):
+    forward = [draw(st.integers(10**10, 10**13)) for _ in range(count)]
     return tuple(
         DeviceRecord(
             id=f"device{i}",
             node=draw(st.sampled_from(["n1", "n2"])),
             device="some GPU",
             call_us=draw(st.integers(0, 500)),
-            forward_flops_per_s=draw(st.integers(10**10, 10**13)),
-            backward_flops_per_s=draw(st.integers(10**10, 10**13)),
+            forward_flops_per_s=forward[i],
+            backward_flops_per_s=draw(st.integers(forward[i] // 4, 4 * forward[i])),
             sum_bytes_per_s=draw(st.integers(10**8, 10**11)),
             memory_bytes=draw(st.integers(1, 10**12)),
             trunk_flops_per_s=draw(st.integers(10**9, 10**12)),

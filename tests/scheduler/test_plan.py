@@ -73,6 +73,12 @@ def test_slow_links_lead_to_whole_blocks_and_fast_ones_to_split_blocks() -> None
     assert sizes == [{2}, {1}]
 
 
+def test_auto_keeps_a_bytes_budget_even_where_whole_blocks_are_faster() -> None:
+    costs, scores = setting(link_bytes_per_s=3 * 10**6)
+    assert {len(make_plan(PlanRequest(), costs, scores).placement.holders(block)) for block in range(6)} == {1}
+    assert make_plan(PlanRequest(compute=0.6, max_bytes=0.5), costs, scores).bytes_fraction <= 0.5
+
+
 def test_the_next_window_keeps_the_placement_and_redraws() -> None:
     costs, scores = setting()
     request = PlanRequest(ratios=(3, 0, 2), seed=5)
