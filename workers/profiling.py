@@ -1,8 +1,9 @@
 """What a worker finds out about itself before training: µs per head on the job's own shapes, links, free memory.
 
-Curves are measured for a few head counts and interpolated; every figure is the median of several runs, on one block
-after another, since a step does not find in the cache what its last sub-layer left there. All workers profile at the
-same time, so that cores they share are shared in the profile too. It is a first guess: live timings replace it.
+Curves are measured for a few head counts and interpolated. Every figure is a mean over a stretch of time, the median of
+three, in which all workers compute: those that share a core take turns of some ms, which single short runs do not show.
+Runs go over one block after another, since a step does not find in the cache what its last sub-layer left there. It is
+a first guess: live timings replace it.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import psutil
 import torch
 import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
 
 from scheduler.cost import residual_bytes
 from scheduler.domain import SUBLAYERS, DeviceProfile, LinkProfile, Placement, StepShape
@@ -25,9 +27,12 @@ from scheduler.program import MessageKey
 from workers.facts import device_facts, device_id, device_name
 from workers.partition import model_shape
 from workers.shard import BlockShard, Shard
-from workers.transport import Parcel, Transport
+from workers.transport import Parcel, Transport, all_gather
 
-REPEATS = 5
+REPEATS = 5  # echoes of a message
+SLOTS = 6  # residual streams that sums take turns on
+STRETCH_S = 0.04  # ten turns of a shared core
+STRETCHES = 3
 BURST = 4  # messages that every transport takes without waiting for their reader
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
@@ -64,6 +69,7 @@ def profile_device(
     whole = Placement.make(np.zeros((shape.num_blocks, shape.num_heads), dtype=int), 1)
     shard = Shard(model, whole, 0, device)
     stopwatch = _Stopwatch(shard, step, autocast)
+    all_gather(transport, torch.zeros(1, device=shard.device))  # all begin together
     curves = {part: stopwatch.curves(part) for part in SUBLAYERS}
     end_us, update_us = stopwatch.step_end_us()
     message_bytes = residual_bytes(shape, step)
@@ -161,7 +167,7 @@ class _Stopwatch:
         images = torch.zeros(
             self.batch, self.shard._ends.in_chans, *size, dtype=self.shard.dtype, device=self.shard.device
         )
-        return self._median_us(lambda _: self.shard.embed(images).backward(self.x_BND))
+        return self._typical_us(lambda _: self.shard.embed(images).backward(self.x_BND))
 
     def classify_us(self) -> int:
         labels_B = torch.zeros(self.batch, dtype=torch.long, device=self.shard.device)
@@ -171,14 +177,18 @@ class _Stopwatch:
             F.cross_entropy(logits_BC, labels_B).backward()
             (logits_BC.argmax(1) == labels_B).sum()
 
-        return self._median_us(run)
+        return self._typical_us(run)
 
     def sum_us(self) -> int:
-        """One part added: half of what two take, each from memory that no run before has touched."""
-        shape = (1 + REPEATS, 3, *self.x_BND.shape)
-        parts = torch.zeros(shape, dtype=self.shard.dtype, device=self.shard.device)
+        """One part added: half of what two take, each from memory that the last runs have not touched."""
+        parts = torch.zeros((SLOTS, 3, *self.x_BND.shape), dtype=self.shard.dtype, device=self.shard.device)
         gamma = self.x_BND[0, 0]
-        return max(1, self._median_us(lambda i: torch.addcmul(parts[i, 0], parts[i, 1] + parts[i, 2], gamma)) // 2)
+
+        def run(repeat: int) -> Tensor:
+            x, one, other = parts[repeat % SLOTS]
+            return torch.addcmul(x, one + other, gamma)
+
+        return max(1, self._typical_us(run) // 2)
 
     @torch.no_grad()
     def trunk_us(self) -> int:
@@ -191,7 +201,7 @@ class _Stopwatch:
             for part, param in zip(flat.split(sizes), params, strict=True):
                 part.view_as(param)
 
-        return max(1, self._median_us(run) // len(self.blocks))
+        return max(1, self._typical_us(run) // len(self.blocks))
 
     def step_end_us(self) -> tuple[int, int]:
         """(µs of a step's end, µs more for each head trained): gradient norms and the update."""
@@ -212,11 +222,10 @@ class _Stopwatch:
             torch.stack(torch._foreach_norm(grads)).double().square().sum().item()
             optimiser.step()
 
-        return self._median_us(run)
+        return self._typical_us(run)
 
     def _forward_backward_us(self, part: str, heads: tuple[int, ...]) -> tuple[int, int]:
-        forward_us, backward_us = [], []
-        for repeat in range(1 + REPEATS):
+        def run(repeat: int) -> tuple[float, float]:
             block = self.blocks[repeat % len(self.blocks)]
             leaf = self.x_BND.detach().clone().requires_grad_()
             begin = self._now()
@@ -224,21 +233,35 @@ class _Stopwatch:
                 out = block.run(part, block.norms[part](leaf), block.trainable(part, heads))
             middle = self._now()
             torch.autograd.backward(out, torch.ones_like(out))
-            forward_us.append(middle - begin)
-            backward_us.append(self._now() - middle)
-        self.shard.clear()
-        self.samples += 2 * REPEATS
-        return round(statistics.median(forward_us[1:]) * 1e6), round(statistics.median(backward_us[1:]) * 1e6)
+            return middle - begin, self._now() - middle
 
-    def _median_us(self, run: Callable[[int], object]) -> int:
-        """The median over runs 1, 2, …; run 0 warms up."""
-        seconds = []
-        for repeat in range(1 + REPEATS):
+        forward_us, backward_us = self._means_us(run)
+        self.samples += 2 * STRETCHES
+        return forward_us, backward_us
+
+    def _typical_us(self, run: Callable[[int], object]) -> int:
+        """What runs 1, 2, … take; run 0 warms up."""
+
+        def timed(repeat: int) -> tuple[float]:
             begin = self._now()
             run(repeat)
-            seconds.append(self._now() - begin)
+            return (self._now() - begin,)
+
+        return self._means_us(timed)[0]
+
+    def _means_us(self, run: Callable[[int], tuple[float, ...]]) -> list[int]:
+        """Mean µs of each of the seconds that `run` returns, over stretches of time; the median of these means."""
+        run(0)
+        means, repeat = [], 0
+        for _ in range(STRETCHES):
+            begin = time.perf_counter()
+            found: list[tuple[float, ...]] = []
+            while len(found) < 2 or time.perf_counter() - begin < STRETCH_S:
+                repeat += 1
+                found.append(run(repeat))
+            means.append([statistics.fmean(column) for column in zip(*found, strict=True)])
         self.shard.clear()
-        return max(1, round(statistics.median(seconds[1:]) * 1e6))
+        return [max(1, round(1e6 * statistics.median(column))) for column in zip(*means, strict=True)]
 
     def _now(self) -> float:
         if self.shard.device.type == "cuda":
