@@ -1,6 +1,6 @@
 """Unlike devices: does the planned split beat the even one, and does it follow a device that slows down?
 
-    python -m tests.bench.unlike [--parts split slowed] [--blocks 6] [--width 192] [--window 6] [--out unlike]
+    python -m tests.bench.unlike [--parts split slowed] [--blocks 6] [--width 384] [--window 4] [--out unlike]
 
 Three worker processes over shared memory, one thread each: rank 0 has core 0 to itself, ranks 1 and 2 share core 1. A
 ViT with random weights (6 heads, 112 px, 50 tokens) is trained on scikit-learn's digits, blown up, since here only time
@@ -57,11 +57,11 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=("split", "slowed"), default=("split", "slowed"))
     parser.add_argument("--blocks", type=int, default=6)
-    parser.add_argument("--width", type=int, default=192)
+    parser.add_argument("--width", type=int, default=384)
     parser.add_argument("--micro-batches", type=int, default=8)
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--window", type=int, default=6)
-    parser.add_argument("--windows", type=int, default=8, help="of each run of the part split")
+    parser.add_argument("--window", type=int, default=4)
+    parser.add_argument("--windows", type=int, default=6, help="of each run of the part split")
     parser.add_argument("--out", default="unlike")
     args = parser.parse_args()
     rows, targets = [], []
