@@ -14,9 +14,20 @@ def on_processes(num_workers, work, *args, backend="gloo"):
     """Run work(rank, *args) on one process per worker and return what each returned, in rank order."""
     context = mp.get_context("spawn")
     results = context.SimpleQueue()
-    mp.spawn(_body, args=(num_workers, free_port(), backend, work, args, results), nprocs=num_workers)
-    found = dict(results.get() for _ in range(num_workers))
+    body_args = (num_workers, free_port(), backend, work, args, results)
+    running = mp.spawn(_body, args=body_args, nprocs=num_workers, join=False)
+    found = {}
+    # A result larger than the pipe holds its process up until it is read, so reading cannot wait for the end.
+    while not running.join(timeout=0.05):
+        _drain(results, found)
+    _drain(results, found)
     return [found[rank] for rank in range(num_workers)]
+
+
+def _drain(results, found):
+    while not results.empty():
+        rank, value = results.get()
+        found[rank] = value
 
 
 def free_port():
