@@ -25,13 +25,13 @@ import ray
 
 from scheduler.book import FILE, Book, book_ids
 from scheduler.cost import Costs
-from scheduler.domain import DeviceProfile, ModelShape, Placement, Scores, StepShape
+from scheduler.domain import DeviceProfile, FloatArray, ModelShape, Placement, Scores, StepShape
 from scheduler.errors import D2ftError, SystemFault, UserError
 from scheduler.plan import make_plan
 from scheduler.profiles import check_fleet, check_profile, read_profile
 from scheduler.replan import change_of, first_plan, next_plan
 from scheduler.request import PlanRequest
-from scheduler.scores import FloatArray, make_scores, merge
+from scheduler.scores import make_scores, merge
 
 NAME, NAMESPACE = "d2ft-scheduler", "d2ft"
 MAX_ATTEMPTS = 100  # kept in memory; the oldest are dropped

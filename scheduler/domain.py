@@ -23,6 +23,7 @@ import numpy.typing as npt
 
 IntArray = npt.NDArray[np.int64]
 BoolArray = npt.NDArray[np.bool_]
+FloatArray = npt.NDArray[np.float64]
 OpTable = npt.NDArray[np.int8]  # [L, H, M], values of Op
 
 SUBLAYERS = ("attn", "mlp")
@@ -175,6 +176,11 @@ class Placement:
     def embedders(self) -> frozenset[int]:
         """The workers that hold the embedding: the owners of the first block's heads."""
         return frozenset(int(w) for w in self.owner_LH[0])
+
+    @property
+    def heads_owned(self) -> IntArray:
+        """[W]: how many heads each worker owns."""
+        return np.bincount(self.owner_LH.ravel(), minlength=self.num_workers).astype(np.int64)
 
     def heads_of(self, worker: int, block: int) -> tuple[int, ...]:
         return tuple(int(h) for h in np.flatnonzero(self.owner_LH[block] == worker))

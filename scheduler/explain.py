@@ -53,11 +53,6 @@ class Explanation:
         return [self._worker(rank) for rank in range(self.costs.num_workers)]
 
     @cached_property
-    def _num_heads(self) -> np.ndarray:
-        """[W]"""
-        return np.bincount(self.plan.placement.owner_LH.ravel(), minlength=self.costs.num_workers)
-
-    @cached_property
     def _head_us(self) -> np.ndarray:
         """[W]: a FULL head's time where all of a block's heads run together."""
         heads = self.costs.shape.num_heads
@@ -155,7 +150,7 @@ class Explanation:
             "rank": rank,
             "name": profile.device_id or profile.device,
             "node": profile.node,
-            "heads": int(self._num_heads[rank]),
+            "heads": int(self.plan.placement.heads_owned[rank]),
             "busy_us": seen.busy_us[rank],
             "idle_us": seen.step_us - seen.busy_us[rank],
             "sent_bytes": sum(seen.link_bytes[rank]),
@@ -169,7 +164,7 @@ class Explanation:
     def _bindings(self, rank: int) -> Iterator[tuple[str, str]]:
         """What keeps the worker from more heads, most telling first."""
         seen, step_us = self.plan.forecast, max(1, self.plan.forecast.step_us)
-        if not self._num_heads[rank]:
+        if not self.plan.placement.heads_owned[rank]:
             yield "idle", self._why_idle(rank)
         busy = seen.busy_us[rank] / step_us
         if busy >= BUSY:

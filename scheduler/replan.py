@@ -208,13 +208,7 @@ def change_of(before: Plan | None, current: Placement, after: Plan, reason: str)
     return {
         "migrated": moved_heads > 0,
         "moved_heads": moved_heads,
-        "before": {"step_us": before and before.forecast.step_us, "heads": heads_per_worker(current)},
-        "after": {"step_us": after.forecast.step_us, "heads": heads_per_worker(after.placement)},
+        "before": {"step_us": before and before.forecast.step_us, "heads": current.heads_owned.tolist()},
+        "after": {"step_us": after.forecast.step_us, "heads": after.placement.heads_owned.tolist()},
         "reason": reason,
     }
-
-
-def heads_per_worker(placement: Placement) -> list[int]:
-    """How many heads each worker owns."""
-    counts: list[int] = np.bincount(placement.owner_LH.ravel(), minlength=placement.num_workers).tolist()
-    return counts

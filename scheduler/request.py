@@ -7,8 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from scheduler.errors import UserError
-from scheduler.selection import GRAINS, HOLDS, STRATEGIES, SelectionRequest
+from scheduler.selection import SelectionRequest, check_words
 
 
 @dataclass(frozen=True)
@@ -44,14 +43,7 @@ class PlanRequest:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, known in (("strategy", STRATEGIES), ("hold", HOLDS), ("grain", GRAINS)):
-            if getattr(self, name) not in known:
-                raise UserError(
-                    f"'{getattr(self, name)}' is not a {name}.",
-                    code=f"unknown_{name}",
-                    param=f"method.{name}",
-                    remedy=f"Use one of {', '.join(known)}.",
-                )
+        check_words(self.strategy, self.hold, self.grain)
 
     def at(self, progress: float) -> PlanRequest:
         """The request that holds when `progress` (0 to 1) of the training is done: the schedule's phase, if any."""

@@ -24,10 +24,9 @@ from collections.abc import Iterable
 import numpy as np
 import numpy.typing as npt
 
-from scheduler.domain import Scores
+from scheduler.domain import FloatArray, Scores
 from scheduler.errors import UserError
 
-FloatArray = npt.NDArray[np.float64]
 KINDS = ("fisher", "gradient", "taylor", "weight", "activation", "random")
 BY_SAMPLE = ("fisher", "taylor")  # made of slopes of single images, which every backward pass of a FULL head yields
 FRESH = 0.5  # share of the newest measurement in a moving average

@@ -280,7 +280,12 @@ def changed(before: Plan, planned: Planned, migration: dict[str, Any] | None) ->
     """What a new plan changes, for the event; the planner's own words where it has some."""
     told, plan = planned.change, planned.plan
     old, new = (
-        {"version": p.version, "step_us": p.forecast.step_us, "heads": heads_of(p), "full_heads": full_heads_of(p)}
+        {
+            "version": p.version,
+            "step_us": p.forecast.step_us,
+            "heads": p.placement.heads_owned.tolist(),
+            "full_heads": full_heads_of(p),
+        }
         for p in (before, plan)
     )
     return {
@@ -292,11 +297,6 @@ def changed(before: Plan, planned: Planned, migration: dict[str, Any] | None) ->
         "before": {**old, **(_known(told.get("before")) if migration else {})},
         "after": new,
     }
-
-
-def heads_of(plan: Plan) -> list[int]:
-    """Heads that each worker owns."""
-    return np.bincount(plan.placement.owner_LH.ravel(), minlength=plan.placement.num_workers).tolist()
 
 
 def full_heads_of(plan: Plan) -> list[float]:

@@ -6,13 +6,10 @@ import itertools
 from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
 from ortools.graph.python import linear_sum_assignment
 
-from scheduler.domain import IntArray, Placement, Scores
+from scheduler.domain import BoolArray, IntArray, Placement, Scores
 from scheduler.placement.instance import Row
-
-BoolArray = npt.NDArray[np.bool_]
 
 
 def arrange(rows: Sequence[Row], full_LH: BoolArray, current: Placement) -> list[Row]:

@@ -14,13 +14,11 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 
-from scheduler.domain import IntArray
+from scheduler.domain import FloatArray, IntArray
 from scheduler.placement.chains import by_speed, trainers_of
 from scheduler.placement.instance import Instance, Row, Team
 
-FloatArray = npt.NDArray[np.float64]
 COMPLETE_UP_TO = 600  # rows of a team
 FOUND = 6  # rows that one pricing brings
 CUTS = np.array([0.6, 0.9, 1.1, 1.4])  # of an even share: the first cells

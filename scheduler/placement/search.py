@@ -13,10 +13,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from scheduler.cost import Costs
-from scheduler.domain import IntArray, Placement, Scores, SolverReport, StaticPart
+from scheduler.domain import BoolArray, IntArray, Placement, Scores, SolverReport, StaticPart
 from scheduler.errors import UserError
 from scheduler.placement.chains import KINDS, chains_of, quick_bound_us
 from scheduler.placement.heads import arrange, assign_heads
@@ -25,8 +24,6 @@ from scheduler.placement.memory import memory_error, rows_of
 from scheduler.placement.model import PROVED_WITHIN, Answer, Limits, solve_chain
 from scheduler.placement.relaxation import Pool, Relaxed, relax
 from scheduler.placement.worth import Losses, full_heads, losses_of, worthiest
-
-BoolArray = npt.NDArray[np.bool_]
 
 MODES = {"auto": KINDS, "split": ("split",), "whole": ("whole",)}
 CHAINS = 48  # in which the least lacking memory is sought

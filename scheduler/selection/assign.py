@@ -16,8 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 from ortools.sat.python import cp_model
 
-from scheduler.domain import IntArray, Op
-from scheduler.selection.words import FloatArray
+from scheduler.domain import FloatArray, IntArray, Op
 
 SCALE = 10_000  # worths become integers of 1e-4 of a mean head's worth
 EFFORT = 1.0  # deterministic seconds of CP-SAT: the answer does not depend on how busy the machine is

@@ -20,10 +20,10 @@ import numpy as np
 from ortools.linear_solver import pywraplp
 
 from scheduler.cost import TALLY_BYTES, trunk_bytes
-from scheduler.domain import Scores
+from scheduler.domain import FloatArray, Scores
 from scheduler.program import EMBED_UNIT
 from scheduler.selection.meter import Meter
-from scheduler.selection.words import FORWARD_WEIGHT, FloatArray, Unit
+from scheduler.selection.words import FORWARD_WEIGHT, Unit
 
 Variable = Any  # pywraplp has no types
 

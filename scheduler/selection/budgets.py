@@ -17,17 +17,15 @@ from dataclasses import replace
 import numpy as np
 
 from scheduler.cost import Costs
-from scheduler.domain import Placement, Scores, SolverReport
+from scheduler.domain import BoolArray, FloatArray, Placement, Scores
 from scheduler.errors import InfeasibleError
 from scheduler.selection.bound import MeansProgram
 from scheduler.selection.drafts import Drafts
 from scheduler.selection.meter import Meter
 from scheduler.selection.shares import flop_shares
-from scheduler.selection.strategies import Strategy, strategy_of
+from scheduler.selection.strategies import Strategy, reported, strategy_of
 from scheduler.selection.tables import Tables
 from scheduler.selection.words import (
-    BoolArray,
-    FloatArray,
     Selection,
     SelectionRequest,
     groups_of,
@@ -52,11 +50,8 @@ def select_budgets(
         raise _refusal(request, strategy, meter, scores)
     cycle, note = found
     worth = worth_fraction(cycle, scores)
-    bound = max(worth, _bound(request, strategy, meter, scores))
-    method = f"{strategy.method}, hold {request.hold}, {request.grain}"
-    status = "PROVED" if bound - worth <= 1e-6 * bound else "FEASIBLE"
-    report = SolverReport(method, status, worth, bound, (bound - worth) / bound, time.perf_counter() - began, note)
-    return Selection(cycle, report)
+    bound = _bound(request, strategy, meter, scores)
+    return reported(request, strategy, cycle, worth, bound, began, note)
 
 
 def likely_mix(request: SelectionRequest, costs: Costs) -> tuple[int, float]:
@@ -84,7 +79,7 @@ def caps_of(strategy: Strategy, meter: Meter, budget: float) -> FloatArray:
     """[W] FLOPs of heads per step that each worker may spend; they sum to the budget."""
     if strategy.timed:
         return flop_shares(meter.placement, meter.costs, budget, meter.forward_LH.astype(np.float64))
-    owned_W = np.bincount(meter.placement.owner_LH.ravel(), minlength=meter.placement.num_workers)
+    owned_W = meter.placement.heads_owned
     result: FloatArray = budget * owned_W / owned_W.sum()
     return result
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from scheduler.cost import Costs
-from scheduler.domain import Placement, Scores, StaticPart
+from scheduler.domain import BoolArray, Placement, Scores, StaticPart
 from scheduler.selection.budgets import likely_mix, select_budgets
 from scheduler.selection.ratios import select_ratios
 from scheduler.selection.strategies import strategy_of
-from scheduler.selection.words import BoolArray, Selection, SelectionRequest, all_full
+from scheduler.selection.words import Selection, SelectionRequest, all_full
 
 
 def select(

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 
-from scheduler.domain import IntArray, Op, OpTable, Scores
+from scheduler.domain import FloatArray, IntArray, Op, OpTable, Scores
 from scheduler.errors import InfeasibleError
 from scheduler.selection.bound import Means, MeansProgram
 from scheduler.selection.draws import evenly, feed, shortest
 from scheduler.selection.menus import Menus
 from scheduler.selection.meter import Meter
 from scheduler.selection.strategies import Strategy
-from scheduler.selection.words import PERIOD, FloatArray, SelectionRequest, Unit, groups_of, heads_of, worth_fraction
+from scheduler.selection.words import PERIOD, SelectionRequest, Unit, groups_of, worth_fraction
 
 TOGETHER = (0.5, 1.0)  # how many blocks follow one order of micro-batches
 LEANER = (1.0, 0.97, 0.93, 0.88, 0.8, 0.7, 0.55, 0.4)  # of the bytes, as the linear program is told
@@ -29,7 +29,7 @@ class Drafts:
     ) -> None:
         self.request, self.strategy, self.meter, self.caps_W = request, strategy, meter, caps_W
         self.seen = strategy.sees(request, scores)
-        self.units = groups_of(meter.placement) if request.coherent else heads_of(meter.placement)
+        self.units = request.units(meter.placement)
         self.groups = groups_of(meter.placement)
         self.limit = request.max_bytes * meter.all_full_bytes
         self.budget = meter.head_flops(request.compute or 1.0)

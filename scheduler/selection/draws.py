@@ -19,9 +19,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from scheduler.domain import IntArray, Op, OpTable
+from scheduler.domain import BoolArray, FloatArray, IntArray, Op, OpTable
 from scheduler.errors import InfeasibleError
-from scheduler.selection.words import BoolArray, FloatArray, Unit
+from scheduler.selection.words import Unit
 
 
 @dataclass(frozen=True)

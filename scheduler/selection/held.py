@@ -15,9 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 from ortools.sat.python import cp_model
 
-from scheduler.domain import Placement
+from scheduler.domain import BoolArray, FloatArray, Placement
 from scheduler.selection.assign import EFFORT, SCALE
-from scheduler.selection.words import BoolArray, FloatArray
 
 
 @dataclass(frozen=True, eq=False)

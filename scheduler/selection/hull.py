@@ -16,9 +16,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from scheduler.domain import IntArray
+from scheduler.domain import BoolArray, FloatArray, IntArray
 from scheduler.selection.menus import Menus, Picked
-from scheduler.selection.words import BoolArray, FloatArray
 
 FAR = 0.08  # of the bytes: what a price found from a sample may leave unused
 TRIES = 5  # to correct it; then the price is sought in full

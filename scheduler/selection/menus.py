@@ -17,8 +17,7 @@ from functools import cached_property
 
 import numpy as np
 
-from scheduler.domain import IntArray, Op
-from scheduler.selection.words import FloatArray
+from scheduler.domain import FloatArray, IntArray, Op
 
 
 @dataclass(frozen=True, eq=False)

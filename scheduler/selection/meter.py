@@ -8,9 +8,8 @@ from functools import cached_property
 import numpy as np
 
 from scheduler.cost import Costs
-from scheduler.domain import Op, OpTable, Placement, step_flops, uniform_ops
+from scheduler.domain import FloatArray, Op, OpTable, Placement, step_flops, uniform_ops
 from scheduler.selection.traffic import Traffic
-from scheduler.selection.words import FloatArray
 from scheduler.transfers import step_bytes
 
 

@@ -13,32 +13,30 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from scheduler.cost import Costs
-from scheduler.domain import IntArray, Op, OpTable, Placement, Scores, SolverReport
+from scheduler.domain import BoolArray, FloatArray, IntArray, Op, OpTable, Placement, Scores
 from scheduler.errors import InfeasibleError
 from scheduler.selection.assign import Items, assign_by_price
 from scheduler.selection.draws import Dealer, Draw, counts_over_cycle, feed, place, settle, shortest
 from scheduler.selection.held import choose_full
 from scheduler.selection.shares import Shares, equal_shares, timed_shares, together, whole
-from scheduler.selection.strategies import Strategy, strategy_of
+from scheduler.selection.strategies import Strategy, reported, strategy_of
 from scheduler.selection.turns import Turns, group_numbers, items_of
 from scheduler.selection.words import (
     FORWARD_WEIGHT,
     PERIOD,
-    BoolArray,
-    FloatArray,
     Selection,
     SelectionRequest,
     Unit,
-    groups_of,
-    heads_of,
     worth_fraction,
 )
 
 Ratios = tuple[int, int, int]
+_Found = tuple[tuple[OpTable, ...], float, str]  # cycle, bound on its worth, note
 TOGETHER = 0.5  # half of the blocks follow the one below
 NEAR = 0.04  # a placement's own FULL heads may end later than the shares by this, or one head if that is more
 
@@ -57,18 +55,29 @@ def select_ratios(
     if ratios[0] == 0:
         raise _starving(ratios)
     shares = timed_shares(placement, costs, ratios) if strategy.timed else equal_shares(placement, ratios)
+    case = _Case(request, strategy, placement, costs, scores, shares, ratios, full_LH)
     holds = {"training": _held_training, "all": _held_all, "none": _held_none}
     try:
-        cycle, bound, note = holds[request.hold](request, strategy, placement, costs, scores, shares, ratios, full_LH)
+        cycle, bound, note = holds[request.hold](case)
     except InfeasibleError as error:
         raise _starving(ratios) from error
     seen = scores if request.hold == "none" else Scores(scores.backward_LH, scores.forward_LH)
     worth = worth_fraction(cycle, seen)
-    bound = max(bound, worth)
-    status = "PROVED" if bound - worth <= 1e-6 * bound else "FEASIBLE"
-    method = f"{strategy.method}, hold {request.hold}, {request.grain}"
-    report = SolverReport(method, status, worth, bound, (bound - worth) / bound, time.perf_counter() - began, note)
-    return Selection(cycle, report)
+    return reported(request, strategy, cycle, worth, bound, began, note)
+
+
+@dataclass(frozen=True, eq=False)
+class _Case:
+    """What is asked, of whom, and each worker's part of it; `given_LH` are the placement's own FULL heads, if any."""
+
+    request: SelectionRequest
+    strategy: Strategy
+    placement: Placement
+    costs: Costs
+    scores: Scores
+    shares: Shares
+    ratios: Ratios
+    given_LH: BoolArray | None
 
 
 def _starving(ratios: Ratios) -> InfeasibleError:
@@ -81,29 +90,20 @@ def _starving(ratios: Ratios) -> InfeasibleError:
     )
 
 
-def _held_training(
-    request: SelectionRequest,
-    strategy: Strategy,
-    placement: Placement,
-    costs: Costs,
-    scores: Scores,
-    shares: Shares,
-    ratios: Ratios,
-    given_LH: BoolArray | None,
-) -> tuple[tuple[OpTable, ...], float, str]:
-    full, _, skip = ratios
-    heads, micro_batches = placement.owner_LH.size, sum(ratios)
-    owned_W = np.bincount(placement.owner_LH.ravel(), minlength=placement.num_workers)
+def _held_training(case: _Case) -> _Found:
+    request, strategy, placement, shares = case.request, case.strategy, case.placement, case.shares
+    full, _, skip = case.ratios
+    heads, micro_batches, owned_W = placement.owner_LH.size, sum(case.ratios), placement.heads_owned
     total = min(heads, max(1, int(shares.fulls_W.sum() + 1e-6)))
     limits = whole(shares.fulls_W, total, owned_W.astype(np.float64))
-    seen = strategy.sees(request, scores)
+    seen = strategy.sees(request, case.scores)
     note = f"{total} of {heads} heads FULL"
-    if given_LH is not None and _fits(given_LH, placement, costs, shares, total, micro_batches):
-        full_LH = given_LH.astype(np.bool_)
+    if case.given_LH is not None and _fits(case.given_LH, placement, case.costs, shares, total, micro_batches):
+        full_LH = case.given_LH.astype(np.bool_)
         note += ", as the placement decided"
     else:
         full_LH = choose_full(seen.backward_LH, placement, limits, total, proved=strategy.name == "cpsat").full_LH
-    units = groups_of(placement) if request.coherent else heads_of(placement)
+    units = request.units(placement)
     heads_U = np.array([len(unit.heads) for unit in units])
     mean_U = shares.skips_W[[unit.worker for unit in units]]
     most_U = np.full(len(units), micro_batches - 1)
@@ -118,7 +118,7 @@ def _held_training(
         ops_LHM = np.repeat(base_LH[:, :, None], micro_batches, axis=2)
         place(ops_LHM, units, rests_UM, Op.SKIP, counts)
         cycle.append(feed(settle(ops_LHM, full * heads, rank_LH), units))
-    return shortest(cycle), _training_bound(scores, placement, shares, limits, ratios), note
+    return shortest(cycle), _training_bound(case.scores, placement, shares, limits, case.ratios), note
 
 
 def _fits(
@@ -157,25 +157,16 @@ def _training_bound(
     return worth / float((forward_LH + scores.backward_LH).sum())
 
 
-def _held_all(
-    request: SelectionRequest,
-    strategy: Strategy,
-    placement: Placement,
-    costs: Costs,
-    scores: Scores,
-    shares: Shares,
-    ratios: Ratios,
-    given_LH: BoolArray | None,
-) -> tuple[tuple[OpTable, ...], float, str]:
-    full, forward, _ = ratios
-    heads, micro_batches = placement.owner_LH.size, sum(ratios)
-    owned_W = np.bincount(placement.owner_LH.ravel(), minlength=placement.num_workers)
+def _held_all(case: _Case) -> _Found:
+    request, strategy, placement, shares = case.request, case.strategy, case.placement, case.shares
+    full, forward, _ = case.ratios
+    heads, micro_batches, owned_W = placement.owner_LH.size, sum(case.ratios), placement.heads_owned
     share_W = (micro_batches - shares.skips_W) / micro_batches
     runs_W = _rounded(owned_W * share_W, (full + forward) * heads // micro_batches, owned_W)
     fulls_W = _rounded(shares.fulls_W * share_W, full * heads // micro_batches, runs_W)
     if not fulls_W.sum():
-        raise _starving(ratios)
-    seen, group_LH = strategy.sees(request, scores), group_numbers(request, placement)
+        raise _starving(case.ratios)
+    seen, group_LH = strategy.sees(request, case.scores), group_numbers(request, placement)
     ops_LH = np.zeros_like(placement.owner_LH)
     for worker in range(placement.num_workers):
         mine = placement.owner_LH == worker
@@ -193,30 +184,22 @@ def _held_all(
     settle(ops_LHM, full * heads, seen.backward_LH)
     note = f"{fulls_W.sum()} heads FULL, {runs_W.sum() - fulls_W.sum()} FORWARD, {heads - runs_W.sum()} SKIP"
     cycle = (ops_LHM,)
-    return cycle, _free_bound(scores, ratios), note
+    return cycle, _free_bound(case.scores, case.ratios), note
 
 
-def _held_none(
-    request: SelectionRequest,
-    strategy: Strategy,
-    placement: Placement,
-    costs: Costs,
-    scores: Scores,
-    shares: Shares,
-    ratios: Ratios,
-    given_LH: BoolArray | None,
-) -> tuple[tuple[OpTable, ...], float, str]:
+def _held_none(case: _Case) -> _Found:
+    request, strategy, placement, shares = case.request, case.strategy, case.placement, case.shares
+    scores, ratios = case.scores, case.ratios
     bound = _free_bound(scores, ratios)
     if strategy.name == "uniform":
         return tuple(_rotated(request, placement, ratios)), bound, "every unit the same word, shifted by one each table"
     if strategy.name == "random":
         return tuple(_redrawn(request, placement, shares, ratios)), bound, "drawn apart on the workers of a block"
     full, forward, _ = ratios
-    heads, micro_batches = placement.owner_LH.size, sum(ratios)
-    owned_W = np.bincount(placement.owner_LH.ravel(), minlength=placement.num_workers)
+    heads, micro_batches, owned_W = placement.owner_LH.size, sum(ratios), placement.heads_owned
     runs = micro_batches - shares.skips_W
     tables = PERIOD if scores.backward_TLHM is None else len(scores.backward_TLHM)
-    units = groups_of(placement) if request.coherent else heads_of(placement)
+    units = request.units(placement)
     turns = Turns(request, placement, scores, units)
     carried = np.zeros((2, placement.num_workers))
     cycle = []
@@ -266,7 +249,7 @@ def _turn(
 def _rotated(request: SelectionRequest, placement: Placement, ratios: Ratios) -> Iterator[OpTable]:
     """The word F…O…S… for every unit, shifted by one from unit to unit and from table to table."""
     word_M = np.repeat([int(Op.FULL), int(Op.FORWARD), int(Op.SKIP)], ratios)
-    units = groups_of(placement) if request.coherent else heads_of(placement)
+    units = request.units(placement)
     for table in range(sum(ratios)):
         ops_LHM = np.zeros((*placement.owner_LH.shape, len(word_M)), dtype=np.int8)
         for index, unit in enumerate(units):
@@ -278,10 +261,10 @@ def _redrawn(request: SelectionRequest, placement: Placement, shares: Shares, ra
     """Every unit draws which micro-batches it runs FULL and which it sits out; it runs the others FORWARD."""
     full, _, skip = ratios
     heads, micro_batches = placement.owner_LH.size, sum(ratios)
-    units = groups_of(placement) if request.coherent else heads_of(placement)
+    units = request.units(placement)
     heads_U = np.array([len(unit.heads) for unit in units])
     worker_U = np.array([unit.worker for unit in units])
-    owned_W = np.bincount(placement.owner_LH.ravel(), minlength=placement.num_workers)
+    owned_W = placement.heads_owned
     fulls_W = shares.fulls_W / np.maximum(owned_W, 1) * (micro_batches - shares.skips_W)
     draw = Draw(micro_batches, request.key, TOGETHER if request.coherent else 0.0)
     rng = draw.rng()

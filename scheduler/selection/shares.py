@@ -17,8 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from scheduler.cost import Costs
-from scheduler.domain import SUBLAYERS, Placement
-from scheduler.selection.words import BoolArray, FloatArray
+from scheduler.domain import SUBLAYERS, BoolArray, FloatArray, Placement
 
 EVEN = 0.03  # workers that differ by less share by heads owned: no more than measurements do from day to day
 ROUNDS = 40  # halvings of the common level: to 1e-12 of it
@@ -68,7 +67,7 @@ def pace_of(placement: Placement, costs: Costs) -> Pace:
 def equal_shares(placement: Placement, ratios: tuple[int, int, int]) -> Shares:
     """By heads owned, whatever they cost."""
     full, forward, skip = ratios
-    owned_W = np.bincount(placement.owner_LH.ravel(), minlength=placement.num_workers)
+    owned_W = placement.heads_owned
     return Shares(owned_W * full / (full + forward), np.full(placement.num_workers, float(skip)))
 
 

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from scheduler.domain import IntArray
+from scheduler.domain import FloatArray, IntArray
 from scheduler.selection.hull import price_bytes
 from scheduler.selection.menus import Menus, Picked
-from scheduler.selection.words import FloatArray
 
 CELLS = 2000  # of a device's budget: costs are rounded up to them
 SHRINKS = 12  # halvings of the common factor on the budgets

@@ -13,18 +13,19 @@ Every strategy answers the same two questions: `assign` (so many FULL, so many F
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from scheduler.domain import IntArray, Scores
+from scheduler.domain import FloatArray, IntArray, OpTable, Scores, SolverReport
 from scheduler.selection.assign import Items, assign_by_price, assign_in_stages, assign_proved
 from scheduler.selection.hull import pick_by_hull
 from scheduler.selection.menus import Menus, Picked
 from scheduler.selection.proof import pick_proved
 from scheduler.selection.stages import pick_in_stages
-from scheduler.selection.words import FloatArray, SelectionRequest
+from scheduler.selection.words import Selection, SelectionRequest
 
 GOLDEN = (5**0.5 - 1) / 2  # fractional parts of its multiples lie evenly
 
@@ -44,6 +45,23 @@ class Strategy:
 def strategy_of(request: SelectionRequest) -> Strategy:
     """The strategy asked for; "full" never comes here."""
     return _STRATEGIES[request.strategy]
+
+
+def reported(
+    request: SelectionRequest,
+    strategy: Strategy,
+    cycle: tuple[OpTable, ...],
+    worth: float,
+    bound: float,
+    began: float,
+    note: str,
+) -> Selection:
+    """The answer with its certificate; `began` is when the search did, by `time.perf_counter`."""
+    bound = max(bound, worth)
+    status = "PROVED" if bound - worth <= 1e-6 * bound else "FEASIBLE"
+    method = f"{strategy.method}, hold {request.hold}, {request.grain}"
+    report = SolverReport(method, status, worth, bound, (bound - worth) / bound, time.perf_counter() - began, note)
+    return Selection(cycle, report)
 
 
 def _worth(request: SelectionRequest, scores: Scores) -> Scores:

@@ -6,14 +6,14 @@ from dataclasses import replace
 
 import numpy as np
 
-from scheduler.domain import IntArray, OpTable, Scores
+from scheduler.domain import FloatArray, IntArray, OpTable, Scores
 from scheduler.errors import InfeasibleError
 from scheduler.selection.draws import feed
 from scheduler.selection.menus import Menus, best_ops, scattered_menus
 from scheduler.selection.meter import Meter
 from scheduler.selection.strategies import Strategy
 from scheduler.selection.turns import MUST, Turns
-from scheduler.selection.words import FORWARD_WEIGHT, PERIOD, FloatArray, SelectionRequest, groups_of, heads_of
+from scheduler.selection.words import FORWARD_WEIGHT, PERIOD, SelectionRequest, groups_of
 
 NEAR = 0.98  # of the bytes: used up
 MESSAGES = 4  # of one more participant of a block, each way
@@ -28,7 +28,7 @@ class Tables:
     ) -> None:
         self.request, self.strategy, self.meter, self.caps_W = request, strategy, meter, caps_W
         self.scores = strategy.sees(request, scores)
-        self.units = groups_of(meter.placement) if request.coherent else heads_of(meter.placement)
+        self.units = request.units(meter.placement)
         self.groups = groups_of(meter.placement)
         self.columns = 1 if request.hold == "all" else meter.num_micro_batches  # micro-batches chosen for apart
 

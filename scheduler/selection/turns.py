@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from scheduler.domain import IntArray, Op, OpTable, Placement, Scores
+from scheduler.domain import FloatArray, IntArray, Op, OpTable, Placement, Scores
 from scheduler.selection.assign import Items
-from scheduler.selection.words import PERIOD, FloatArray, SelectionRequest, Unit
+from scheduler.selection.words import PERIOD, SelectionRequest, Unit
 
 MUST = 8.0  # times the greatest worth: what an item counts that has to be trained now
 

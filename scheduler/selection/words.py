@@ -5,13 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from scheduler.domain import Op, OpTable, Placement, Scores, SolverReport
 from scheduler.errors import UserError
-
-BoolArray = npt.NDArray[np.bool_]
-FloatArray = npt.NDArray[np.float64]
 
 STRATEGIES = ("hull", "cpsat", "two_stage", "random", "uniform", "full")
 HOLDS = ("training", "all", "none")
@@ -20,6 +16,18 @@ FORWARD_WEIGHT = (
     2.0  # FORWARD over SKIP against FULL over FORWARD: heads left out cost more accuracy than heads not trained
 )
 PERIOD = 8  # tables of a cycle, where anything is redrawn
+
+
+def check_words(strategy: str, hold: str, grain: str) -> None:
+    """Raises UserError for a word that is not known."""
+    for name, word, known in (("strategy", strategy, STRATEGIES), ("hold", hold, HOLDS), ("grain", grain, GRAINS)):
+        if word not in known:
+            raise UserError(
+                f"'{word}' is not a {name}.",
+                code=f"unknown_{name}",
+                param=f"method.{name}",
+                remedy=f"Use one of {', '.join(known)}.",
+            )
 
 
 @dataclass(frozen=True)
@@ -47,20 +55,17 @@ class SelectionRequest:
             return self.ratios[1] == self.ratios[2] == 0
         return self.compute is None or (self.compute >= 1 and self.max_bytes >= 1)
 
+    def units(self, placement: Placement) -> list[Unit]:
+        """What chooses as one: a worker's heads of a block, or each head alone."""
+        return groups_of(placement) if self.coherent else heads_of(placement)
+
     @property
     def coherent(self) -> bool:
         return self.grain == "coherent"
 
     def check(self) -> None:
         """Raises UserError for words that are not known, and for amounts that the strategy "full" cannot keep."""
-        for name, known in (("strategy", STRATEGIES), ("hold", HOLDS), ("grain", GRAINS)):
-            if getattr(self, name) not in known:
-                raise UserError(
-                    f"'{getattr(self, name)}' is not a {name}.",
-                    code=f"unknown_{name}",
-                    param=f"method.{name}",
-                    remedy=f"Use one of {', '.join(known)}.",
-                )
+        check_words(self.strategy, self.hold, self.grain)
         if self.strategy == "full" and not self.is_all_full:
             raise UserError(
                 "Strategy 'full' leaves nothing out, so it cannot keep ratios or budgets.",

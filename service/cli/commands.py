@@ -12,7 +12,29 @@ import typer
 from service import host
 from service.cli import talk
 from service.cli.exits import Exit
-from service.cli.frame import Grain, Hold, JobId, Json, Schedule, Score, Strategy, Url, app, connected, service_url
+from service.cli.frame import (
+    Bytes,
+    Compute,
+    Grain,
+    Hold,
+    ImgSize,
+    JobId,
+    Json,
+    MicroBatches,
+    MicroBatchSize,
+    Model,
+    ModelArg,
+    PlacementMode,
+    Ratios,
+    Schedule,
+    Score,
+    Seed,
+    Strategy,
+    Url,
+    app,
+    connected,
+    service_url,
+)
 from service.cli.request import job_body
 from service.cli.watch import watch_job
 from service.home import read_server
@@ -58,15 +80,15 @@ def down() -> None:
 
 @app.command()
 def submit(
-    model: Annotated[str | None, typer.Option(help="A timm name, or d2ft_digits.")] = None,
+    model: Model = None,
     weights: Annotated[str | None, typer.Option(help="A .safetensors file on the server's machine.")] = None,
-    img_size: Annotated[int | None, typer.Option(help="Side of the images in pixels.")] = None,
-    model_arg: Annotated[list[str] | None, typer.Option(help="NAME=VALUE for timm; may be repeated.")] = None,
+    img_size: ImgSize = None,
+    model_arg: ModelArg = None,
     dataset: Annotated[str | None, typer.Option(help="digits, a folder, or folder:///path.")] = None,
     images_per_class: Annotated[int | None, typer.Option(help="Use only so many of each class.")] = None,
-    ratios: Annotated[str | None, typer.Option(help="FULL,FORWARD,SKIP micro-batches of a step, like 3,0,2.")] = None,
-    compute: Annotated[float | None, typer.Option(help="Compute budget as a fraction of all-FULL.")] = None,
-    bytes_: Annotated[float | None, typer.Option("--bytes", help="Bytes budget as a fraction of all-FULL.")] = None,
+    ratios: Ratios = None,
+    compute: Compute = None,
+    bytes_: Bytes = None,
     schedule: Schedule = None,
     strategy: Strategy = None,
     hold: Hold = None,
@@ -74,14 +96,14 @@ def submit(
     score: Score = None,
     skip_fill: Annotated[str | None, typer.Option(help="zero, mean or rescale.")] = None,
     workers: Annotated[int | None, typer.Option(help="How many workers share the heads.")] = None,
-    micro_batches: Annotated[int | None, typer.Option(help="Micro-batches of a step.")] = None,
-    micro_batch_size: Annotated[int | None, typer.Option(help="Images of a micro-batch.")] = None,
+    micro_batches: MicroBatches = None,
+    micro_batch_size: MicroBatchSize = None,
     epochs: Annotated[float | None, typer.Option(help="Passes over the training images.")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimiser steps, instead of epochs.")] = None,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
     window: Annotated[int | None, typer.Option(help="Steps that one plan covers.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of everything random.")] = None,
-    placement: Annotated[str | None, typer.Option(help="auto, split or whole.")] = None,
+    seed: Seed = None,
+    placement: PlacementMode = None,
     name: Annotated[str | None, typer.Option(help="A name for people.")] = None,
     spec: Annotated[
         str | None, typer.Option(help="JSON file of the whole request, - for stdin; flags go over it.")

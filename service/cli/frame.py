@@ -46,6 +46,16 @@ app = typer.Typer(
 Url = Annotated[str | None, typer.Option("--url", help="Service to talk to [D2FT_URL, else the one on this machine].")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON as the API sends it.")]
 JobId = Annotated[str, typer.Argument(metavar="JOB")]
+ImgSize = Annotated[int | None, typer.Option(help="Side of the images in pixels.")]
+ModelArg = Annotated[list[str] | None, typer.Option(help="NAME=VALUE for timm; may be repeated.")]
+Ratios = Annotated[str | None, typer.Option(help="FULL,FORWARD,SKIP micro-batches of a step, like 3,0,2.")]
+Compute = Annotated[float | None, typer.Option(help="Compute budget as a fraction of all-FULL.")]
+Bytes = Annotated[float | None, typer.Option("--bytes", help="Bytes budget as a fraction of all-FULL.")]
+MicroBatches = Annotated[int | None, typer.Option(help="Micro-batches of a step.")]
+MicroBatchSize = Annotated[int | None, typer.Option(help="Images of a micro-batch.")]
+PlacementMode = Annotated[str | None, typer.Option(help="auto, split or whole.")]
+Seed = Annotated[int | None, typer.Option(help="Seed of everything random.")]
+Model = Annotated[str | None, typer.Option(help="A timm name, or d2ft_digits.")]
 Strategy = Annotated[
     str | None, typer.Option(help="Who chooses: hull, cpsat, two_stage, random, uniform or full (all-FULL).")
 ]

@@ -37,7 +37,7 @@ from workers.gather import gather_json
 from workers.profiling import keep_freed_memory
 from workers.session import Place, Session
 from workers.transport import Shared
-from workers.windows import full_heads_of, heads_of
+from workers.windows import full_heads_of
 
 CORES = (0, 1, 1)
 HEADS = 6
@@ -199,7 +199,7 @@ def windows_of(ledger, planner):
                 "forecast_s": seen.forecast_seconds,
                 "ideal_s": 1e-6 / sum(1 / us for us in alone_us),
                 "alone_s": [us * 1e-6 for us in alone_us],
-                "heads": heads_of(planned.plan),
+                "heads": planned.plan.placement.heads_owned.tolist(),
                 "full heads": full_heads_of(planned.plan),
                 "owners": planned.plan.placement.owner_LH.tolist(),
                 "reason": planned.change.get("reason", ""),
