@@ -10,6 +10,7 @@ that cannot meet the budgets is passed over.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -35,6 +36,7 @@ from scheduler.request import PlanRequest
 from scheduler.selection import PERIOD, Selection, SelectionRequest, select, static_part, worth_fraction
 
 SAMPLED = 2  # steps simulated to compare placements
+SLOWER = 1.15  # than the fastest one: out of the question
 NEARLY = 0.98  # of the best worth: what a faster placement may cost
 STILL = 0.9  # of the best worth: what FULL heads must be worth to stay, so that noise in the scores moves none
 KEPT = SolverReport("kept", "KEPT", 0.0, 0.0, 0.0, 0.0, "the placement of the last window")
@@ -72,13 +74,16 @@ def make_plan(
     best = min((draft for draft in drafts if draft.worth >= worthy), key=lambda draft: draft.step_us)
     more = _sample(best.selection.cycle, samples)[len(best.steps) :]
     full = uniform_ops(costs.shape, costs.step.num_micro_batches, Op.FULL)
+    all_full = (
+        best.steps[0] if (best.selection.cycle[0] == full).all() else forecast(request, best.placement, full, costs)
+    )
     plan = Plan(
         version=version,
         window=window,
         placement=best.placement,
         cycle=best.selection.cycle,
         forecast=mean_forecast([*best.steps, *(forecast(request, best.placement, ops, costs) for ops in more)]),
-        all_full=forecast(request, best.placement, full, costs),
+        all_full=all_full,
         placement_report=best.placement_report,
         selection_report=best.selection.report,
         skip_fill=request.skip_fill,
@@ -129,7 +134,7 @@ def _drafts(
     """Those of the first offer in which some candidate can do what is asked."""
     misses: list[InfeasibleError] = []
     for candidates in offers:
-        drafts = []
+        drafts: list[_Draft] = []
         for candidate in candidates:
             placement = candidate.placement
             try:
@@ -138,12 +143,24 @@ def _drafts(
             except InfeasibleError as error:
                 misses.append(error)
                 continue
-            steps = tuple(forecast(request, placement, ops, costs) for ops in _sample(selection.cycle, SAMPLED))
+            least = min((draft.step_us for draft in drafts), default=math.inf)
+            steps = _first_steps(request, placement, selection, costs, least)
             worth = worth_fraction(selection.cycle, scores)
             drafts.append(_Draft(placement, candidate.report, selection, worth, steps))
         if drafts:
             return drafts
     raise _no_plan(misses)
+
+
+def _first_steps(
+    request: PlanRequest, placement: Placement, selection: Selection, costs: Costs, least_us: float
+) -> tuple[Forecast, ...]:
+    """Enough forecasts to compare with the fastest placement so far; one shows which are out of the question."""
+    first, *others = _sample(selection.cycle, SAMPLED)
+    step = forecast(request, placement, first, costs)
+    if step.step_us > SLOWER * least_us:
+        return (step,)
+    return (step, *(forecast(request, placement, ops, costs) for ops in others))
 
 
 def held_rows(plan: Plan) -> list[str]:

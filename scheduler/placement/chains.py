@@ -16,7 +16,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Sequence
 
-from scheduler.placement.instance import Chain, Instance, Team
+from scheduler.placement.instance import Chain, Instance, Link, Team
 
 ALL_CHAINS_UP_TO = 3  # workers
 NESTED_UP_TO = 4  # workers
@@ -48,6 +48,12 @@ def trainers_of(instance: Instance, team: Team) -> list[Team]:
     elif len(team) < instance.num_workers:
         found |= {(w,) for w in team}
     return sorted(found)
+
+
+def binding_links(instance: Instance, chain: Chain) -> list[Link]:
+    """The links that may be the busiest under some placement of the chain; alike ones stand for each other."""
+    groups = [group for team in dict.fromkeys(chain) for group in (team, *trainers_of(instance, team))]
+    return instance.binding_links(groups, instance.fixed(chain).wires)
 
 
 def by_speed(instance: Instance, workers: Iterable[int]) -> list[int]:

@@ -20,7 +20,7 @@ embedding's gradient.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -43,27 +43,26 @@ class Row:
     full_W: tuple[int, ...]
     only_W: tuple[int, ...]
 
-    @property
+    @cached_property
     def team(self) -> Team:
         return tuple(w for w, n in enumerate(zip(self.full_W, self.only_W, strict=True)) if sum(n))
 
-    @property
+    @cached_property
     def trainers(self) -> Team:
         return tuple(w for w, n in enumerate(self.full_W) if n)
 
-    @property
+    @cached_property
     def num_full(self) -> int:
         return sum(self.full_W)
 
 
 @dataclass(frozen=True)
 class RowCost:
-    """µs per micro-batch of one row: loads of each worker, way of one micro-batch, link time; bytes of each worker."""
+    """µs per micro-batch of one row: loads of each worker, way of one micro-batch; bytes of each worker."""
 
     forward_W: tuple[int, ...]
     backward_W: tuple[int, ...]
     path_us: int
-    wires: dict[Link, int]
     bytes_W: tuple[int, ...]
 
     @cached_property
@@ -191,11 +190,12 @@ class Instance:
         """The time it keeps the link from the next message: its latency overlaps."""
         return self._links[1][src][dst]
 
-    def handling_us(self, worker: int, num_workers: int) -> int:
-        """Sending and taking out the messages of one exchange in each sub-layer."""
-        size = self.costs.residual_bytes
-        both = self.costs.send_us(worker, size) + self.costs.recv_us(worker, size)
-        return len(SUBLAYERS) * 2 * (num_workers - 1) * both // num_workers if num_workers else 0
+    @cached_property
+    def handling_WN(self) -> list[list[int]]:  # noqa: N802
+        """[W, W+1]: µs of sending and taking out the messages of one exchange among N workers in each sub-layer."""
+        size, counts = self.costs.residual_bytes, range(self.num_workers + 1)
+        both_W = [self.costs.send_us(w, size) + self.costs.recv_us(w, size) for w in range(self.num_workers)]
+        return [[len(SUBLAYERS) * 2 * (n - 1) * both // n if n else 0 for n in counts] for both in both_W]
 
     def exchange_us(self, team: Team) -> dict[Link, int]:
         """Link time of one exchange in each sub-layer."""
@@ -213,6 +213,20 @@ class Instance:
             self._hops[team] = len(SUBLAYERS) * (1 if len(team) == 2 else 2) * slowest
         return self._hops[team]
 
+    @cached_property
+    def _calls_us(self) -> list[tuple[list[list[int]], list[list[int]]]]:
+        """By sub-layer the curves as plain numbers, which single look-ups find faster."""
+        return list(zip(self.forward_SWN.tolist(), self.backward_SWN.tolist(), strict=True))
+
+    @cached_property
+    def _sum_us(self) -> list[int]:
+        return [self.costs.sum_us(w) for w in range(self.num_workers)]
+
+    @cached_property
+    def _sizes(self) -> list[list[int]]:
+        sizes: list[list[int]] = self.bytes_AO.tolist()
+        return sizes
+
     def cost(self, row: Row) -> RowCost:
         """What one block of this row costs."""
         if row not in self._rows:
@@ -222,25 +236,47 @@ class Instance:
     def _cost(self, row: Row) -> RowCost:
         team, trainers, share = row.team, row.trainers, self.run_share
         forward_W, backward_W = [0] * self.num_workers, [0] * self.num_workers
-        for w in team:
-            forward_W[w] = int(self.forward_WAO[w, row.full_W[w], row.only_W[w]]) + self.handling_us(w, len(team))
-        for w in trainers:
-            backward_W[w] = int(self.backward_SWN[:, w, row.full_W[w]].sum()) + self.handling_us(w, len(trainers))
         path = self.exchange_path_us(team) + self.exchange_path_us(trainers)
-        for forward, backward in zip(self.forward_SWN, self.backward_SWN, strict=True):
-            path += max(forward[w, row.full_W[w]] + forward[w, row.only_W[w]] + self.costs.sum_us(w) for w in team)
-            path += max((backward[w, row.full_W[w]] for w in trainers), default=0)
-        wires = dict(self.exchange_us(team))
-        for link, us in self.exchange_us(trainers).items():
-            wires[link] += us
-        bytes_W = [int(self.bytes_AO[a, o]) for a, o in zip(row.full_W, row.only_W, strict=True)]
+        for forward_WN, backward_WN in self._calls_us:
+            calls = [forward_WN[w][row.full_W[w]] + forward_WN[w][row.only_W[w]] + self._sum_us[w] for w in team]
+            backs = [backward_WN[w][row.full_W[w]] for w in trainers]
+            path += max(calls) + max(backs, default=0)
+            for w, us in zip(team, calls, strict=True):
+                forward_W[w] += us
+            for w, us in zip(trainers, backs, strict=True):
+                backward_W[w] += us
+        for part, members in ((forward_W, team), (backward_W, trainers)):
+            for w in members:
+                part[w] += self.handling_WN[w][len(members)]
+        bytes_W = [self._sizes[a][o] for a, o in zip(row.full_W, row.only_W, strict=True)]
         return RowCost(
             tuple(round(us * share) for us in forward_W),
             tuple(round(us * share) for us in backward_W),
-            round(int(path) * share),
-            {link: round(us * share) for link, us in wires.items()},
+            round(path * share),
             tuple(bytes_W),
         )
+
+    def wires_us(self, row: Row, links: Sequence[Link]) -> list[int]:
+        """Time that the row's exchanges take of each of these links."""
+        forward, backward = self.exchange_us(row.team), self.exchange_us(row.trainers)
+        return [round((forward.get(link, 0) + backward.get(link, 0)) * self.run_share) for link in links]
+
+    def binding_links(self, groups: Iterable[Team], crossed: Mapping[Link, int]) -> list[Link]:
+        """The links of workers who exchange in `groups` that may be the busiest; `crossed` is what links carry besides.
+
+        Another link never is where one that takes as long for a message is in all its groups, and is crossed as much.
+        """
+        inside: dict[Link, int] = dict.fromkeys(crossed, 0)
+        for bit, group in enumerate(dict.fromkeys(groups)):
+            for link in itertools.permutations(group, 2):
+                inside[link] = inside.get(link, 0) | 1 << bit
+        heavy = sorted(inside, key=lambda k: (-self.taken_us(*k), -crossed.get(k, 0), -inside[k].bit_count(), k))
+        kept: list[Link] = []
+        for link in heavy:
+            wanted, load = inside[link], crossed.get(link, 0)
+            if not any(inside[k] & wanted == wanted and crossed.get(k, 0) >= load for k in kept):
+                kept.append(link)
+        return sorted(kept)
 
     def crossing_links(self, before: Team, after: Team) -> list[Link]:
         """Messages of one boundary between blocks: x comes up to who lacks it, its gradient goes back down."""
@@ -300,11 +336,10 @@ class Instance:
         chain = chain_of(rows)
         fixed, costs = self.fixed(chain), [self.cost(row) for row in rows]
         path = fixed.path_us + sum(cost.path_us for cost in costs) + self.costs.classify_us(classifier)
-        wires = dict(fixed.wires)
-        for cost in costs:
-            for link, us in cost.wires.items():
-                wires[link] = wires.get(link, 0) + us
-        slowest = [-(-self.more * path // self.in_flight), self.more * max(wires.values(), default=0)]
+        links = self.binding_links((group for row in rows for group in (row.team, row.trainers)), fixed.wires)
+        taken = map(sum, zip(*(self.wires_us(row, links) for row in rows), strict=True))
+        wires = [fixed.wires.get(link, 0) + us for link, us in zip(links, taken, strict=True)]
+        slowest = [-(-self.more * path // self.in_flight), self.more * max(wires, default=0)]
         phase_W = self._phase_W(rows)
         for w in range(self.num_workers):
             ends = fixed.load_W[w] + self.costs.classify_us(w) * (w == classifier)

@@ -11,7 +11,8 @@ from typing import Any, TypeAlias
 
 from ortools.sat.python import cp_model
 
-from scheduler.placement.instance import Chain, Instance, Link, Row, linked
+from scheduler.placement.chains import binding_links
+from scheduler.placement.instance import Chain, Instance, Row, linked
 from scheduler.placement.relaxation import Relaxed
 from scheduler.placement.worth import Losses
 
@@ -231,8 +232,8 @@ class _Model:
 
                 ends = self.fixed.load_W[w] + costs.classify_us(w) * self.classifies.get(w, 0)
                 self.model.add(slowest >= self._terms(w, load) + instance.apart * phase + more * ends)
-        for link in self._links():
-            taken = self._all(lambda row, link=link: instance.cost(row).wires.get(link, 0))
+        for link in binding_links(instance, self.chain):
+            taken = self._all(lambda row, link=link: instance.wires_us(row, [link])[0])
             self.model.add(slowest >= more * (taken + self.fixed.wires.get(link, 0)))
         total = slowest + path + self.fixed.tail_us
         self.model.add(total >= at_least)
@@ -254,10 +255,6 @@ class _Model:
                 self.model.add(backward >= self._terms(w, lambda row, w=w: cost(row).backward_W[w]))
             out.append((members, forward + backward))
         return out
-
-    def _links(self) -> list[Link]:
-        inside = {link for team in self.chain for link in self.instance.exchange_us(team)}
-        return sorted(inside | set(self.fixed.wires))
 
     def hint(self, known: Answer) -> None:
         """Start from a known answer."""

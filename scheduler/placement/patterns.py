@@ -1,9 +1,10 @@
 """Rows of a team: all of them where they are few, else greedy ones and those that a linear program asks for.
 
 *Pricing* finds the row with the least reduced cost by dynamic programming over the team's members: the state is how
-many heads (and FULL heads) are given out. The slowest members of forward and of backward are handled by *cells*:
-intervals of the times there are, charged at their first; cells that look good are split. So the value found is a true
-lower bound over all rows of the team.
+many heads (and FULL heads) are given out. Trainers are one program and the others a second; all sets of trainers share
+their stages, and each set joins an end of the first with one of the second. The slowest members of forward and of
+backward are handled by *cells*: intervals of the times there are, charged at their first; cells that look good are
+split. So the value found is a true lower bound over all rows of the team.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import TypeAlias
 
 import numpy as np
@@ -37,28 +39,30 @@ class Prices:
     full_K: FloatArray
 
 
-def options(instance: Instance, trains: bool) -> list[tuple[int, int]]:
-    """(FULL, FORWARD) heads of one member in one block."""
-    heads = instance.num_heads
+def options(instance: Instance, trains: bool, team: Team) -> IntArray:
+    """[S, 2]: (FULL, FORWARD) heads that one member may have in one block: each of the others has one at least."""
+    return _options(instance.num_heads - len(team) + 1, trains, instance.static is not None)
+
+
+@cache
+def _options(most: int, trains: bool, mixes: bool) -> IntArray:
     if not trains:
-        return [(0, o) for o in range(1, heads + 1)]
-    if instance.static is None:
-        return [(a, 0) for a in range(1, heads + 1)]
-    return [(a, o) for a in range(1, heads + 1) for o in range(heads - a + 1)]
+        return np.array([(0, o) for o in range(1, most + 1)])
+    return np.array([(a, o) for a in range(1, most + 1) for o in range(most - a + 1 if mixes else 1)])
 
 
 def all_rows(instance: Instance, team: Team) -> list[Row] | None:
     """Every row of a team; None if there are more than a few hundred."""
     rows: list[Row] = []
     for trainers in trainers_of(instance, team):
-        members = [options(instance, w in trainers) for w in team]
+        members = [options(instance, w in trainers, team).tolist() for w in team]
         rows += itertools.islice(_fill(instance, team, members), COMPLETE_UP_TO + 1 - len(rows))
         if len(rows) > COMPLETE_UP_TO:
             return None
     return rows
 
 
-def _fill(instance: Instance, team: Team, members: Sequence[Sequence[tuple[int, int]]]) -> Iterator[Row]:
+def _fill(instance: Instance, team: Team, members: Sequence[Sequence[Sequence[int]]]) -> Iterator[Row]:
     def rest(place: int, left: int) -> Iterator[tuple[tuple[int, int], ...]]:
         if place == len(team):
             if left == 0:
@@ -138,11 +142,10 @@ def price(
         most_V2 = np.stack([forward_V2[:, 1], backward_V2[:, 1]], axis=1)
         ways = _ways(instance, team, list(apart), prices, most_V2)
         least_V = prices.path * (forward_V2[:, 0] + backward_V2[:, 0])
-        totals_TVK = np.array([way[-1][1][:, -1] + apart[trainers] for trainers, way in ways.items()])
+        totals_TVK = np.array([_joined(way).min(axis=1) + apart[trainers] for trainers, way in ways.items()])
         totals_TVK += least_V[:, None] + prices.full_K
         for t, cell, full in _best(totals_TVK, enough):
-            trainers = list(ways)[t]
-            rows.append(_trace(instance, team, ways[trainers], most_V2[cell], prices, (cell, full)))
+            rows.append(_row(instance, team, list(ways.values())[t], most_V2[cell], prices, (cell, full)))
         least = totals_TVK.min(axis=(0, 2))
         wide_V = (cells_V4[:, 1] - cells_V4[:, 0] > 1) | (cells_V4[:, 3] - cells_V4[:, 2] > 1)
         order = np.argsort(least, kind="stable")
@@ -195,63 +198,85 @@ def _split(cell: IntArray) -> IntArray:
 
 
 Stage: TypeAlias = tuple[tuple[int, bool], FloatArray]  # (a member, whether it trains), least cost [V, H+1, K]
+Way: TypeAlias = tuple[list[Stage], list[Stage]]  # of one set of trainers, and of the others
 
 
-def _ways(
-    instance: Instance, team: Team, sets: Sequence[Team], prices: Prices, most_V2: IntArray
-) -> dict[Team, list[Stage]]:
-    """Per set of trainers the stages of its dynamic program, trainers first, fast ones first: most sets share those."""
+def _ways(instance: Instance, team: Team, sets: Sequence[Team], prices: Prices, most_V2: IntArray) -> dict[Team, Way]:
+    """Stages for every set of trainers: these from the fastest on, the others from the slowest on."""
     known: dict[tuple[tuple[int, bool], ...], FloatArray] = {}
-    start = np.full((len(most_V2), instance.num_heads + 1, len(prices.full_K)), np.inf)
-    start[:, 0, 0] = 0.0
-    order, ways = by_speed(instance, team), dict[Team, list[Stage]]()
-    for trainers in sets:
-        roles = sorted(((w, w in trainers) for w in order), key=lambda role: not role[1])
-        stages: list[Stage] = [((-1, False), start)]
+    order = by_speed(instance, team)
+
+    def stages(roles: Sequence[tuple[int, bool]], width: int) -> list[Stage]:
+        start = np.full((len(most_V2), instance.num_heads + 1, width), np.inf)
+        start[:, 0, 0] = 0.0
+        out: list[Stage] = [((-1, False), start)]
         for place, role in enumerate(roles):
             path = tuple(roles[: place + 1])
             if path not in known:
-                known[path] = _next_stage(instance, stages[-1][1], role, most_V2, prices.cost_WAO[role[0]])
-            stages.append((role, known[path]))
-        ways[trainers] = stages
-    return ways
+                known[path] = _next_stage(instance, team, out[-1][1], role, most_V2, prices.cost_WAO[role[0]])
+            out.append((role, known[path]))
+        return out
+
+    return {
+        trainers: (
+            stages([(w, True) for w in order if w in trainers], len(prices.full_K)),
+            stages([(w, False) for w in reversed(order) if w not in trainers], 1),
+        )
+        for trainers in sets
+    }
+
+
+def _joined(way: Way) -> FloatArray:
+    """[V, H+1, K]: least cost where trainers have so many of the heads, K of them FULL, and the others the rest."""
+    result: FloatArray = way[0][-1][1] + way[1][-1][1][:, ::-1]
+    return result
 
 
 def _next_stage(
-    instance: Instance, before: FloatArray, role: tuple[int, bool], most_V2: IntArray, cost_AO: FloatArray
+    instance: Instance, team: Team, before: FloatArray, role: tuple[int, bool], most_V2: IntArray, cost_AO: FloatArray
 ) -> FloatArray:
     after = np.full_like(before, np.inf)
     size, width = before.shape[1:]
-    costs_VS = _costs(instance, role, most_V2, cost_AO)
-    for s, (a, o) in enumerate(options(instance, role[1])):
+    costs_VS = _costs(instance, team, role, most_V2, cost_AO)
+    for s, (a, o) in enumerate(options(instance, role[1], team).tolist()):
         heads, full = a + o, a if width > 1 else 0
         target = after[:, heads:, full:]
         np.minimum(target, before[:, : size - heads, : width - full] + costs_VS[:, s, None, None], out=target)
     return after
 
 
-def _costs(instance: Instance, role: tuple[int, bool], most_V2: IntArray, cost_AO: FloatArray) -> FloatArray:
+def _costs(
+    instance: Instance, team: Team, role: tuple[int, bool], most_V2: IntArray, cost_AO: FloatArray
+) -> FloatArray:
     """[V, options]: what a member's share costs, infinite in cells where the member may not have it."""
-    worker, shares = role[0], np.array(options(instance, role[1]))
-    a, o = shares[:, 0], shares[:, 1]
+    worker, (a, o) = role[0], options(instance, role[1], team).T
     fits_VS = instance.forward_WAO[worker, a, o] <= most_V2[:, 0, None]
     fits_VS &= instance.backward_SWN[:, worker, a].sum(axis=0) <= most_V2[:, 1, None]
     return np.where(fits_VS, cost_AO[a, o], np.inf)
 
 
+def _row(instance: Instance, team: Team, way: Way, most_2: IntArray, prices: Prices, end: tuple[int, int]) -> Row:
+    """The row behind a final state."""
+    index, full = end
+    heads = int(_joined(way)[index, :, full].argmin())
+    found = _trace(instance, team, way[0], most_2, prices, (index, heads, full))
+    found |= _trace(instance, team, way[1], most_2, prices, (index, instance.num_heads - heads, 0))
+    return spelled(instance, team, [found[w] for w in team])
+
+
 def _trace(
-    instance: Instance, team: Team, stages: Sequence[Stage], most_2: IntArray, prices: Prices, end: tuple[int, int]
-) -> Row:
-    """The row behind a final state, found by walking back through the stages."""
-    (index, full), heads, static = end, instance.num_heads, len(prices.full_K) > 1
+    instance: Instance, team: Team, stages: Sequence[Stage], most_2: IntArray, prices: Prices, end: tuple[int, int, int]
+) -> dict[int, tuple[int, int]]:
+    """The shares behind an end of these stages, found by walking back through them."""
+    (index, heads, full), static = end, len(prices.full_K) > 1
     found: dict[int, tuple[int, int]] = {}
     for (_, before), (role, after) in reversed(list(itertools.pairwise(stages))):
-        shares = np.array(options(instance, role[1]))
-        own = _costs(instance, role, most_2[None], prices.cost_WAO[role[0]])[0]
+        shares = options(instance, role[1], team)
+        own = _costs(instance, team, role, most_2[None], prices.cost_WAO[role[0]])[0]
         heads_S, full_S = heads - shares.sum(axis=1), full - shares[:, 0] * static
         own[(heads_S < 0) | (full_S < 0)] = np.inf
         came_S = own + before[index, np.maximum(heads_S, 0), np.maximum(full_S, 0)]
         best = int(np.abs(came_S - after[index, heads, full]).argmin())
         found[role[0]] = (int(shares[best, 0]), int(shares[best, 1]))
         heads, full = int(heads_S[best]), int(full_S[best])
-    return spelled(instance, team, [found[w] for w in team])
+    return found

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from ortools.linear_solver import pywraplp
 
-from scheduler.placement.chains import quick_bound_us, trainers_of
+from scheduler.placement.chains import binding_links, quick_bound_us, trainers_of
 from scheduler.placement.instance import Chain, Instance, Row, Team, linked
 from scheduler.placement.patterns import Prices, all_rows, first_rows, price, without
 from scheduler.placement.worth import Losses
@@ -179,8 +179,8 @@ class _Program:
         for teams in linked(self.chain):
             phases |= dict.fromkeys(teams, self._phase(sorted({w for team in teams for w in team})))
         self.phases = [phases[team] for team in self.chain]
-        links = {link for team in self.chain for link in instance.exchange_us(team)} | set(self.fixed.wires)
-        self.wires = {link: new(more * self.fixed.wires.get(link, 0), inf) for link in sorted(links)}
+        links = binding_links(instance, self.chain)
+        self.wires = {link: new(more * self.fixed.wires.get(link, 0), inf) for link in links}
         for wire in self.wires.values():
             wire.SetCoefficient(self.slowest, 1)
 
@@ -238,11 +238,13 @@ class _Program:
             inside = more - apart if self.phases[place] else more
             self.loads[w].SetCoefficient(uses, -(inside * cost.load_W[w] + update))
             self.rooms[w].SetCoefficient(uses, cost.bytes_W[w] / MEGABYTE)
-        for w, (forward, backward) in self.phases[place].items():
-            forward.SetCoefficient(uses, -cost.forward_W[w] / self.unit)
-            backward.SetCoefficient(uses, -cost.backward_W[w] / self.unit)
-        for link, us in cost.wires.items():
-            self.wires[link].SetCoefficient(uses, -more * us)
+            if w in self.phases[place]:
+                forward, backward = self.phases[place][w]
+                forward.SetCoefficient(uses, -cost.forward_W[w] / self.unit)
+                backward.SetCoefficient(uses, -cost.backward_W[w] / self.unit)
+        for wire, us in zip(self.wires.values(), instance.wires_us(row, list(self.wires)), strict=True):
+            if us:
+                wire.SetCoefficient(uses, -more * us)
         if self.losses is not None:
             self.have[row.num_full].SetCoefficient(uses, 1)
 
@@ -331,10 +333,11 @@ class _Program:
         out = -self.unit * (self.runs[place].dual_value() + self.all_blocks.dual_value())
         for phase, part in enumerate((team, trainers)):
             out += share * self._per_path() * instance.exchange_path_us(part)
-            for link, us in instance.exchange_us(part).items():
-                out += share * instance.more * us * _dual(self.wires[link])
+            exchanged = instance.exchange_us(part)
+            for link, wire in self.wires.items():
+                out += share * instance.more * exchanged.get(link, 0) * _dual(wire)
             for w in part:
-                out += share * instance.handling_us(w, len(part)) * self._per_load(place, w)[phase]
+                out += share * instance.handling_WN[w][len(part)] * self._per_load(place, w)[phase]
         return float(out)
 
 
