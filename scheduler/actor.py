@@ -234,11 +234,9 @@ def _solve(heard: list[Announcement], window: int, report: dict[str, Any], is_fi
     if is_first and (told := _told(heard, current, plan.placement)):
         again = make_plan(request, costs, scores, version=plan.version, window=window, placement=told)
         plan = replace(again, policy=plan.policy)
-        change = (
-            None
-            if current is None
-            else change_of(None, current, plan, "as other workers were told before the scheduler restarted")
-        )
+        if current is not None and change is not None:
+            reason = "as other workers were told before the scheduler restarted"
+            change = change_of(None, current, plan, change["cause"], reason)
     return {**plan.to_dict(), "profiles": [asdict(profile) for profile in costs.profiles], "change": change}
 
 

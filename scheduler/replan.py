@@ -24,6 +24,7 @@ from scheduler.placement import Limits
 from scheduler.plan import held_rows, make_plan
 from scheduler.request import PlanRequest
 
+TOLD = 0.03  # a device's speed has changed so much: worth telling
 MOVED_BYTES_PER_PARAM = 12  # a weight and AdamW's two moments, float32
 
 
@@ -74,7 +75,8 @@ class Decision:
 def first_plan(request: PlanRequest, costs: Costs, scores: Scores, *, limits: Limits | None = None) -> Plan:
     """The plan of window 0, from scratch."""
     plan = make_plan(request, costs, scores, version=1, window=0, limits=limits)
-    return _remembering(plan, Memory(speeds_of(costs), _asked(request)))
+    asked, speeds = _asked(request), speeds_of(costs)
+    return _remembering(plan, Memory(speeds, asked), asked, speeds)
 
 
 def next_plan(
@@ -89,36 +91,54 @@ def next_plan(
     rules: Rules | None = None,
     limits: Limits | None = None,
 ) -> tuple[Plan, dict[str, Any]]:
-    """The plan of a later window and what changed: migrated, moved_heads, before, after, reason.
+    """The plan of a later window and what changed: migrated, moved_heads, before, after, cause, reason.
 
-    `before` is this window on the placement in use, None where the request cannot be met on it any more.
-    Raises InfeasibleError where it cannot be met on any.
+    `cause` says what the last plan did not know, `reason` why heads move or stay. `before` is this window on the
+    placement in use, None where the request cannot be met on it any more. Raises InfeasibleError where it cannot be met
+    on any.
     """
     rules = rules or Rules()
     asked, speeds = _asked(request), speeds_of(costs)
     remembered = Memory.from_dict(memory)
     remembered = remembered if remembered.speeds_us else replace(remembered, speeds_us=speeds, asked=asked)
     fixed: dict[str, Any] = {"version": window + 1, "window": window, "limits": limits}
+    cause = cause_of((memory or {}).get("rests_on"), asked, speeds)
+
+    def answer(plan: Plan, kept: Plan | None, memory: Memory, reason: str) -> tuple[Plan, dict[str, Any]]:
+        told = _remembering(plan, memory, asked, speeds)
+        return told, change_of(kept, current, told, cause, reason)
+
     try:
         kept = make_plan(request, costs, scores, placement=current, held=(memory or {}).get("held"), **fixed)
     except InfeasibleError:
         other = make_plan(request, costs, scores, current=current, **fixed)
-        moved = _remembering(other, Memory(speeds, asked, 0, window))
-        return moved, change_of(None, current, moved, "the request cannot be met on the placement in use any more")
-    if reason := reason_to_stay(remembered, speeds, asked, window, rules):
-        return _keep(kept, remembered, reason)
+        reason = "the request cannot be met on the placement in use any more"
+        return answer(other, None, Memory(speeds, asked, 0, window), reason)
+    if stays := reason_to_stay(remembered, speeds, asked, window, rules):
+        return answer(kept, kept, remembered, stays)
     try:
         other = make_plan(request, costs, scores, current=current, **fixed)
     except InfeasibleError:
-        return _keep(kept, replace(remembered, strikes=0), "no other placement fits")
+        return answer(kept, kept, replace(remembered, strikes=0), "no other placement fits")
     cost_us = migration_us(current, other.placement, costs, rules)
     decision = decide(
         remembered, speeds, asked, window, steps_left, kept.forecast.step_us, other.forecast.step_us, cost_us, rules
     )
-    if not decision.migrate:
-        return _keep(kept, decision.memory, decision.reason)
-    moved = _remembering(other, decision.memory)
-    return moved, change_of(kept, current, moved, decision.reason)
+    return answer(other if decision.migrate else kept, kept, decision.memory, decision.reason)
+
+
+def cause_of(rests_on: Mapping[str, Any] | None, asked: tuple[Any, ...], speeds_us: tuple[float, ...]) -> str:
+    """What the last plan did not know: the schedule's next phase, a device's speed, or else worths."""
+    if rests_on is None:
+        return "the first plan of this attempt"
+    causes = []
+    if tuple(rests_on["asked"]) != asked:
+        causes.append(f"the schedule now asks for {_words(asked)}")
+    longer = [now / before - 1 for before, now in zip(rests_on["speeds_us"], speeds_us, strict=True)]
+    worker = max(range(len(longer)), key=lambda w: abs(longer[w]))
+    if abs(longer[worker]) > TOLD:
+        causes.append(f"worker {worker} takes {longer[worker]:+.0%} time for a head")
+    return " and ".join(causes) or "heads have other worths"
 
 
 def reason_to_stay(
@@ -192,17 +212,20 @@ def _asked(request: PlanRequest) -> tuple[Any, ...]:
     return (*(request.ratios or ()), request.compute, request.max_bytes)
 
 
-def _remembering(plan: Plan, memory: Memory) -> Plan:
-    """The plan with what the next window needs to know: the policy's memory, and which heads are held FULL."""
-    return replace(plan, policy={**memory.to_dict(), "held": held_rows(plan)})
+def _words(asked: tuple[Any, ...]) -> str:
+    *ratios, compute, max_bytes = asked
+    if ratios:
+        return " : ".join(map(str, ratios)) + " FULL : FORWARD : SKIP"
+    return "all heads FULL" if compute is None else f"{compute:g} of the compute and {max_bytes:g} of the bytes"
 
 
-def _keep(plan: Plan, memory: Memory, reason: str) -> tuple[Plan, dict[str, Any]]:
-    kept = _remembering(plan, memory)
-    return kept, change_of(kept, kept.placement, kept, reason)
+def _remembering(plan: Plan, memory: Memory, asked: tuple[Any, ...], speeds_us: tuple[float, ...]) -> Plan:
+    """The plan with what the next window needs to know: the policy's memory, which heads are held FULL, and why."""
+    rests_on = {"asked": list(asked), "speeds_us": list(speeds_us)}
+    return replace(plan, policy={**memory.to_dict(), "held": held_rows(plan), "rests_on": rests_on})
 
 
-def change_of(before: Plan | None, current: Placement, after: Plan, reason: str) -> dict[str, Any]:
+def change_of(before: Plan | None, current: Placement, after: Plan, cause: str, reason: str) -> dict[str, Any]:
     """What a plan changes, for people; `before` is the plan on the placement in use, `current`, if one can be made."""
     moved_heads = int((current.owner_LH != after.placement.owner_LH).sum())
     return {
@@ -210,5 +233,6 @@ def change_of(before: Plan | None, current: Placement, after: Plan, reason: str)
         "moved_heads": moved_heads,
         "before": {"step_us": before and before.forecast.step_us, "heads": current.heads_owned.tolist()},
         "after": {"step_us": after.forecast.step_us, "heads": after.placement.heads_owned.tolist()},
+        "cause": cause,
         "reason": reason,
     }

@@ -197,7 +197,8 @@ class Windows:
         if _look(plan) != _look(before):
             told = changed(before, planned, migration)
             what = f"{told['moved_heads']} heads move" if migration else "other operations, heads stay"
-            self.emit("plan.changed", f"plan {plan.version}: {what}; {told['reason']}", **plan.to_dict(), change=told)
+            why = f"{told['cause']}; {told['reason']}"
+            self.emit("plan.changed", f"plan {plan.version}: {what}; {why}", **plan.to_dict(), change=told)
 
     def _all_full(self, steps: int, *, begin: int = 0, warm_up: int = 0) -> _Seen:
         """All-FULL steps without update: what the fractions under this placement are measured against."""
@@ -292,7 +293,8 @@ def changed(before: Plan, planned: Planned, migration: dict[str, Any] | None) ->
         "migrated": migration is not None,
         "moved_heads": migration["heads"] if migration else 0,
         "migration": migration,
-        "reason": told.get("reason") or "speeds or worths have changed",
+        "cause": told.get("cause") or "the planner does not say",
+        "reason": told.get("reason") or "the planner does not say",
         # Of a move the planner has forecast the old placement under today's profiles: that is what the new one beats.
         "before": {**old, **(_known(told.get("before")) if migration else {})},
         "after": new,

@@ -118,6 +118,16 @@ def test_the_budgets_follow_the_profiles_in_the_very_next_window() -> None:
     assert full[0] < before[0] and sum(full) == sum(before)
 
 
+def test_a_change_names_what_the_last_plan_did_not_know() -> None:
+    run = Fleet(PlanRequest(ratios=(2, 3, 0)))
+    assert run.window((1.0, 1.0))["cause"] == "heads have other worths"
+    cause = run.window((2.0, 1.0))["cause"]
+    assert cause.startswith("worker 0 takes +") and cause.endswith("% time for a head")
+    run.request = PlanRequest(compute=0.2)
+    cause = run.window((2.0, 1.0))["cause"]
+    assert cause.startswith("the schedule now asks for 0.2 of the compute and 1 of the bytes")
+
+
 def test_the_same_report_gives_the_same_plan_and_change() -> None:
     run = Fleet(PlanRequest(ratios=(2, 3, 0)))
     run.profiles = (slower(run.profiles[0], 2.0), run.profiles[1])
