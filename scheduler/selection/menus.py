@@ -46,11 +46,11 @@ class Menus:
         return result
 
     @cached_property
-    def columns(self) -> tuple[FloatArray, FloatArray, FloatArray]:
-        """(cost, bytes, worth) as [K, G], floating."""
-        by_option = (self.cost_GK, self.bytes_GK, self.worths)
-        cost, sent, worth = (np.ascontiguousarray(array.T, dtype=np.float64) for array in by_option)
-        return cost, sent, worth
+    def floats(self) -> tuple[FloatArray, FloatArray, FloatArray]:
+        """(worth, cost, bytes) as [G, K], floating."""
+        arrays = (self.worths, self.cost_GK, self.bytes_GK)
+        worth, cost, sent = (np.ascontiguousarray(array, dtype=np.float64) for array in arrays)
+        return worth, cost, sent
 
     def sample(self, stride: int) -> Menus:
         """Every so many groups, with their part of the budgets."""
@@ -77,6 +77,14 @@ class Menus:
     def fits(self, choice_G: IntArray) -> bool:
         worth, cost_W, sent = self.totals(choice_G)
         return bool(np.isfinite(worth) and (cost_W <= self.budget_W).all() and sent <= self.max_bytes)
+
+
+@dataclass(frozen=True, eq=False)
+class Prices:
+    """What a unit of each worker's time costs, and a byte, in worth."""
+
+    time_W: FloatArray
+    bytes: float
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linprog
+from scipy.sparse import csr_matrix
 
 from scheduler.domain import Op, Placement
 from scheduler.selection.assign import Items, assign_by_price, assign_in_stages, assign_proved
 from scheduler.selection.held import choose_full
 from scheduler.selection.hull import pick_by_hull, price_bytes
-from scheduler.selection.menus import Menus, best_ops, best_subsets, coherent_menus, scattered_menus
+from scheduler.selection.menus import Menus, Prices, best_ops, best_subsets, coherent_menus, scattered_menus
+from scheduler.selection.polish import repaired, towards
 from scheduler.selection.proof import pick_proved
 from scheduler.selection.shares import whole
 from scheduler.selection.stages import best_options, pick_in_stages
@@ -45,6 +48,24 @@ def random_menus(groups: int, seed: int, limited: bool, coherent: bool) -> Menus
     return scattered_menus(worker_G, forward_GN, backward_GN, cost_GN1, 2 * cost_GN1, bytes_G2, budget_W, limit)
 
 
+def odd_menus(groups: int, seed: int) -> Menus:
+    """Any options: of equal worth or none, missing, free, or without bytes; budgets of nothing and of more than all."""
+    rng = np.random.default_rng(seed)
+    shape, workers = (groups, int(rng.integers(1, 6))), int(rng.integers(1, 5))
+    worth_GK = rng.integers(0, 3, shape) * 1.0 if rng.random() < 0.5 else rng.lognormal(0, 3, shape)
+    cost_GK = rng.integers(0, 30, shape) if rng.random() < 0.7 else np.tile(7 * np.arange(shape[1]), (groups, 1))
+    bytes_GK = rng.integers(0, 20, shape) * (rng.random((groups, 1)) < rng.random())
+    worth_GK[rng.random(shape) < 0.2] = -np.inf
+    for array in (worth_GK, cost_GK, bytes_GK):
+        array[:, 0] = 0
+    worker_G = rng.integers(0, workers, groups)
+    budget_W = np.bincount(worker_G, cost_GK.max(axis=1), workers) * rng.choice([0.0, 0.1, 0.5, 0.9, 2.0], workers)
+    max_bytes = float(rng.choice([0.0, 0.05, 0.5, 0.9, 2.0])) * bytes_GK.max(axis=1).sum()
+    nothing_GK = np.zeros(shape, dtype=np.int64)
+    return Menus(worker_G, 0.0 * cost_GK, worth_GK, cost_GK, bytes_GK, nothing_GK, nothing_GK,
+                 budget_W.astype(np.int64), max_bytes if rng.random() < 0.8 else np.inf)  # fmt: skip
+
+
 def best_by_force(menus: Menus) -> float:
     options = [np.flatnonzero(row) for row in np.isfinite(menus.worths)]
     choices = (np.array(choice) for choice in itertools.product(*options))
@@ -60,9 +81,9 @@ def linear_optimum(menus: Menus) -> float:
     if np.isfinite(menus.max_bytes):
         rows.append(menus.bytes_GK[group, option])
         limits.append(menus.max_bytes)
-    picks_one = np.equal.outer(np.arange(len(menus.worker_G)), group).astype(float)
-    worth = menus.worths[group, option]
-    solved = linprog(-worth, np.array(rows), limits, picks_one, np.ones(len(picks_one)), method="highs")
+    picks_one = csr_matrix((np.ones(len(group)), (group, np.arange(len(group)))))
+    worth, ones = menus.worths[group, option], np.ones(len(menus.worker_G))
+    solved = linprog(-worth, csr_matrix(np.array(rows)), limits, picks_one, ones, method="highs")
     return float(-solved.fun)
 
 
@@ -108,6 +129,59 @@ def test_the_bound_is_the_optimum_of_the_relaxation(groups: int, seed: int, limi
     menus = random_menus(groups, seed, limited, coherent)
     bound, optimum = price_bytes(menus)[1], linear_optimum(menus)
     assert optimum - 1e-6 <= bound <= optimum * (1 + 2e-4) + 1e-6
+
+
+@settings(max_examples=60, deadline=None)
+@given(groups=st.integers(1, 30), seed=st.integers(0, 10_000))
+@example(groups=12, seed=227).via("whole groups of the mix send too much")
+def test_odd_menus_are_solved_within_budgets_and_bounded_closely(groups: int, seed: int) -> None:
+    menus = odd_menus(groups, seed)
+    picked, bound, optimum = pick_by_hull(menus), price_bytes(menus)[1], linear_optimum(menus)
+    assert menus.fits(picked.choice_G)
+    assert picked.worth <= picked.bound
+    assert optimum * (1 - 1e-9) - 1e-6 <= bound <= optimum * (1 + 2e-4) + 1e-6
+
+
+@settings(max_examples=3, deadline=None)
+@given(groups=st.integers(2100, 2500), seed=st.integers(0, 1000), coherent=st.booleans())
+def test_prices_guessed_from_a_sample_lead_to_a_close_bound_and_choice(groups: int, seed: int, coherent: bool) -> None:
+    menus = random_menus(groups, seed, limited=True, coherent=coherent)
+    menus = replace(menus, budget_W=menus.budget_W * [1, 2])  # the second worker has time enough
+    picked, optimum = pick_by_hull(menus), linear_optimum(menus)
+    assert menus.fits(picked.choice_G)
+    assert optimum * (1 - 1e-9) <= price_bytes(menus)[1] <= optimum * (1 + 2e-4)
+    assert picked.gap <= 1e-3
+    assert np.array_equal(picked.choice_G, pick_by_hull(menus).choice_G)
+
+
+@settings(max_examples=60, deadline=None)
+@given(groups=st.integers(1, 30), seed=st.integers(0, 10_000))
+def test_on_the_way_to_any_choice_budgets_are_kept_and_no_worth_is_lost(groups: int, seed: int) -> None:
+    menus, rng = odd_menus(groups, seed), np.random.default_rng(seed)
+    goal_G = np.array([rng.choice(np.flatnonzero(np.isfinite(row))) for row in menus.worths])
+    prices = Prices(rng.exponential(size=len(menus.budget_W)), float(rng.exponential()))
+    start_G = pick_by_hull(replace(menus, budget_W=menus.budget_W // 2, max_bytes=menus.max_bytes / 2)).choice_G
+    reached_G = towards(menus, start_G, goal_G, prices)
+    assert menus.fits(reached_G)
+    assert menus.totals(reached_G)[0] >= menus.totals(start_G)[0] - 1e-9
+    assert ((reached_G == start_G) | (reached_G == goal_G)).all()
+    if menus.fits(goal_G):
+        assert menus.totals(reached_G)[0] >= menus.totals(goal_G)[0] - 1e-9
+
+
+@settings(max_examples=60, deadline=None)
+@given(groups=st.integers(1, 30), seed=st.integers(0, 10_000))
+def test_too_many_bytes_are_given_up_without_more_time(groups: int, seed: int) -> None:
+    menus, rng = odd_menus(groups, seed), np.random.default_rng(seed)
+    choice_G = np.array([rng.choice(np.flatnonzero(np.isfinite(row))) for row in menus.worths])
+    repaired_G = repaired(menus, choice_G)
+    (_, before_W, sent), (worth, after_W, left) = menus.totals(choice_G), menus.totals(repaired_G)
+    assert np.isfinite(worth)
+    assert left <= menus.max_bytes
+    assert (after_W <= before_W).all()
+    changed = np.flatnonzero(repaired_G != choice_G)
+    assert sent > menus.max_bytes or not len(changed)
+    assert (menus.bytes_GK[changed, repaired_G[changed]] < menus.bytes_GK[changed, choice_G[changed]]).all()
 
 
 @settings(max_examples=30, deadline=None)
