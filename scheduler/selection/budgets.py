@@ -45,7 +45,7 @@ def select_budgets(
     """
     began = time.perf_counter()
     meter, strategy = Meter(placement, costs, request.embed_grad), strategy_of(request)
-    found = _best(request, strategy, meter, scores)
+    found = _best(request, strategy, meter, scores, full_LH)
     if found is None:
         raise _refusal(request, strategy, meter, scores)
     cycle, note = found
@@ -66,13 +66,15 @@ def likely_mix(request: SelectionRequest, costs: Costs) -> tuple[int, float]:
 
 
 def _best(
-    request: SelectionRequest, strategy: Strategy, meter: Meter, scores: Scores
+    request: SelectionRequest, strategy: Strategy, meter: Meter, scores: Scores, full_LH: BoolArray | None = None
 ) -> tuple[tuple[np.ndarray, ...], str] | None:
     budget = meter.head_flops(request.compute or 1.0)
     if budget <= 0:
         return None
-    maker = Drafts if request.hold == "training" else Tables
-    return maker(request, strategy, meter, scores, caps_of(strategy, meter, budget)).best()
+    caps_W = caps_of(strategy, meter, budget)
+    if request.hold == "training":
+        return Drafts(request, strategy, meter, scores, caps_W, full_LH).best()
+    return Tables(request, strategy, meter, scores, caps_W).best()
 
 
 def caps_of(strategy: Strategy, meter: Meter, budget: float) -> FloatArray:

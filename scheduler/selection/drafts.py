@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from scheduler.domain import FloatArray, IntArray, Op, OpTable, Scores
+from scheduler.domain import BoolArray, FloatArray, IntArray, Op, OpTable, Scores
 from scheduler.errors import InfeasibleError
 from scheduler.selection.bound import Means, MeansProgram
 from scheduler.selection.draws import evenly, feed, shortest
@@ -25,9 +25,16 @@ class Drafts:
     """The search for one request."""
 
     def __init__(
-        self, request: SelectionRequest, strategy: Strategy, meter: Meter, scores: Scores, caps_W: FloatArray
+        self,
+        request: SelectionRequest,
+        strategy: Strategy,
+        meter: Meter,
+        scores: Scores,
+        caps_W: FloatArray,
+        given_LH: BoolArray | None = None,
     ) -> None:
         self.request, self.strategy, self.meter, self.caps_W = request, strategy, meter, caps_W
+        self.given_LH = given_LH
         self.seen = strategy.sees(request, scores)
         self.units = request.units(meter.placement)
         self.groups = groups_of(meter.placement)
@@ -70,7 +77,10 @@ class Drafts:
         best = None
         for _ in range(FITTING):
             menus, order_G = self._menus(rests_TUM, means, allowed)
-            full_LH = self._full(self.strategy.pick(menus).choice_G, order_G)
+            if self.given_LH is not None and self._fits(self.given_LH, base):
+                full_LH = self.given_LH
+            else:
+                full_LH = self._full(self.strategy.pick(menus).choice_G, order_G)
             cycle = self._filled(base, full_LH)
             if cycle is None:
                 return best
@@ -178,6 +188,22 @@ class Drafts:
         owners = self.meter.placement.owner_LH[group.block]
         by_worker = np.bincount(owners, weights=trained + 1e-12, minlength=self.meter.placement.num_workers)
         return int(np.argmax(by_worker)) == group.worker
+
+    def _fits(self, full_LH: BoolArray, base: list[OpTable]) -> bool:
+        """Whether these FULL heads spend the compute budget, and every worker its part of it, all but for one head.
+
+        The placement knows better than FLOPs do what a worker's calls take; of bytes it knows nothing.
+        """
+        meter = self.meter
+        if full_LH.shape != meter.placement.owner_LH.shape or self.request.max_bytes < 1:
+            return False
+        runs_LH = np.stack([(ops > 0).sum(axis=2) for ops in base]).mean(axis=0)
+        spent_LH = runs_LH * meter.forward_LH * np.where(full_LH, 3, 1)
+        owners = meter.placement.owner_LH.ravel()
+        spent_W = np.bincount(owners, weights=spent_LH.ravel(), minlength=meter.placement.num_workers)
+        one_head = 2 * meter.num_micro_batches * int(meter.forward_LH.max())
+        spends = self.budget - one_head <= spent_W.sum() <= self.budget
+        return bool(spends and (spent_W <= self.caps_W + one_head).all())
 
     def _full(self, choice_G: IntArray, order_G: list[list[int]]) -> np.ndarray:
         full_LH = np.zeros(self.meter.placement.owner_LH.shape, dtype=np.bool_)

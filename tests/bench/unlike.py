@@ -26,14 +26,12 @@ import tempfile
 
 import torch
 
-from scheduler.actor import Scheduler
 from scheduler.cost import Costs
 from scheduler.domain import DeviceProfile, ModelShape, Op, StepShape
 from tests.bench.report import publish, target
-from tests.workers.planners import ScriptedPlanner, read_answer
+from tests.workers.planners import GroupPlanner, ScriptedPlanner
 from tests.workers.processes import on_processes
 from workers.contract import JobSpec
-from workers.gather import gather_json
 from workers.profiling import keep_freed_memory
 from workers.session import Place, Session
 from workers.transport import Shared
@@ -95,7 +93,7 @@ def run_split(rank, args):
 def run_slowed(rank, args):
     settle_in(rank)
     transport = Shared()
-    planner = GroupPlanner(transport, slowed_from=CALM_WINDOWS + 1)
+    planner = SlowingPlanner(transport, slowed_from=CALM_WINDOWS + 1)
     spec = spec_of(args, CALM_WINDOWS + SLOWED_WINDOWS, {"budgets": {"compute": 0.6}})
     try:
         return run_job(spec, transport, planner)
@@ -155,23 +153,18 @@ class Recorded:
         return self.answers[-1]
 
 
-class GroupPlanner:
-    """A scheduler in rank 0's process; the others get its answers. From `slowed_from` on, core 0 has a second guest."""
+class SlowingPlanner(GroupPlanner):
+    """From the plan of window `slowed_from` on, core 0 has a second guest."""
 
-    def __init__(self, transport, slowed_from=None):
-        self.transport, self.slowed_from = transport, slowed_from
-        self.scheduler, self.guest = Scheduler(), None
-
-    def announce(self, announcement):
-        for rank, heard in enumerate(gather_json(self.transport, announcement)):
-            answer = self.scheduler.announce("bench", 1, self.transport.size, rank, heard)
-            assert "error" not in answer, answer
+    def __init__(self, transport, slowed_from):
+        super().__init__(transport)
+        self.slowed_from, self.guest = slowed_from, None
 
     def plan(self, window, report):
-        answer = None if self.transport.rank else self.scheduler.plan("bench", 1, window, report, 0)
+        planned = super().plan(window, report)
         if window == self.slowed_from and self.transport.rank == 0:
             self.guest = subprocess.Popen([sys.executable, "-c", BUSY_LOOP % (CORES[0], os.getpid())])
-        return read_answer(gather_json(self.transport, answer)[0])
+        return planned
 
     def stop(self):
         if self.guest is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 
+from scheduler.actor import Scheduler
 from scheduler.compiler import compile_step
 from scheduler.cost import Costs
 from scheduler.domain import (
@@ -51,6 +52,22 @@ class DirectPlanner:
             if "waiting" not in answer:
                 return read_answer(answer)
             time.sleep(0.01)
+
+
+class GroupPlanner:
+    """A scheduler in rank 0's process; workers in other processes get its answers."""
+
+    def __init__(self, transport):
+        self.transport, self.scheduler = transport, Scheduler()
+
+    def announce(self, announcement):
+        for rank, heard in enumerate(gather_json(self.transport, announcement)):
+            answer = self.scheduler.announce("job", 1, self.transport.size, rank, heard)
+            assert "error" not in answer, answer
+
+    def plan(self, window, report):
+        answer = None if self.transport.rank else self.scheduler.plan("job", 1, window, report, 0)
+        return read_answer(gather_json(self.transport, answer)[0])
 
 
 class ScriptedPlanner:
