@@ -104,7 +104,8 @@ def fold(profile: DeviceProfile, observed: Observations, now: float) -> DevicePr
         return profile
     curves = {name: _points(getattr(profile, name), name, seen) for name in CURVES}
     settled = profile.samples >= SETTLED_SAMPLES
-    overall = _overall([(getattr(profile, name), points) for name, points in curves.items()], settled)
+    moves = {name: _moves(getattr(profile, name), points, settled) for name, points in curves.items()}
+    overall = _overall(curves, moves)
     end, update = _step_end(profile, seen)
     send = _pooled(seen, lambda kind, cargo: kind == "send" and cargo in RESIDUALS)
     figures = {
@@ -118,7 +119,7 @@ def fold(profile: DeviceProfile, observed: Observations, now: float) -> DevicePr
         "end_us": end,
     }
     news: dict[str, Any] = {
-        **{name: _moved_curve(getattr(profile, name), points, overall, settled) for name, points in curves.items()},
+        **{name: _moved_curve(getattr(profile, name), curves[name], moves[name], overall) for name in CURVES},
         **{name: _moved(getattr(profile, name), found, overall, settled) for name, found in figures.items()},
     }
     return replace(
@@ -253,13 +254,23 @@ def _points(curve_us: Sequence[int], name: str, seen: Mapping[Key, _Typical]) ->
     return {n: _mean(typicals) for n, typicals in sorted(found.items())}
 
 
+def _moves(curve_us: Sequence[int], points: Mapping[int, _Typical], settled: bool) -> dict[int, float]:
+    """By what (a logarithm) the observed points of a curve move, by head count.
+
+    More heads take no less time, so points that were seen out of order meet. They keep meeting in the same place: what
+    others follow is how a point moves, not how far off it was seen, which would add up window by window.
+    """
+    believed = [curve_us[n] * math.exp(_believed(curve_us[n], seen, settled)) for n, seen in points.items()]
+    met = _rising(believed, [seen.samples for seen in points.values()])
+    return {n: math.log(us / curve_us[n]) for n, us in zip(points, met, strict=True)}
+
+
 def _moved_curve(
-    curve_us: tuple[int, ...], points: dict[int, _Typical], overall: float, settled: bool
+    curve_us: tuple[int, ...], points: Mapping[int, _Typical], moves: Mapping[int, float], overall: float
 ) -> tuple[int, ...]:
+    """Head counts that did not run move with their neighbours; without any, with the worker."""
     counts = np.arange(1, len(curve_us))
-    shifts = np.full(len(counts), overall)
-    if points:
-        shifts = np.interp(counts, list(points), [_believed(curve_us[n], seen, settled) for n, seen in points.items()])
+    shifts = np.interp(counts, list(moves), list(moves.values())) if moves else np.full(len(counts), overall)
     weights = [points[n].samples if n in points else 0.1 for n in counts.tolist()]
     return (0, *map(_whole, _rising(np.asarray(curve_us[1:]) * np.exp(shifts), weights)))
 
@@ -269,13 +280,10 @@ def _believed(old_us: int, seen: _Typical, settled: bool) -> float:
     return shift * _share(shift, seen.samples, settled)
 
 
-def _overall(curves: Sequence[tuple[Sequence[int], dict[int, _Typical]]], settled: bool) -> float:
-    """The worker's shift as a whole: the mean over its curves' observed points, weighted by the time they took."""
-    weights, shifts = [], []
-    for curve_us, points in curves:
-        for n, seen in points.items():
-            weights.append(seen.us * seen.samples)
-            shifts.append(_believed(curve_us[n], seen, settled))
+def _overall(curves: Mapping[str, Mapping[int, _Typical]], moves: Mapping[str, Mapping[int, float]]) -> float:
+    """The worker's move as a whole: the mean over its curves' observed points, weighted by the time they took."""
+    weights = [seen.us * seen.samples for points in curves.values() for seen in points.values()]
+    shifts = [shift for of_curve in moves.values() for shift in of_curve.values()]
     return float(np.average(shifts, weights=weights)) if shifts else 0.0
 
 

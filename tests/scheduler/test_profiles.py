@@ -116,6 +116,29 @@ def test_folding_converges_to_any_new_speed(factor: float, seed: int) -> None:
         assert np.allclose(getattr(profile, name)[1:], getattr(changed, name)[1:], rtol=0.06, atol=2)
 
 
+@settings(deadline=None, max_examples=25)
+@given(times=st.lists(st.floats(0.3, 3.0), min_size=3, max_size=3), seed=st.integers(0, 5))
+def test_what_does_not_run_stays_when_what_runs_goes_on_in_the_same_way(times: list[float], seed: int) -> None:
+    """Calls of few heads may take longer than those of many, which no curve can say: that must not add up."""
+    profile = device(samples=1000)
+    rng, folded = np.random.default_rng(seed), []
+    for _ in range(40):
+        observed = Observations()
+        for _ in range(10):
+            observed.add(
+                {
+                    ("fwd", part, 0, n): [profile_us * factor * rng.uniform(0.95, 1.05)] * 5
+                    for part, profile_us in (("attn", 200.0), ("mlp", 300.0))
+                    for n, factor in zip((1, 2, 3), times, strict=True)
+                }
+            )
+        profile = fold(profile, observed, now=1.0)
+        folded.append(profile)
+    for name in CURVES:
+        early, late = (np.array(getattr(folded[at], name)[1:]) for at in (14, 39))
+        assert np.allclose(late, early, rtol=0.15, atol=2), name
+
+
 def test_steps_in_which_something_else_ran_are_outliers() -> None:
     believed = device(samples=1000)
     truth, programs = programs_of(pair(believed))
