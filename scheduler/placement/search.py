@@ -45,7 +45,7 @@ class Effort:
 
 
 EFFORT = Effort(40, 4, 0.1)
-EFFORT_STATIC = Effort(1, 1, 0.05, 6)  # FULL and FORWARD heads make models larger
+EFFORT_STATIC = Effort(1, 1, 0.065, 6)  # FULL and FORWARD heads make models larger
 EFFORT_RIVAL = Effort(2, 1, 0.015)  # of a kind that comes after another, with a static part
 EFFORT_LARGE = Effort(4, 1, 0.03)
 EFFORT_LARGE_STATIC = Effort(1, 1, 0.04, 3)
@@ -192,7 +192,7 @@ class Quest:
         heads = self.instance.num_heads
         if self.losses is None or self.losses.loss_LK.size <= TINY:
             return 1.0
-        return float(np.clip(self.instance.num_blocks * heads**2 / SIZE, 0.09, 1.0))
+        return float(np.clip(self.instance.num_blocks * heads**2 / SIZE, 0.05, 1.0))
 
     @property
     def within(self) -> float:
