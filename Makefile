@@ -7,7 +7,7 @@ STAMP := $(VENV)/.ready
 # One thread per process: the suites start several processes on few cores.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-slow lint bench-engine bench-planner bench-unlike clean
+.PHONY: demo test test-slow lint bench-engine bench-planner bench-unlike bench-accuracy bench-peers clean
 
 demo: $(STAMP)
 	deploy/demo.sh $(BIN)
@@ -32,6 +32,12 @@ bench-planner: $(STAMP)
 
 bench-unlike: $(STAMP)
 	$(BIN)/python -m tests.bench.unlike
+
+bench-accuracy: $(STAMP)
+	$(BIN)/python -m tests.bench.accuracy
+
+bench-peers: $(STAMP)
+	$(BIN)/python -m tests.bench.peers
 
 clean:
 	rm -rf $(VENV) .bench .demo .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
