@@ -94,7 +94,7 @@ def measure(rank, name, args):
         spent = time.process_time() - cpu, time.perf_counter() - wall
         dist.barrier()
         if turn == 0:  # the first one warms caches and connections
-            seen["loss"] = None if loss is None else float(loss)
+            seen["loss"] = None if loss is None else float(torch.as_tensor(loss).detach())
             continue
         for key, value in zip(("cpu", "wall", "bytes"), (*spent, wire_bytes() - sent), strict=True):
             seen[key].append(value)
