@@ -104,8 +104,8 @@ def next_plan(
     fixed: dict[str, Any] = {"version": window + 1, "window": window, "limits": limits}
     cause = cause_of((memory or {}).get("rests_on"), asked, speeds)
 
-    def answer(plan: Plan, kept: Plan | None, memory: Memory, reason: str) -> tuple[Plan, dict[str, Any]]:
-        told = _remembering(plan, memory, asked, speeds)
+    def answer(plan: Plan, kept: Plan | None, remembers: Memory, reason: str) -> tuple[Plan, dict[str, Any]]:
+        told = _remembering(plan, remembers, asked, speeds)
         return told, change_of(kept, current, told, cause, reason)
 
     try:

@@ -76,10 +76,9 @@ class Drafts:
         allowed = spare
         best = None
         for _ in range(FITTING):
-            menus, order_G = self._menus(rests_TUM, means, allowed)
-            if self.given_LH is not None and self._fits(self.given_LH, base):
-                full_LH = self.given_LH
-            else:
+            full_LH = self._fitting(base)
+            if full_LH is None:
+                menus, order_G = self._menus(rests_TUM, means, allowed)
                 full_LH = self._full(self.strategy.pick(menus).choice_G, order_G)
             cycle = self._filled(base, full_LH)
             if cycle is None:
@@ -94,7 +93,7 @@ class Drafts:
             else:
                 if best is not None:
                     break
-                allowed = min(allowed, float(menus.max_bytes)) - max(1.05 * (sent - spare), 0.02 * spare)
+                allowed -= max(1.05 * (sent - spare), 0.02 * spare)
                 if allowed < 0:
                     break
         request = self.request
@@ -189,21 +188,21 @@ class Drafts:
         by_worker = np.bincount(owners, weights=trained + 1e-12, minlength=self.meter.placement.num_workers)
         return int(np.argmax(by_worker)) == group.worker
 
-    def _fits(self, full_LH: BoolArray, base: list[OpTable]) -> bool:
-        """Whether these FULL heads spend the compute budget, and every worker its part of it, all but for one head.
+    def _fitting(self, base: list[OpTable]) -> BoolArray | None:
+        """The given FULL heads, if they spend the compute budget, and every worker its part of it, but for one head.
 
         The placement knows better than FLOPs do what a worker's calls take; of bytes it knows nothing.
         """
-        meter = self.meter
-        if full_LH.shape != meter.placement.owner_LH.shape or self.request.max_bytes < 1:
-            return False
+        meter, full_LH = self.meter, self.given_LH
+        if full_LH is None or full_LH.shape != meter.placement.owner_LH.shape or self.request.max_bytes < 1:
+            return None
         runs_LH = np.stack([(ops > 0).sum(axis=2) for ops in base]).mean(axis=0)
         spent_LH = runs_LH * meter.forward_LH * np.where(full_LH, 3, 1)
         owners = meter.placement.owner_LH.ravel()
         spent_W = np.bincount(owners, weights=spent_LH.ravel(), minlength=meter.placement.num_workers)
         one_head = 2 * meter.num_micro_batches * int(meter.forward_LH.max())
         spends = self.budget - one_head <= spent_W.sum() <= self.budget
-        return bool(spends and (spent_W <= self.caps_W + one_head).all())
+        return full_LH if spends and (spent_W <= self.caps_W + one_head).all() else None
 
     def _full(self, choice_G: IntArray, order_G: list[list[int]]) -> np.ndarray:
         full_LH = np.zeros(self.meter.placement.owner_LH.shape, dtype=np.bool_)

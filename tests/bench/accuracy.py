@@ -32,7 +32,7 @@ from rich.progress import Progress
 
 from scheduler.domain import Op
 from tests.bench.report import publish, target
-from tests.workers.planners import GroupPlanner, ScriptedPlanner
+from tests.workers.planners import GroupPlanner, ScriptedPlanner, even_heads
 from tests.workers.processes import on_processes
 from workers.contract import JobSpec
 from workers.profiling import keep_freed_memory
@@ -163,7 +163,11 @@ def train(args, row, seed):
     if row.last is None:
         planner = GroupPlanner(transport)
     else:
-        planner = ScriptedPlanner(transport, lambda _: shared_heads(planner.shape, args.workers), last_blocks(row.last))
+        planner = ScriptedPlanner(
+            transport,
+            lambda _: even_heads(planner.shape.num_blocks, planner.shape.num_heads, args.workers),
+            last_blocks(row.last),
+        )
     with tempfile.TemporaryDirectory() as folder:
         place = Place(sharers=args.workers, device=args.device)
         ledger = Session(spec_of(args, row, seed), folder, transport, planner, None, place).run()
@@ -207,10 +211,6 @@ def read_arg(text):
         return key, json.loads(value)
     except ValueError:
         return key, value
-
-
-def shared_heads(shape, workers):
-    return [[head * workers // shape.num_heads for head in range(shape.num_heads)]] * shape.num_blocks
 
 
 def last_blocks(share):

@@ -29,9 +29,11 @@ from tests.bench.report import publish
 from workers.contract import JobSpec
 from workers.data import open_dataset
 from workers.model import build_model, model_input
+from workers.optimiser import schedule
 from workers.order import MicroBatches
 
 SHARE = 0.4
+WARM_UP = 0.1  # of the steps
 MICRO_BATCHES, BATCH = 5, 8
 EVALUATED = 250  # images at a time
 DRAWS = 60  # for the gradients' cosines
@@ -83,7 +85,7 @@ def train(args, seed, way, redrawn):
     """Test accuracy in percent."""
     model, data, order = setting(seed)
     optimiser = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.05, fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: rate(step, args.steps))
+    rates = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: schedule(step, args.steps, 1.0, WARM_UP))
     rng, every = np.random.default_rng(seed), REDRAWN[redrawn]
     full_LH = draw(rng, model)
     for step in range(args.steps):
@@ -96,17 +98,9 @@ def train(args, seed, way, redrawn):
             (F.cross_entropy(forward(model, images, full_LH, way), labels) / MICRO_BATCHES).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()
-        schedule.step()
+        rates.step()
         optimiser.zero_grad()
     return 100 * accuracy(model, data)
-
-
-def rate(step, steps):
-    """Linear warm-up over a tenth of the steps, then half a cosine to 0."""
-    warm_up = max(1, steps // 10)
-    if step < warm_up:
-        return (step + 1) / warm_up
-    return (1 + math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up))) / 2
 
 
 @torch.no_grad()

@@ -81,7 +81,7 @@ def measure(rank, num_blocks, rounds, wire):
     keep_freed_memory()
     os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[rank]})
     torch.manual_seed(0)
-    model = timm.create_model("vit_small_patch14_dinov2", img_size=98, num_classes=10, depth=num_blocks)
+    model = vit_small(num_blocks)
     batch = synthetic_batch()
     rows = build_rows(rank, model, wire)
     plain = plain_timm(model, batch)
@@ -155,6 +155,10 @@ def clocked(work):
 
 def record(samples, key, *values):
     samples.setdefault(key, []).append(values)
+
+
+def vit_small(num_blocks):
+    return timm.create_model("vit_small_patch14_dinov2", img_size=98, num_classes=10, depth=num_blocks)
 
 
 def synthetic_batch():

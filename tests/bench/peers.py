@@ -21,15 +21,14 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
+import itertools
 import os
 import resource
 import statistics
 import time
-from dataclasses import asdict
 
 import numpy as np
 import psutil
-import timm
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -43,21 +42,20 @@ from torch.nn.parallel import DistributedDataParallel
 
 from scheduler.compiler import compile_step
 from scheduler.cost import Costs, residual_bytes
-from scheduler.domain import DeviceProfile, Scores, StepShape
+from scheduler.domain import Scores, StepShape
 from scheduler.plan import make_plan
 from scheduler.request import PlanRequest
+from tests.bench.engine import BATCH, MICRO_BATCHES, gathered, synthetic_batch, vit_small
 from tests.bench.report import publish, target
 from tests.workers.processes import on_processes
 from workers.contract import Optimiser
-from workers.executor import Batch, Executor, StepPrograms
-from workers.gather import gather_json
+from workers.executor import Executor, StepPrograms
 from workers.optimiser import Adam
 from workers.partition import model_shape
 from workers.profiling import keep_freed_memory, profile_device
 from workers.shard import Shard
 from workers.transport import Gloo, Shared
 
-MICRO_BATCHES, BATCH, CLASSES = 5, 16, 10
 BUDGETS = (1.0, 0.6, 0.5, 0.4)
 MODES = {"split": "split", "whole": "whole", "planned": "auto"}
 
@@ -84,7 +82,7 @@ def measure(rank, name, args):
     keep_freed_memory()
     os.sched_setaffinity(0, {args.cores[rank]})
     torch.manual_seed(0)
-    model = timm.create_model("vit_small_patch14_dinov2", img_size=98, num_classes=CLASSES, depth=args.blocks)
+    model = vit_small(args.blocks)
     step = PEERS[name](model, synthetic_batch())
     seen = {"cpu": [], "wall": [], "bytes": [], "loss": 0.0}
     for turn in range(args.rounds + 1):
@@ -117,12 +115,6 @@ def row_of(name, found):
         "peak MB": max(of["rss"] for of in found),
         "loss": statistics.fmean(losses) if losses else float("nan"),
     }
-
-
-def synthetic_batch():
-    gen = torch.Generator().manual_seed(1)
-    images = {m: torch.randn(BATCH, 3, 98, 98, generator=gen) for m in range(MICRO_BATCHES)}
-    return Batch(images, {m: torch.randint(0, CLASSES, (BATCH,), generator=gen) for m in range(MICRO_BATCHES)})
 
 
 def adam(model):
@@ -285,23 +277,16 @@ def ours(mode, compute, wire):
         shape, step_shape, transport = model_shape(model), StepShape(MICRO_BATCHES, BATCH), wire()
         transport.prepare(residual_bytes(shape, step_shape))
         profile = profile_device(model, step_shape, transport)
-        profiles = [DeviceProfile.from_dict(p) for p in gather_json(transport, asdict(profile))]
-        costs = Costs(shape, step_shape, profiles)
+        costs = Costs(shape, step_shape, gathered(profile))
         worth = Scores(*np.random.default_rng(0).uniform(0.5, 1.5, (2, shape.num_blocks, shape.num_heads)))
         request = PlanRequest(placement=mode, compute=compute if compute < 1 else None)
         plan = make_plan(request, costs, worth)
         shard = Shard(model, plan.placement, dist.get_rank())
         executor = Executor(shard, transport, update=Adam(shard, Optimiser(learning_rate=1e-5), 1000))
-        steps = [
-            StepPrograms(compile_step(plan.placement, ops, costs), dist.get_rank(), costs, shard.dtype)
-            for ops in plan.cycle
-        ]
-        turn = iter(range(10**6))
-
-        def step():
-            return executor.run(steps[next(turn) % len(steps)], batch).loss
-
-        return step
+        rank = dist.get_rank()
+        programs = (compile_step(plan.placement, ops, costs) for ops in plan.cycle)
+        steps = itertools.cycle([StepPrograms(program, rank, costs, shard.dtype) for program in programs])
+        return lambda: executor.run(next(steps), batch).loss
 
     return build
 

@@ -18,6 +18,7 @@ from scheduler.placement import ideal_us, propose
 from scheduler.simulate import simulate
 from tests.bench.report import target
 from tests.scheduler.fleet import fleet, two_nodes, vit_shape
+from tests.workers.planners import even_heads
 
 UNLIKE = (4, 3.3, 2.7, 2.1, 1.6, 1.3, 1.1, 1)
 SIZES = {
@@ -97,12 +98,13 @@ def quality_row(name, asked):
     ideal = ideal_us(costs, static)
     ours = min(simulated_us(costs, c.placement, c.full_LH) for c in propose(costs, static=static))
     full_LH = None if static is None else worthiest(static)
+    even = even_heads(costs.shape.num_blocks, costs.shape.num_heads, costs.num_workers)
     return {
         "kind": "quality",
         "fleet": name,
         "asked": asked,
         "÷ ideal": ours / ideal,
-        "even ÷ ideal": simulated_us(costs, even_split(costs), full_LH) / ideal,
+        "even ÷ ideal": simulated_us(costs, Placement.make(even, costs.num_workers), full_LH) / ideal,
         "by layer ÷ ideal": simulated_us(costs, layer_split(costs), full_LH) / ideal,
     }
 
@@ -125,12 +127,6 @@ def worthiest(static):
     marks = np.zeros(static.worth_LH.size, dtype=bool)
     marks[order[: static.num_full]] = True
     return marks.reshape(static.worth_LH.shape)
-
-
-def even_split(costs):
-    """Every worker has as many heads of every block as any other."""
-    heads, workers = costs.shape.num_heads, costs.num_workers
-    return Placement.make(np.tile(np.arange(heads) * workers // heads, (costs.shape.num_blocks, 1)), workers)
 
 
 def layer_split(costs):

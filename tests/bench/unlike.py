@@ -23,8 +23,6 @@ import argparse
 import itertools
 import os
 import statistics
-import subprocess
-import sys
 import tempfile
 
 import torch
@@ -32,8 +30,8 @@ import torch
 from scheduler.cost import Costs
 from scheduler.domain import DeviceProfile, ModelShape, Op, StepShape
 from tests.bench.report import publish, target
-from tests.workers.planners import GroupPlanner, ScriptedPlanner
-from tests.workers.processes import on_processes
+from tests.workers.planners import GroupPlanner, ScriptedPlanner, even_heads
+from tests.workers.processes import busy_guest, on_processes
 from workers.contract import JobSpec
 from workers.profiling import keep_freed_memory
 from workers.session import Place, Session
@@ -46,12 +44,6 @@ CALM_WINDOWS, SLOWED_WINDOWS = 6, 20
 WITHIN = 1.15
 NOTICED = 1.3  # a worker's heads take so much longer than before
 REHEARSED = 2  # windows that count for nothing: all-FULL without update, and the first of training
-BUSY_LOOP = """
-import os
-os.sched_setaffinity(0, {%d})
-while os.getppid() == %d:
-    sum(range(100_000))
-"""
 
 
 def main():
@@ -85,7 +77,7 @@ def run_split(rank, args):
     settle_in(rank)
     transport = Shared()
     blocks = [[min(len(CORES) - 1, block * len(CORES) // args.blocks)] * HEADS for block in range(args.blocks)]
-    heads = [[head * len(CORES) // HEADS for head in range(HEADS)] for _ in range(args.blocks)]
+    heads = even_heads(args.blocks, HEADS, len(CORES))
     planners = {
         "planned": lambda: GroupPlanner(transport),
         "even blocks": lambda: ScriptedPlanner(transport, lambda _: blocks),
@@ -172,7 +164,7 @@ class SlowingPlanner(GroupPlanner):
     def plan(self, window, report):
         planned = super().plan(window, report)
         if window == self.slowed_from and self.transport.rank == 0:
-            self.guest = subprocess.Popen([sys.executable, "-c", BUSY_LOOP % (CORES[0], os.getpid())])
+            self.guest = busy_guest(CORES[0])
         return planned
 
     def stop(self):

@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 
+from tests.workers.processes import busy_guest
 from workers.contract import JobSpec, RunContext
 from workers.events import read_events
 
 ROOT = Path(__file__).parents[2]
-GUEST = "import os\nos.sched_setaffinity(0, {0})\nwhile True:\n    sum(range(100_000))\n"
 CALM_WINDOWS = 3
 
 
@@ -59,8 +59,8 @@ def test_heads_move_away_from_a_worker_that_is_slowed_while_it_trains(folder: Pa
     guest = None
     try:
         while driver.poll() is None:
-            if guest is None and windows_of(run) > CALM_WINDOWS:
-                guest = subprocess.Popen([sys.executable, "-c", GUEST])
+            if guest is None and len(of_type(run, "window")) > CALM_WINDOWS:
+                guest = busy_guest(0)
             time.sleep(0.2)
     finally:
         for process in (driver, guest):
@@ -74,10 +74,6 @@ def test_heads_move_away_from_a_worker_that_is_slowed_while_it_trains(folder: Pa
     assert away[-1]["after"]["step_us"] < away[-1]["before"]["step_us"]
     losses = [of["loss"] for of in of_type(run, "metrics")]
     assert len(losses) == spec().steps and losses[-1] < losses[0]
-
-
-def windows_of(run: Path) -> int:
-    return len(of_type(run, "window"))
 
 
 def of_type(run: Path, wanted: str) -> list[dict[str, Any]]:

@@ -36,6 +36,11 @@ def read_answer(answer):
     return Planned(Plan.from_dict(answer), profiles, answer["change"] or {})
 
 
+def even_heads(num_blocks, num_heads, num_workers):
+    """Owners by block and head: every worker has as many heads of every block as any other."""
+    return [[head * num_workers // num_heads for head in range(num_heads)] for _ in range(num_blocks)]
+
+
 class DirectPlanner:
     """Calls a `Scheduler` in this process; all ranks on threads share it."""
 

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import socket
+import subprocess
+import sys
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+
+_BUSY = """
+import os
+os.sched_setaffinity(0, {%d})
+while os.getppid() == %d:
+    sum(range(100_000))
+"""
 
 
 def on_processes(num_workers, work, *args, backend="gloo"):
@@ -28,6 +38,11 @@ def _drain(results, found):
     while not results.empty():
         rank, value = results.get()
         found[rank] = value
+
+
+def busy_guest(core):
+    """A process that never sleeps, pinned to a core; it ends with this one, or when it is killed."""
+    return subprocess.Popen([sys.executable, "-c", _BUSY % (core, os.getpid())])
 
 
 def free_port():
