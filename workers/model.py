@@ -9,6 +9,7 @@ Axes: B images, C channels, H W pixels, N tokens, D width, K classes.
 from __future__ import annotations
 
 import difflib
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -169,10 +170,13 @@ def _create(resolved: Resolved, num_classes: int) -> nn.Module:
         ) from error
 
 
+_DRAWING = threading.Lock()  # the generator is the process's: workers on threads would draw from each other's
+
+
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
     # No devices: models are built on the CPU, and forking every CUDA generator is slow.
-    with torch.random.fork_rng(devices=[]):
+    with _DRAWING, torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         yield
 
