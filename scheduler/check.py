@@ -18,7 +18,7 @@ from scheduler.transfers import step_bytes
 
 def check(plan: Plan, costs: Costs, request: PlanRequest, *, play: bool = True) -> list[str]:
     """Everything wrong with a plan, one sentence each; none for a good plan. `play` also compiles and simulates it."""
-    shapes = [*_placement_faults(plan.placement, costs), *_table_faults(plan, costs)]
+    shapes = [*_placement_faults(plan.placement, costs), *_table_faults(plan, costs, request.strategy == "hardest")]
     if shapes:
         return shapes
     faults = [
@@ -58,7 +58,8 @@ def _placement_faults(placement: Placement, costs: Costs) -> Iterator[str]:
         yield f"the classifier's worker {placement.classifier} holds no head of the last block"
 
 
-def _table_faults(plan: Plan, costs: Costs) -> Iterator[str]:
+def _table_faults(plan: Plan, costs: Costs, sits_out: bool) -> Iterator[str]:
+    """With `sits_out`, whole micro-batches may train nothing."""
     wanted = (costs.shape.num_blocks, costs.shape.num_heads, costs.step.num_micro_batches)
     if not plan.cycle:
         yield "the cycle has no table"
@@ -67,7 +68,9 @@ def _table_faults(plan: Plan, costs: Costs) -> Iterator[str]:
             yield f"table {index} has shape {ops.shape}, not {wanted}"
         elif not np.isin(ops, [int(op) for op in Op]).all():
             yield f"table {index} has values that are no op"
-        elif starved := np.flatnonzero(~(ops == Op.FULL).any(axis=(0, 1))).tolist():
+        elif not (ops == Op.FULL).any():
+            yield f"table {index} trains nothing"
+        elif starved := [] if sits_out else np.flatnonzero(~(ops == Op.FULL).any(axis=(0, 1))).tolist():
             yield f"table {index} runs no FULL head for micro-batches {starved}"
 
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from scheduler.domain import SUBLAYERS, DeviceProfile, ModelShape, StepShape
 
-TALLY_BYTES = 24  # gradient norm², loss, correct answers: three float64
+TALLIED = 3  # gradient norm², loss, correct answers; behind them the loss of every image
 OPTIMISER_BYTES_PER_PARAM = 16  # weight, gradient and AdamW's two moments, float32
 
 
@@ -87,6 +87,11 @@ class Costs:
         tokens = self.step.micro_batch_size * self.shape.num_tokens
         inner = 4 * self.shape.head_dim if sublayer == "attn" else 2 * max(self.shape.mlp_dims)
         return tokens * (2 * self.shape.dim + num_heads * inner) * self.step.wire_itemsize
+
+
+def tally_bytes(step: StepShape) -> int:
+    """Bytes of what a worker tells each other at the end of a step: float64 numbers."""
+    return 8 * (TALLIED + step.num_micro_batches * step.micro_batch_size)
 
 
 def residual_bytes(shape: ModelShape, step: StepShape) -> int:

@@ -267,11 +267,14 @@ def uniform_ops(shape: ModelShape, num_micro_batches: int, op: Op) -> OpTable:
 
 
 def step_flops(shape: ModelShape, step: StepShape, ops_LHM: OpTable) -> int:
-    """FLOPs of one step: a FORWARD head costs its forward pass, a FULL head three times that, the trunk always runs."""
+    """FLOPs of one step: a FORWARD head costs its forward pass, a FULL head three times that.
+
+    The trunk runs for every micro-batch that some head runs for.
+    """
     forward_H = np.array([shape.head_forward_flops(h, step.micro_batch_size) for h in range(shape.num_heads)])
     weight_LHM = np.array([0, 1, 3])[ops_LHM]
     heads = int((weight_LHM.sum(axis=(0, 2)) * forward_H).sum())
-    return heads + step.num_micro_batches * shape.trunk_flops(step.micro_batch_size)
+    return heads + int(ops_LHM.any(axis=(0, 1)).sum()) * shape.trunk_flops(step.micro_batch_size)
 
 
 @dataclass(frozen=True)

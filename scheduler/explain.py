@@ -72,6 +72,12 @@ class Explanation:
         return np.stack([(ops == op).mean(axis=(0, 3)) for op in Op])
 
     @cached_property
+    def _all_alike(self) -> bool:
+        """Whether whole micro-batches were chosen, and some left out."""
+        tables = self.plan.cycle
+        return bool(all((ops == ops[0, 0]).all() for ops in tables) and (np.stack(tables) != Op.FULL).any())
+
+    @cached_property
     def _cut(self) -> float:
         """The least worth among as many heads as are mostly FULL, taken by worth alone."""
         num_full = int(self._mostly_full.sum())
@@ -101,6 +107,10 @@ class Explanation:
 
     def _why_op(self, block: int, head: int) -> str:
         full, forward, skip = (float(self._shares[op, block, head]) for op in (Op.FULL, Op.FORWARD, Op.SKIP))
+        if self._all_alike:
+            shares = {"FULL": full, "FORWARD": forward, "SKIP": skip}
+            said = ", ".join(f"{op} in {share:.0%}" for op, share in shares.items() if share)
+            return f"{said} of the micro-batches, as every head: the hardest images are trained on"
         if not full and not forward:
             return f"SKIP throughout: worth {self._stands(block, head)}"
         if full and forward:

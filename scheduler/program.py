@@ -17,7 +17,7 @@ An instruction prints as one line and parses back equal; m2 is micro-batch 2, b0
     free x m2                                  x of micro-batch 2 is read no more here
     send gradpart >w1 units=embed,b00          ship this worker's gradients of shared trunk parameters
     sum grads of=0,1 units=embed,b00           add them up in rank order
-    send tally >w1                             gradient norm², loss, correct answers
+    send tally >w1                             gradient norm², loss, correct answers, loss of every image
     step                                       clip, then AdamW on every parameter that has a gradient
 
 A skipped head (p_s) leaves no line: not running costs nothing.

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from scheduler.cost import TALLY_BYTES, residual_bytes, trunk_bytes
+from scheduler.cost import residual_bytes, tally_bytes, trunk_bytes
 from scheduler.domain import SUBLAYERS, IntArray, ModelShape, Op, OpTable, Placement, StepShape
 from scheduler.program import EMBED_UNIT, Instruction
 
@@ -57,8 +57,11 @@ def lower(
 ) -> Sequences:
     """Instructions of micro-batch `mb` for every worker, in an order that each worker can follow.
 
-    With `train=False` every head that is not SKIP runs FORWARD and no gradient flows: an evaluation.
+    With `train=False` every head that is not SKIP runs FORWARD and no gradient flows: an evaluation. In training a
+    micro-batch that every head skips sits out: no instruction at all.
     """
+    if train and not ops_LH.any():
+        return [[] for _ in range(placement.num_workers)]
     if not train:
         ops_LH = np.minimum(ops_LH, int(Op.FORWARD)).astype(np.int8)
     return _Lowering(placement, ops_LH, mb, embed_grad and train, train, skip_fill).run()
@@ -84,7 +87,7 @@ def step_end(placement: Placement, ops_LHM: OpTable, *, embed_grad: bool = True)
 
 def touched_units(placement: Placement, ops_LHM: OpTable, *, embed_grad: bool = True) -> dict[int, tuple[int, ...]]:
     """Trunk units that get a gradient in this step, with the workers that hold them."""
-    units = {EMBED_UNIT: tuple(sorted(placement.embedders))} if embed_grad else {}
+    units = {EMBED_UNIT: tuple(sorted(placement.embedders))} if embed_grad and ops_LHM.any() else {}
     for block in np.flatnonzero((ops_LHM == Op.FULL).any(axis=(1, 2))):
         units[int(block)] = placement.holders(int(block))
     return units
@@ -108,7 +111,7 @@ def step_bytes(
 def message_bytes(instruction: Instruction, shape: ModelShape, step: StepShape) -> int:
     """Size of the message that a send or recv is about."""
     if instruction.cargo == "tally":
-        return TALLY_BYTES
+        return tally_bytes(step)
     if instruction.units:
         return trunk_bytes(shape, step, instruction.units)
     return residual_bytes(shape, step)

@@ -44,7 +44,7 @@ def read_live(path: Path) -> tuple[list[DeviceRecord], list[str]]:
 def question(body: PreviewBody, sizes: Sizes, live: Sequence[DeviceRecord]) -> dict[str, Any]:
     """What `scheduler.whatif` is asked. Raises UserError where the model cannot be built so."""
     shape = shape_of(resized(sizes, body.model_args, body.img_size), body.num_classes)
-    method = body.method.model_dump(exclude={"type"})
+    method = body.method.to_plan()
     fleet: dict[str, Any] = {"records": [record.to_dict() for record in live]}
     if body.devices != "live":
         fleet = {"devices": [_spec(device) for device in body.devices]}

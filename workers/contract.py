@@ -6,11 +6,14 @@ No torch here: the API process reads and checks specs with this file alone.
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 DIGITS_MODEL = "d2ft_digits"
+DIGITS_RATE, RATE = 5e-4, 5e-5  # learning rates of the bundled model, and of any other
+# What a job that chooses heads says of them, where it does not say otherwise.
+HEAD_WORDS = {"hold": "training", "grain": "coherent", "score": "fisher", "skip_fill": "zero"}
 ModelArg = int | float | bool | str
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
@@ -58,24 +61,62 @@ class Phase(Frozen):
 class Method(Frozen):
     """How the work is chosen. Give one of `ratios`, `budgets` and `schedule`; none means all-FULL.
 
-    `strategy` says who chooses: "hull" the most worthy within each worker's time (the default), "cpsat" the same,
-    proved; "two_stage" FULL by backward and then FORWARD by forward score, device by device (the paper's way);
-    "random", "uniform" without looking at worth; "full" all-FULL.
-    `hold` says what stays the same over a window: "training" which heads are FULL and which FORWARD, with SKIPs drawn
-    for each step; "all" also which are SKIP; "none" nothing, every micro-batch is chosen for.
-    `grain`: a worker's heads of a block sit out together ("coherent": that saves bytes), or each alone ("scattered").
-    `score` is what a head is worth; `skip_fill` what a skipped head adds.
+    `strategy` says who chooses: "hardest" whole micro-batches, every head alike, filled with the images that lost most
+    when they were last seen (the default). The others choose heads: "hull" the most worthy within each worker's time,
+    "cpsat" the same, proved; "two_stage" FULL by backward and then FORWARD by forward score, device by device (the
+    paper's way); "random", "uniform" without looking at worth. "full" is all-FULL.
+
+    The rest is about heads, and saying any of it means "hull" where no strategy is given. `hold` says what stays the
+    same over a window: "training" which heads are FULL and which FORWARD, with SKIPs drawn for each step; "all" also
+    which are SKIP; "none" nothing, every micro-batch is chosen for. `grain`: a worker's heads of a block sit out
+    together ("coherent": that saves bytes), or each alone ("scattered"). `score` is what a head is worth; `skip_fill`
+    what a skipped head adds. Words not given are those of `HEAD_WORDS`.
     """
 
     type: Literal["d2ft"] = "d2ft"
     ratios: Ratios | None = None
     budgets: Budgets | None = None
     schedule: Annotated[tuple[Phase, ...], Field(max_length=16)] = ()
-    strategy: Literal["hull", "cpsat", "two_stage", "random", "uniform", "full"] = "hull"
-    hold: Literal["training", "all", "none"] = "training"
-    grain: Literal["coherent", "scattered"] = "coherent"
-    score: Literal["fisher", "gradient", "taylor", "weight", "activation", "random"] = "fisher"
-    skip_fill: Literal["zero", "mean", "rescale"] = "zero"
+    strategy: Literal["hardest", "hull", "cpsat", "two_stage", "random", "uniform", "full"] | None = None
+    hold: Literal["training", "all", "none"] | None = None
+    grain: Literal["coherent", "scattered"] | None = None
+    score: Literal["fisher", "gradient", "taylor", "weight", "activation", "random"] | None = None
+    skip_fill: Literal["zero", "mean", "rescale"] | None = None
+
+    @model_validator(mode="after")
+    def _no_heads_of_the_hardest(self) -> Method:
+        given = [name for name in HEAD_WORDS if getattr(self, name) is not None]
+        if self.strategy == "hardest" and given:
+            raise ValueError(
+                f"strategy 'hardest' chooses whole micro-batches, and {', '.join(given)} speaks of heads; "
+                f"leave it away, or set strategy to 'hull'"
+            )
+        return self
+
+    @property
+    def words(self) -> dict[str, str]:
+        """`strategy` and all words about heads, as they hold where they are not given."""
+        given = {name: getattr(self, name) for name in HEAD_WORDS}
+        strategy = self.strategy or ("hull" if any(given.values()) else "hardest")
+        return {"strategy": strategy, **{name: word or HEAD_WORDS[name] for name, word in given.items()}}
+
+    @property
+    def chooses_heads(self) -> bool:
+        """Whether what a head is worth matters."""
+        return self.words["strategy"] not in ("hardest", "full") and self.leaves_out
+
+    @property
+    def sorts_images(self) -> bool:
+        """Whether the images of a step go into its micro-batches by what they lost last."""
+        return self.words["strategy"] == "hardest" and self.leaves_out
+
+    @property
+    def leaves_out(self) -> bool:
+        return bool(self.ratios or self.budgets or self.schedule)
+
+    def to_plan(self) -> dict[str, Any]:
+        """What the planner is asked."""
+        return {**self.model_dump(include={"ratios", "budgets", "schedule"}), **self.words}
 
     @model_validator(mode="after")
     def _one_of(self) -> Method:
@@ -94,9 +135,12 @@ class Method(Frozen):
 
 
 class Optimiser(Frozen):
-    """AdamW with linear warm-up and cosine decay to zero; gradients clipped by global norm (0 switches it off)."""
+    """AdamW with linear warm-up and cosine decay to zero; gradients clipped by global norm (0 switches it off).
 
-    learning_rate: Annotated[float, Field(gt=0, le=1)] = 5e-4
+    Without a learning rate it is the model's: see `JobSpec.filled_optimiser`.
+    """
+
+    learning_rate: Annotated[float, Field(gt=0, le=1)] | None = None
     weight_decay: Annotated[float, Field(ge=0, le=1)] = 0.05
     betas: tuple[Beta, Beta] = (0.9, 0.999)
     warmup_fraction: Annotated[float, Field(ge=0, le=1)] = 0.1
@@ -156,6 +200,12 @@ class JobSpec(Frozen):
                     f"make full + forward + skip = micro_batches"
                 )
         return self
+
+    @property
+    def filled_optimiser(self) -> Optimiser:
+        """The optimiser with a learning rate: the small bundled model bears more than one that was well pretrained."""
+        rate = self.optimiser.learning_rate or (DIGITS_RATE if self.model == DIGITS_MODEL else RATE)
+        return self.optimiser.model_copy(update={"learning_rate": rate})
 
 
 MODEL_ARGS = (

@@ -24,7 +24,7 @@ from workers.contract import JobSpec
 from workers.folder import FolderLayout, parse_uri, scan_classes
 from workers.images import find_unreadable, read_square
 from workers.model import ModelInput
-from workers.order import AugmentKey, IndexArray, MicroBatches, permutation
+from workers.order import AugmentKey, IndexArray, permutation
 
 SPLIT_SEED = 0
 HELD_OUT_FRACTION = 0.1
@@ -161,6 +161,16 @@ class FolderDataset:
         return Batch(_normalise(images_BCHW, self._input), labels_B)
 
 
+class Order(Protocol):
+    """Which images a step reads."""
+
+    def indices(self, step: int) -> list[IndexArray]:
+        """M arrays of training indices."""
+
+    def augment_key(self, step: int, micro_batch: int) -> AugmentKey:
+        """What decides the augmentation of one micro-batch."""
+
+
 class Needs(NamedTuple):
     """The micro-batches of a step whose images and whose labels a worker wants."""
 
@@ -185,7 +195,7 @@ class Prefetcher:
     """
 
     def __init__(
-        self, dataset: Dataset, order: MicroBatches, needs: Callable[[int], Needs | None], *, augment: bool = False
+        self, dataset: Dataset, order: Order, needs: Callable[[int], Needs | None], *, augment: bool = False
     ) -> None:
         self._dataset, self._order, self._needs, self._augment = dataset, order, needs, augment
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch")
@@ -196,10 +206,12 @@ class Prefetcher:
         needs = self._needs(step) or Needs(frozenset(), frozenset())
         fetched = self._take(step)
         missing = Needs(needs.images - fetched.images.keys(), needs.labels - fetched.labels.keys())
-        rest = self._load(step, missing)
+        rest = self._load(step, self._order.indices(step), missing)
         following = self._needs(step + 1)
         if following is not None:
-            self._ahead = step + 1, self._thread.submit(self._load, step + 1, following)
+            # The order may change with every step, so it is asked for here and not when the thread gets to it.
+            indices = self._order.indices(step + 1)
+            self._ahead = step + 1, self._thread.submit(self._load, step + 1, indices, following)
         return StepData({**fetched.images, **rest.images}, {**fetched.labels, **rest.labels})
 
     def close(self) -> None:
@@ -219,8 +231,7 @@ class Prefetcher:
         fetched_step, future = ahead
         return future.result() if fetched_step == step else StepData()
 
-    def _load(self, step: int, needs: Needs) -> StepData:
-        indices = self._order.indices(step)
+    def _load(self, step: int, indices: Sequence[IndexArray], needs: Needs) -> StepData:
         data = StepData()
         for m in sorted(needs.images):
             key = self._order.augment_key(step, m) if self._augment else None

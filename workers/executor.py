@@ -13,81 +13,20 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from scheduler.cost import Costs
-from scheduler.profiles import timing_keys
-from scheduler.program import Instruction, MessageKey, Program
-from scheduler.simulate import program_flops
+from scheduler.cost import TALLIED
+from scheduler.program import Instruction, MessageKey
 from workers.gates import Gates
 from workers.shard import Shard
-from workers.transport import Parcel, Transport
-
-TimingKey = tuple[str, str, int, int]
-
-
-@dataclass(frozen=True)
-class StepReport:
-    """What one worker measured in one step. Loss and counts are sums over all workers once the tallies are in.
-
-    `wait_s` is time blocked in receives; `kind_s` seconds per instruction kind; `sent_bytes` per destination;
-    `timings_us` how long each instruction took, under its `timing_keys`; none
-    when the step was not `timed`. A step on CUDA that is not has `kind_s` of what the processor did, not the device.
-    """
-
-    loss: float
-    correct: int
-    grad_norm: float
-    wall_s: float
-    wait_s: float
-    cpu_s: float
-    kind_s: dict[str, float]
-    sent_bytes: tuple[int, ...]
-    flops: int
-    timings_us: dict[TimingKey, list[float]] = field(default_factory=dict)
-
-    @property
-    def idle_share(self) -> float:
-        return self.wait_s / self.wall_s if self.wall_s else 0.0
-
-
-@dataclass
-class Batch:
-    """The micro-batches of one step that this worker reads: images_BCHW and labels_B by index."""
-
-    images: Mapping[int, Tensor]
-    labels: Mapping[int, Tensor]
-
-
-class StepPrograms:
-    """The compiled programs of all workers for one step, seen from one of them: its own, and what will reach it."""
-
-    def __init__(self, programs: Sequence[Program], rank: int, costs: Costs, dtype: torch.dtype) -> None:
-        self.own = programs[rank]
-        self.flops = program_flops(self.own, costs)
-        self.timing_keys = timing_keys(self.own)
-        shape, batch = costs.shape, costs.step.micro_batch_size
-        residual = (batch, shape.num_tokens, shape.dim)
-
-        def parcel(src: int, instruction: Instruction) -> Parcel:
-            key = instruction.key(src)
-            if instruction.cargo == "tally":
-                return Parcel(key, (3,), torch.float64)
-            if instruction.units:
-                numel = sum(shape.embed_params if u < 0 else shape.norm_params for u in instruction.units)
-                return Parcel(key, (numel,), dtype)
-            return Parcel(key, residual, dtype, passing=instruction.cargo in ("part", "gpart"))
-
-        self.incoming = {
-            src: [parcel(src, i) for i in program.sends() if i.peer == rank]
-            for src, program in enumerate(programs)
-            if src != rank
-        }
+from workers.steps import Batch, StepPrograms, StepReport, TimingKey
+from workers.transport import Transport
 
 
 @dataclass
@@ -95,7 +34,8 @@ class _StepState:
     """All that lives for one step."""
 
     batch: Batch
-    num_micro_batches: int
+    num_classified: int  # micro-batches that the loss is the mean of
+    num_tallied: int = TALLIED
     x: dict[int, Tensor] = field(default_factory=dict)
     g: dict[int, Tensor] = field(default_factory=dict)
     part: dict[int, Tensor] = field(default_factory=dict)
@@ -108,6 +48,7 @@ class _StepState:
     total: Tensor | None = None
     loss: float | Tensor = 0.0
     correct: int | Tensor = 0
+    losses: dict[int, Tensor] = field(default_factory=dict)  # of single images, by micro-batch
 
 
 Update = Callable[[float], None]
@@ -165,7 +106,7 @@ class Executor:
         on_cuda = self.shard.device.type == "cuda"
         timed = not on_cuda if timed is None else timed
         self._recording = self.gates if self.gates is not None and step is not None and self.gates.due(step) else None
-        self._state = _StepState(batch, programs.own.num_micro_batches)
+        self._state = _StepState(batch, len(programs.own.label_micro_batches), programs.num_tallied)
         kind_s: dict[str, float] = defaultdict(float)
         timings_us: dict[TimingKey, list[float]] = defaultdict(list)
         begin, cpu = time.perf_counter(), time.process_time()
@@ -185,16 +126,18 @@ class Executor:
         total = self._tally(state) if state.total is None else state.total
         if self._recording is not None and step is not None:
             self._recording.close(step)
+        squares, loss, correct, *losses = total.tolist()
         return StepReport(
-            loss=float(total[1]),
-            correct=int(total[2]),
-            grad_norm=float(total[0]) ** 0.5,
+            loss=loss,
+            correct=int(correct),
+            grad_norm=squares**0.5,
             wall_s=time.perf_counter() - begin,
             wait_s=kind_s["recv"],
             cpu_s=time.process_time() - cpu,
             kind_s=dict(kind_s),
             sent_bytes=tuple(self.transport.sent_bytes),
             flops=programs.flops,
+            losses_MB=np.array(losses).reshape(programs.own.num_micro_batches, -1),
             timings_us=dict(timings_us),
         )
 
@@ -280,8 +223,10 @@ class Executor:
             return
         labels_B = state.batch.labels[i.mb]
         logits_BC = logits_BC.to(self.shard.dtype)
-        loss = F.cross_entropy(logits_BC, labels_B, label_smoothing=self.label_smoothing) / state.num_micro_batches
+        losses_B = F.cross_entropy(logits_BC, labels_B, label_smoothing=self.label_smoothing, reduction="none")
+        loss = losses_B.mean() / state.num_classified
         torch.autograd.backward(loss)
+        state.losses[i.mb] = losses_B.detach()
         if x_BND.grad is not None:
             state.g[i.mb] = x_BND.grad
         state.loss = state.loss + loss.detach()
@@ -368,16 +313,21 @@ class Executor:
 
     @torch.no_grad()
     def _tally(self, state: _StepState) -> Tensor:
-        """[gradient norm² of what this worker speaks for, loss, correct answers]."""
+        """[gradient norm² of what this worker speaks for, loss, correct answers, loss of every image]."""
         if state.tally is None:
             self.shard.collect()
             params = [p for _, p in self.shard.head_parameters()] + [p for _, p in self.shard.classifier()]
             for unit in filter(self.shard.leads, self.shard.units()):
                 params += [p for _, p in self.shard.unit(unit)]
             grads = [p.grad for p in params if p.grad is not None]
-            norms = torch.stack(torch._foreach_norm(grads)).double() if grads else torch.zeros(1, dtype=torch.float64)
-            values = [norms.square().sum().item(), float(state.loss), float(state.correct)]
-            state.tally = torch.tensor(values, dtype=torch.float64, device=self.shard.device)
+            tally = torch.zeros(state.num_tallied, dtype=torch.float64, device=self.shard.device)
+            if grads:
+                tally[0] = torch.stack(torch._foreach_norm(grads)).double().square().sum()
+            tally[1], tally[2] = state.loss, state.correct
+            for m, losses_B in state.losses.items():
+                begin = TALLIED + m * len(losses_B)
+                tally[begin : begin + len(losses_B)] = losses_B
+            state.tally = tally
         return state.tally
 
     @torch.no_grad()

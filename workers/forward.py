@@ -16,7 +16,8 @@ from scheduler.compiler import compile_evaluation
 from scheduler.cost import Costs
 from scheduler.domain import SUBLAYERS, Op, Placement, StepShape, uniform_ops
 from workers.data import Dataset
-from workers.executor import Batch, Executor, StepPrograms
+from workers.executor import Executor
+from workers.steps import Batch, StepPrograms
 from workers.transport import all_sum
 
 MICRO_BATCHES = 4

@@ -43,17 +43,24 @@ class LiveWorth:
         self, spec: JobSpec, shape: ModelShape, step: StepShape, transport: Transport, device: torch.device
     ) -> None:
         self.spec, self.transport, self.device = spec, transport, device
-        self.kind = spec.method.score
-        self.by_sample = spec.method.hold == "none" and self.kind in BY_SAMPLE
+        words = spec.method.words
+        self.kind = words["score"]
+        self.by_sample = spec.method.chooses_heads and words["hold"] == "none" and self.kind in BY_SAMPLE
         self.grid = (shape.num_blocks, shape.num_heads)
-        recorded = self.kind in BY_SAMPLE and _chooses(spec)
+        recorded = self.kind in BY_SAMPLE and spec.method.chooses_heads
         self.gates = Gates(shape, step, self.kind, window=spec.window, by_sample=self.by_sample) if recorded else None
         self._images: GroupWorths | None = None
         self._recorded: Recorded | None = None
         self._worth_LH: npt.NDArray[np.float64] = np.ones(self.grid)
 
     def score(self, model: VisionTransformer, data: Dataset, run_dir: Path) -> dict[str, Any]:
-        """Score this worker's share of the images: the first ones of an order of their own. What to announce."""
+        """Score this worker's share of the images: the first ones of an order of their own. What to announce.
+
+        Where no head is chosen, all are worth the same, and no image is read.
+        """
+        if not self.spec.method.chooses_heads:
+            ones = np.ones(self.grid).tolist()
+            return {"backward": ones, "forward": ones, "samples": 1}
         size, rank, workers = self.spec.micro_batch_size, self.transport.rank, self.transport.size
         order = MicroBatches(data.num_train, size, 1, self.spec.seed + 1)
         images = min(data.num_train, SCORED_BY_SAMPLE if self.by_sample else SCORED_IMAGES)
@@ -96,9 +103,3 @@ class LiveWorth:
             coming = self._images.coming(order, begin, min(end - begin, COMING_STEPS)).round(4).tolist()
         worth = {"backward": self._worth_LH.tolist()} if self.gates is not None else None
         return {"worth": worth, "worth_TLHM": coming}
-
-
-def _chooses(spec: JobSpec) -> bool:
-    """Whether worth matters at all: an all-FULL job has nothing to choose."""
-    method = spec.method
-    return method.strategy != "full" and any((method.ratios, method.budgets, method.schedule))

@@ -20,7 +20,9 @@ class Adam:
     """Updates a shard's parameters; call it with the global gradient norm once all gradients are in place."""
 
     def __init__(self, shard: Shard, spec: Optimiser, total_steps: int) -> None:
-        self._spec, self._total_steps = spec, total_steps
+        if spec.learning_rate is None:
+            raise ValueError("a learning rate is needed")
+        self._spec, self._peak, self._total_steps = spec, spec.learning_rate, total_steps
         self.step = 0
         self._take(shard, {})
 
@@ -40,7 +42,7 @@ class Adam:
             # As timm does: vectors and what the model names (positions, class token) are not decayed.
             (plain if param.ndim <= 1 or name in shard.no_decay else decayed).append(param)
         groups = [{"params": decayed, "weight_decay": self._spec.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-        self._adam = torch.optim.AdamW(groups, lr=self._spec.learning_rate, betas=self._spec.betas, fused=True)
+        self._adam = torch.optim.AdamW(groups, lr=self._peak, betas=self._spec.betas, fused=True)
         self._params = dict(shard.named_parameters())
         for name, param in self._params.items():
             if state.get(name):
@@ -49,7 +51,7 @@ class Adam:
     @property
     def learning_rate(self) -> float:
         """Of the next update."""
-        return schedule(self.step, self._total_steps, self._spec.learning_rate, self._spec.warmup_fraction)
+        return schedule(self.step, self._total_steps, self._peak, self._spec.warmup_fraction)
 
     def __call__(self, grad_norm: float) -> None:
         limit = self._spec.clip_norm

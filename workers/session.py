@@ -130,7 +130,7 @@ class Session:
             )  # fmt: skip
         with self._phase("score"):
             self.worth = LiveWorth(self.spec, self.shape, self.step_shape, self.transport, self.device)
-            scores = self.worth.score(self.model, self.data, self.run_dir)
+            scores = self.worth.score(self.model.to(self.device), self.data, self.run_dir)
         self._emit("phase", name="planning")
         with self._phase("plan"):
             self.planner.announce(
@@ -146,7 +146,7 @@ class Session:
 
     def _settle(self, planned: Planned) -> Windows:
         """Cut the model under the plan's placement and let go of the whole one."""
-        plan, optimiser = planned.plan, self.spec.optimiser
+        plan, optimiser = planned.plan, self.spec.filled_optimiser
         costs = Costs(self.shape, self.step_shape, planned.profiles)
         shard = Shard(self.model, plan.placement, self.rank, self.device)
         self.template = {name: torch.empty_like(t, device="meta") for name, t in self.model.state_dict().items()}
@@ -209,8 +209,4 @@ class Session:
 
 def plan_request(spec: JobSpec) -> dict[str, Any]:
     """What the planner needs to know of a job."""
-    method = spec.method
-    given = method.model_dump(
-        include={"ratios", "budgets", "schedule", "strategy", "hold", "grain", "score", "skip_fill"}
-    )
-    return {**given, "placement": spec.placement, "embed_grad": spec.train_embed, "seed": spec.seed}
+    return {**spec.method.to_plan(), "placement": spec.placement, "embed_grad": spec.train_embed, "seed": spec.seed}

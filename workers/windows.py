@@ -28,15 +28,17 @@ from scheduler.profiles import Observations, fold
 from scheduler.transfers import step_bytes
 from workers.contract import JobSpec
 from workers.data import Dataset, Needs, Prefetcher
-from workers.executor import Batch, Executor, StepPrograms, StepReport
+from workers.executor import Executor
 from workers.forward import ForwardPasses
 from workers.gather import gather_json
+from workers.hardest import HardestFirst
 from workers.ledger import Ledger, Measured, WindowSeen
 from workers.liveworth import LiveWorth
 from workers.migration import migrate
 from workers.optimiser import Adam
 from workers.order import MicroBatches
 from workers.shard import Shard
+from workers.steps import Batch, StepPrograms, StepReport
 from workers.transport import Transport, all_sum
 
 REHEARSED_STEPS = 2
@@ -110,6 +112,7 @@ class Windows:
         self.total_steps, self.worth, self.planner, self.ledger, self.emit = total_steps, worth, planner, ledger, emit
         self.spans = window_spans(total_steps, spec.window, [phase.share for phase in spec.method.schedule])
         self.device = engine.shard.device
+        self.hardest = HardestFirst(order) if spec.method.sorts_images else None
         self._full = Measured()  # all-FULL steps under the placement in use
 
     def rehearse(self, planned: Planned) -> Report:
@@ -143,16 +146,19 @@ class Windows:
         def needs(step: int) -> Needs | None:
             return _needs(compiled[(step - begin) % len(compiled)]) if step < end else None
 
-        with Prefetcher(self.data, self.order, needs) as batches:
+        with Prefetcher(self.data, self.hardest or self.order, needs) as batches:
             for step in range(begin, end):
                 which = (step - begin) % len(compiled)
                 learning_rate = self.engine.adam.learning_rate
                 timed = begin < step <= begin + TIMED_STEPS if on_cuda else None
                 report = self.engine.executor.run(compiled[which], self._batch(batches, step), step=step, timed=timed)
                 _check_finite(report, step)
+                ran_M = np.asarray(plan.cycle[which].any(axis=(0, 1)))
+                if self.hardest is not None:
+                    self.hardest.learn(step, report.losses_MB, ran_M)
                 seen.add(report)
                 self.ledger.planned(plan, *tolls[which])
-                self._emit_metrics(report, step, learning_rate, plan, *tolls[which])
+                self._emit_metrics(report, step, learning_rate, plan, int(ran_M.sum()), *tolls[which])
         return seen
 
     def _close(self, window: int, plan: Plan, forecast_us: int, seen: _Seen) -> Report:
@@ -239,16 +245,15 @@ class Windows:
         return Batch({m: x.to(to) for m, x in data.images.items()}, {m: y.to(to) for m, y in data.labels.items()})
 
     def _emit_metrics(
-        self, report: StepReport, step: int, learning_rate: float, plan: Plan, flops: int, sent_bytes: int
+        self, report: StepReport, step: int, learning_rate: float, plan: Plan, ran: int, flops: int, sent_bytes: int
     ) -> None:
-        shape = self.engine.costs.step
         self.emit(
             "metrics",
             step=step + 1,
             total_steps=self.total_steps,
             epoch=(step + 1) / self.order.steps_per_epoch,
             loss=report.loss,
-            train_accuracy=report.correct / (shape.num_micro_batches * shape.micro_batch_size),
+            train_accuracy=report.correct / (ran * self.engine.costs.step.micro_batch_size),
             learning_rate=learning_rate,
             grad_norm=report.grad_norm,
             step_seconds=report.wall_s,

@@ -1,7 +1,8 @@
 """Selection: which op each head runs for each micro-batch.
 
-    words ─► shares (who does how much) ─► ratios ─┬─► assign, held, draws
-                                        └► budgets ┘   menus ─► hull │ proof │ stages
+    words ─┬─► shares (who does how much) ─► ratios ─┬─► assign, held, draws
+           │                              └► budgets ┘   menus ─► hull │ proof │ stages
+           └─► hardest (whole micro-batches)
 
 Asked as exact ratios F:O:S of a step's M micro-batches, or as budgets on compute and bytes. A strategy says who
 chooses, `hold` what stays the same over a window, `grain` whether a worker's heads of a block sit out together.

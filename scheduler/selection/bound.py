@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from ortools.linear_solver import pywraplp
 
-from scheduler.cost import TALLY_BYTES, trunk_bytes
+from scheduler.cost import tally_bytes, trunk_bytes
 from scheduler.domain import FloatArray, Scores
 from scheduler.program import EMBED_UNIT
 from scheduler.selection.meter import Meter
@@ -85,7 +85,7 @@ class MeansProgram:
         """The optimum within so many bytes of a step; None where there is none."""
         meter, embedders = self.meter, len(self.meter.placement.embedders)
         workers = meter.placement.num_workers
-        fixed = workers * (workers - 1) * TALLY_BYTES
+        fixed = workers * (workers - 1) * tally_bytes(meter.costs.step)
         fixed += 2 * (embedders - 1) * meter.embed_grad * trunk_bytes(meter.costs.shape, meter.costs.step, [EMBED_UNIT])
         widest = max(len(meter.placement.holders(b)) for b in range(len(meter.placement.owner_LH)))
         spare = 0 if meter.embed_grad else widest - 1

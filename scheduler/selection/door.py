@@ -5,6 +5,7 @@ from __future__ import annotations
 from scheduler.cost import Costs
 from scheduler.domain import BoolArray, Placement, Scores, StaticPart
 from scheduler.selection.budgets import likely_mix, select_budgets
+from scheduler.selection.hardest import select_hardest
 from scheduler.selection.ratios import select_ratios
 from scheduler.selection.strategies import strategy_of
 from scheduler.selection.words import Selection, SelectionRequest, all_full
@@ -28,6 +29,8 @@ def select(
         if request.ratios is not None:
             request.checked_ratios(costs.step.num_micro_batches)
         return all_full(placement, costs.step.num_micro_batches)
+    if request.strategy == "hardest":
+        return select_hardest(request, placement, costs)
     if request.ratios is not None:
         return select_ratios(request, placement, costs, scores, full_LH)
     return select_budgets(request, placement, costs, scores, full_LH)
@@ -36,7 +39,7 @@ def select(
 def static_part(request: SelectionRequest, costs: Costs, scores: Scores) -> StaticPart | None:
     """What placement should know of the heads to be held still; None where none are, or all are FULL."""
     request.check()
-    if request.hold != "training" or request.is_all_full or request.strategy == "uniform":
+    if request.hold != "training" or request.is_all_full or request.strategy in ("hardest", "uniform"):
         return None
     heads, micro_batches = costs.shape.num_blocks * costs.shape.num_heads, costs.step.num_micro_batches
     if request.ratios is not None:

@@ -2,13 +2,15 @@
 
 | strategy | sees | shares | solver |
 |---|---|---|---|
+| hardest | what images lost last | alike | `hardest`: no head is chosen |
 | hull | worth | by time | greedy on convex hulls; prices of training |
 | cpsat | worth | by time | CP-SAT, with a proof |
 | two_stage | backward worth for FULL, then forward worth | by time | dynamic programming, device by device |
 | random | numbers drawn from (seed, window) | by time | as hull |
 | uniform | nothing: heads take turns | by heads owned | as hull |
 
-Every strategy answers the same two questions: `assign` (so many FULL, so many FORWARD) and `pick` (within budgets).
+Every strategy that chooses heads answers the same two questions: `assign` (so many FULL, so many FORWARD) and `pick`
+(within budgets).
 """
 
 from __future__ import annotations
@@ -43,7 +45,7 @@ class Strategy:
 
 
 def strategy_of(request: SelectionRequest) -> Strategy:
-    """The strategy asked for; "full" never comes here."""
+    """The strategy asked for; "full" and "hardest" never come here."""
     return _STRATEGIES[request.strategy]
 
 

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from scheduler.cost import TALLY_BYTES, residual_bytes, trunk_bytes
-from scheduler.domain import SUBLAYERS, ModelShape, Op, OpTable, Placement, StepShape
+from scheduler.cost import residual_bytes, tally_bytes, trunk_bytes
+from scheduler.domain import SUBLAYERS, IntArray, ModelShape, Op, OpTable, Placement, StepShape
 from scheduler.program import EMBED_UNIT
 
 Workers = list[int]
@@ -27,7 +27,7 @@ class Traffic:
         self.classifier = placement.classifier
         self.embed_grad = embed_grad
         self.residual_bytes = residual_bytes(shape, step)
-        self.tally_bytes = len(workers) * (len(workers) - 1) * TALLY_BYTES
+        self.tally_bytes = len(workers) * (len(workers) - 1) * tally_bytes(step)
         embed, norms = (trunk_bytes(shape, step, [unit]) for unit in (EMBED_UNIT, 0))
         self.embed_bytes = 2 * (len(self.embedders) - 1) * embed * embed_grad
         self.norm_bytes_L = 2 * (self.owns_LWH.any(axis=2).sum(axis=1) - 1) * norms
@@ -36,9 +36,10 @@ class Traffic:
         """Bytes of one step over all links."""
         runs_LWM = self.owns_LWH @ (ops_LHM > Op.SKIP) > 0
         trains_LWM = self.owns_LWH @ (ops_LHM == Op.FULL) > 0
-        sent = sum(self.messages(runs_LWM[:, :, m], trains_LWM[:, :, m], m) for m in range(ops_LHM.shape[2]))
+        running: IntArray = np.flatnonzero(runs_LWM.any(axis=(0, 1)))  # the others sit out
+        sent = sum(self.messages(runs_LWM[:, :, m], trains_LWM[:, :, m], m) for m in running.tolist())
         norms = int(self.norm_bytes_L[trains_LWM.any(axis=(1, 2))].sum())
-        return sent * self.residual_bytes + norms + self.embed_bytes + self.tally_bytes
+        return sent * self.residual_bytes + norms + self.embed_bytes * bool(len(running)) + self.tally_bytes
 
     def messages(self, runs_LW: np.ndarray, trains_LW: np.ndarray, mb: int) -> int:
         """Messages of x, its gradient and their parts for one micro-batch."""

@@ -9,7 +9,7 @@ import numpy as np
 from scheduler.domain import Op, OpTable, Placement, Scores, SolverReport
 from scheduler.errors import UserError
 
-STRATEGIES = ("hull", "cpsat", "two_stage", "random", "uniform", "full")
+STRATEGIES = ("hardest", "hull", "cpsat", "two_stage", "random", "uniform", "full")
 HOLDS = ("training", "all", "none")
 GRAINS = ("coherent", "scattered")
 FORWARD_WEIGHT = (

@@ -129,3 +129,9 @@ def full(num_micro_batches):
 
 def held(full_LH, num_micro_batches):
     return np.repeat(np.where(full_LH, 2, 1)[:, :, None], num_micro_batches, axis=2).astype(np.int8)
+
+
+def test_where_whole_micro_batches_are_chosen_no_head_is_ranked():
+    ops = np.tile(np.array([Op.FULL, Op.FULL, Op.SKIP], dtype=np.int8), (4, 4, 1))
+    reason = explained(HALVES, [ops]).heads()[1][2]["reason"]
+    assert "FULL in 67%, SKIP in 33% of the micro-batches, as every head" in reason and "rank" not in reason

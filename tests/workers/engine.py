@@ -11,9 +11,10 @@ import torch
 from scheduler.compiler import compile_step
 from scheduler.cost import Costs
 from scheduler.domain import DeviceProfile, LinkProfile, Placement, StepShape
-from workers.executor import Batch, Executor, StepPrograms
+from workers.executor import Executor
 from workers.partition import model_shape
 from workers.shard import Shard, join
+from workers.steps import Batch, StepPrograms
 from workers.transport import InProcess, Mailboxes
 
 

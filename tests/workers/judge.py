@@ -61,9 +61,12 @@ def mlp_heads(block, y):
 
 
 def masked_loss(model, batches, ops_LHM, label_smoothing=0.0, **options):
-    """Mean over micro-batches; `batches` is a list of (images, labels)."""
+    """Mean over the micro-batches that some head runs for; `batches` is a list of (images, labels)."""
     losses = []
     for m, (images, labels) in enumerate(batches):
-        logits = masked_forward(model, images, np.asarray(ops_LHM)[:, :, m], **options)
+        ops_LH = np.asarray(ops_LHM)[:, :, m]
+        if (ops_LH == Op.SKIP).all():
+            continue
+        logits = masked_forward(model, images, ops_LH, **options)
         losses.append(F.cross_entropy(logits, labels, label_smoothing=label_smoothing))
-    return torch.stack(losses).mean()
+    return torch.stack(losses).mean() if losses else 0.0 * next(model.parameters()).sum()

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from scheduler.domain import Op, Placement, step_flops, uniform_ops
 from scheduler.simulate import simulate
 from tests.workers.engine import costs_for, gathered_gradients, images_and_labels, run_step, tiny_vit
-from tests.workers.judge import masked_loss
+from tests.workers.judge import masked_forward, masked_loss
 from workers.partition import model_shape
 
 BUILDS = {
@@ -38,6 +38,8 @@ def cases(draw):
         owners = np.repeat(rng.integers(0, num_workers, (shape.num_blocks, 1)), shape.num_heads, axis=1)
     weights = rng.dirichlet([0.7, 0.7, 0.7])
     ops = rng.choice(3, size=(*grid, num_micro_batches), p=weights).astype(np.int8)
+    if draw(st.booleans()):
+        ops[:, :, rng.random(num_micro_batches) < 0.4] = int(Op.SKIP)  # these sit out
     return model, Placement.make(owners, num_workers), ops
 
 
@@ -86,6 +88,34 @@ def test_bytes_flops_and_reports_are_what_was_forecast(case):
     assert tuple(report.sent_bytes for report in reports) == forecast.link_bytes
     assert sum(report.flops for report in reports) == forecast.flops == step_flops(costs.shape, costs.step, ops)
     assert len({report.loss for report in reports}) == 1
+
+
+@settings(max_examples=30, deadline=None)
+@given(case=cases())
+def test_every_worker_hears_every_image_s_loss(case):
+    model, placement, ops = case
+    batches = images_and_labels(model, ops.shape[2], 2)
+    costs = costs_for(model, placement.num_workers, ops.shape[2], 2)
+    _, results = run_step(model, placement, ops, batches, costs=costs)
+    expected_MB = np.zeros((len(batches), 2))
+    for m, (images, labels) in enumerate(batches):
+        if ops[:, :, m].any():
+            logits = masked_forward(model, images, ops[:, :, m])
+            expected_MB[m] = torch.nn.functional.cross_entropy(logits, labels, reduction="none").detach().numpy()
+    for report, _ in results:
+        np.testing.assert_allclose(report.losses_MB, expected_MB, rtol=0, atol=TOLERANCE)
+    ran_M = ops.any(axis=(0, 1))
+    if ran_M.any():
+        assert results[0][0].loss == pytest.approx(expected_MB[ran_M].mean(), abs=TOLERANCE)
+
+
+def test_a_step_whose_micro_batches_all_sit_out_does_nothing():
+    model = MODELS["class token"]
+    ops = uniform_ops(model_shape(model), 2, Op.SKIP)
+    placement, costs = Placement.make([[0, 1, 1, 0]] * 3, 2), costs_for(model, 2, 2, 2)
+    programs, results = run_step(model, placement, ops, images_and_labels(model, 2, 2), costs=costs)
+    assert all({i.cargo or i.kind for i in program.instructions} == {"tally", "step"} for program in programs)
+    assert all(report.loss == report.grad_norm == report.flops == 0 for report, _ in results)
 
 
 @pytest.mark.parametrize("name", sorted(MODELS))

@@ -18,11 +18,12 @@ from scheduler.scores import merge
 from tests.workers.engine import costs_for, gathered_gradients, images_and_labels, on_threads, run_step, tiny_vit
 from tests.workers.judge import attn_heads, mlp_heads
 from tests.workers.test_engine import MODELS, cases
-from workers.executor import Batch, Executor, StepPrograms
+from workers.executor import Executor
 from workers.gates import EVERY, MOST, Gates
 from workers.partition import model_shape
 from workers.scoring import score
 from workers.shard import Shard
+from workers.steps import Batch, StepPrograms
 
 EXACT = {"rtol": 1e-9, "atol": 1e-12}
 FIRST_DUE = next(filter(Gates(model_shape(tiny_vit()), StepShape(1, 1), "fisher").due, range(EVERY)))

@@ -17,12 +17,13 @@ from scheduler.domain import Op, Placement
 from tests.workers.engine import costs_for, images_and_labels, on_threads, tiny_vit
 from tests.workers.processes import on_processes
 from workers.contract import Optimiser
-from workers.executor import Batch, Executor, StepPrograms
+from workers.executor import Executor
 from workers.forward import ForwardPasses
 from workers.gather import gather_state
 from workers.migration import migrate, moves
 from workers.optimiser import Adam
 from workers.shard import Shard
+from workers.steps import Batch, StepPrograms
 from workers.transport import Gloo, Shared
 
 SPEC = Optimiser(learning_rate=3e-3, weight_decay=0.1, warmup_fraction=0.4, clip_norm=0.05)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 
 from scheduler.actor import Scheduler
 from tests.workers.engine import on_threads
@@ -12,6 +14,9 @@ from tests.workers.planners import DirectPlanner
 from workers.contract import JobSpec
 from workers.data import open_dataset
 from workers.events import EventLog, read_events
+from workers.model import build_model, model_input
+from workers.optimiser import schedule
+from workers.order import MicroBatches
 from workers.session import Place, Session
 
 
@@ -49,10 +54,11 @@ def spec_of(**fields):
     [
         {},
         {"budgets": {"compute": 0.6, "bytes": 0.5}},
+        {"budgets": {"compute": 0.6, "bytes": 0.5}, "strategy": "hull"},
         {"ratios": {"full": 3, "skip": 2}, "hold": "none", "skip_fill": "rescale"},
         {"ratios": {"full": 2, "forward": 1, "skip": 2}, "skip_fill": "mean"},
     ],
-    ids=["all-full", "budgets", "coherent rescale", "held mean"],
+    ids=["all-full", "budgets", "budgets of heads", "coherent rescale", "held mean"],
 )
 def test_a_job_trains_and_leaves_a_timm_checkpoint_and_a_ledger(tmp_path, method):
     spec = spec_of(method=method)
@@ -76,7 +82,43 @@ def test_a_job_trains_and_leaves_a_timm_checkpoint_and_a_ledger(tmp_path, method
     assert accuracy == pytest.approx(ledger["accuracy"]["after"], abs=2 / session_data.num_test)
 
 
-def _input_of(model):
-    from workers.model import model_input
+def test_whole_micro_batches_train_as_plain_timm_does_on_their_images(tmp_path):
+    """Three of five micro-batches over three epochs: the same losses as a loop that sorts by hand."""
+    spec = spec_of(method={"ratios": {"full": 3, "skip": 2}}, optimiser={"learning_rate": 1e-4, "clip_norm": 0})
+    ledger, events = run_job(spec, tmp_path)
+    found = [event["data"]["loss"] for event in events if event["type"] == "metrics"]
+    assert found == pytest.approx(plain_losses(spec, full=3), rel=2e-3)
+    rows = {row["name"]: row for row in ledger["rows"]}
+    assert rows["compute fraction"]["measured"] == pytest.approx(0.6, abs=1e-6)
+    assert rows["bytes fraction"]["measured"] == pytest.approx(0.6, abs=0.01)
+    assert ledger["phases"]["score"] < 0.5  # no head is chosen, so none is scored
 
+
+def plain_losses(spec, full):
+    torch.manual_seed(0)
+    probe = build_model(spec, num_classes=1, load=False)
+    data = open_dataset(spec, model_input(probe))
+    model, rate = build_model(spec, len(data.classes)), spec.optimiser.learning_rate
+    order = MicroBatches(data.num_train, spec.micro_batch_size, spec.micro_batches, spec.seed)
+    decayed = [p for n, p in model.named_parameters() if p.ndim > 1 and n not in model.no_weight_decay()]
+    others = [p for n, p in model.named_parameters() if p.ndim <= 1 or n in model.no_weight_decay()]
+    groups = [{"params": decayed, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}]
+    adam, known, fresh, losses = torch.optim.AdamW(groups, lr=rate), {}, {}, []
+    for step in range(spec.steps):
+        for group in adam.param_groups:
+            group["lr"] = schedule(step, spec.steps, rate, 0.1)
+        images = [int(i) for part in order.indices(step) for i in part]
+        chosen = sorted(images, key=lambda i: -known.get(i, float("inf")))[: full * spec.micro_batch_size]
+        pixels, labels = data.train_batch(np.array(chosen))
+        each = F.cross_entropy(model(pixels), labels, reduction="none")
+        adam.zero_grad()
+        each.mean().backward()
+        adam.step()
+        known |= fresh  # a step is fetched, and its order fixed, while the one before it runs
+        fresh = dict(zip(chosen, each.tolist(), strict=True))
+        losses.append(each.mean().item())
+    return losses
+
+
+def _input_of(model):
     return model_input(model)

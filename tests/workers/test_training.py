@@ -16,11 +16,12 @@ from tests.workers.engine import costs_for, images_and_labels, on_threads, tiny_
 from tests.workers.judge import masked_loss
 from tests.workers.processes import on_processes
 from workers.contract import Optimiser
-from workers.executor import Batch, Executor, StepPrograms
+from workers.executor import Executor
 from workers.gather import gather_state
 from workers.optimiser import Adam, schedule
 from workers.partition import model_shape
 from workers.shard import Shard
+from workers.steps import Batch, StepPrograms
 from workers.transport import Gloo
 
 SPEC = Optimiser(learning_rate=3e-3, weight_decay=0.1, warmup_fraction=0.4, clip_norm=0.05, label_smoothing=0.1)

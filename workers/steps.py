@@ -1,0 +1,81 @@
+"""What goes into a step and what comes out of it: images and labels, compiled programs, and the worker's report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from scheduler.cost import TALLIED, Costs
+from scheduler.profiles import timing_keys
+from scheduler.program import Instruction, Program
+from scheduler.simulate import program_flops
+from workers.transport import Parcel
+
+TimingKey = tuple[str, str, int, int]
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one worker measured in one step. Loss and counts are sums over all workers once the tallies are in.
+
+    `losses_MB` has every image's loss, 0 where a micro-batch sat out; `wait_s` is time blocked in receives; `kind_s`
+    seconds per instruction kind; `sent_bytes` per destination; `timings_us` how long each instruction took, under its
+    `timing_keys`; none when the step was not `timed`. A step on CUDA that is not has `kind_s` of what the processor
+    did, not the device.
+    """
+
+    loss: float
+    correct: int
+    grad_norm: float
+    wall_s: float
+    wait_s: float
+    cpu_s: float
+    kind_s: dict[str, float]
+    sent_bytes: tuple[int, ...]
+    flops: int
+    losses_MB: npt.NDArray[np.float64]
+    timings_us: dict[TimingKey, list[float]] = field(default_factory=dict)
+
+    @property
+    def idle_share(self) -> float:
+        return self.wait_s / self.wall_s if self.wall_s else 0.0
+
+
+@dataclass
+class Batch:
+    """The micro-batches of one step that this worker reads: images_BCHW and labels_B by index."""
+
+    images: Mapping[int, Tensor]
+    labels: Mapping[int, Tensor]
+
+
+class StepPrograms:
+    """The compiled programs of all workers for one step, seen from one of them: its own, and what will reach it."""
+
+    def __init__(self, programs: Sequence[Program], rank: int, costs: Costs, dtype: torch.dtype) -> None:
+        self.own = programs[rank]
+        self.flops = program_flops(self.own, costs)
+        self.timing_keys = timing_keys(self.own)
+        shape, batch = costs.shape, costs.step.micro_batch_size
+        residual = (batch, shape.num_tokens, shape.dim)
+        self.num_tallied = TALLIED + costs.step.num_micro_batches * batch
+
+        def parcel(src: int, instruction: Instruction) -> Parcel:
+            key = instruction.key(src)
+            if instruction.cargo == "tally":
+                return Parcel(key, (self.num_tallied,), torch.float64)
+            if instruction.units:
+                numel = sum(shape.embed_params if u < 0 else shape.norm_params for u in instruction.units)
+                return Parcel(key, (numel,), dtype)
+            return Parcel(key, residual, dtype, passing=instruction.cargo in ("part", "gpart"))
+
+        self.incoming = {
+            src: [parcel(src, i) for i in program.sends() if i.peer == rank]
+            for src, program in enumerate(programs)
+            if src != rank
+        }
