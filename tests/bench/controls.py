@@ -1,205 +1,366 @@
-"""Why is redrawing FORWARD ruinous, and holding it still harmless? Control experiments on one process.
+"""What makes leaving work out cost accuracy? Control experiments on a plain timm model, quick enough for many of them.
 
-    python -m tests.bench.controls [--steps 300] [--seeds 0 1 2] [--out controls]
+    python -m tests.bench.controls [--steps 300] [--rates 5e-4 …] [--seeds 0 1 2] [--ways PATTERN …] [--out controls]
+        [--model d2ft_digits] [--weights FILE] [--img-size 98] [--dataset folder:///…] [--micro-batch-size 8]
+        [--device cuda] [--at-once 1] [--save FILE] [--classes 0:5]
+
+Nothing here is saved in time: heads are masked (`masked`), and compute is counted, FULL 3, FORWARD 1, SKIP 0. Every way
+is trained at every rate, and its best rate by mean accuracy is what its row shows. A step has five micro-batches.
 
 A FORWARD head does two things to the gradient: its weights get none, and none passes through it to what lies below.
-Here the two are apart, on the bundled model and digits, with 40 % of every block's heads FULL:
+"cut" is both, as FORWARD is; with "weights cut" the gradient passes through every head; with "path cut" the weights of
+every head train. Heads are drawn anew for every micro-batch, every step, every 50 steps, or once; or the most worthy
+are held. Other ways choose whole micro-batches (3 of 5 alone is ordinary training with smaller batches), or train each
+micro-batch down to another depth ("staggered").
 
-cut          both, as FORWARD is
-weights cut  the gradient passes through every head; weights of FULL heads alone train (costs two thirds, not one)
-path cut     the weights of every head train; the gradient passes through FULL heads alone
-unbiased     as cut, but what passes through a FULL head is divided by 0.4: right in the mean over draws
-
-each with heads drawn anew for every micro-batch, every step, every 50 steps, or once. Before training, the gradient of
-each way is compared with the full one over many draws: the cosine of single micro-batches' gradients with it, over the
-weights that train, and of their mean. Columns are means over the seeds.
+`--classes` takes some of the classes; `--save` keeps the model that the first way and seed ended with.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
+import fnmatch
 import statistics
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor
 
+from tests.bench.masked import Factors, logits_of
 from tests.bench.report import publish
 from workers.contract import JobSpec
 from workers.data import open_dataset
 from workers.model import build_model, model_input
 from workers.optimiser import schedule
 from workers.order import MicroBatches
+from workers.scoring import score
 
-SHARE = 0.4
-WARM_UP = 0.1  # of the steps
-MICRO_BATCHES, BATCH = 5, 8
+MICRO_BATCHES = 5
+SCORED_IMAGES = 256
 EVALUATED = 250  # images at a time
-DRAWS = 60  # for the gradients' cosines
-WAYS = {  # how a head's weights and what passes through it are scaled: (FULL, FORWARD) each
-    "full fine-tuning": ((1, 1), (1, 1)),
-    "cut": ((1, 0), (1, 0)),
-    "weights cut": ((1, 0), (1, 1)),
-    "path cut": ((1, 1), (1, 0)),
-    "unbiased": ((1, 0), (1 / SHARE, 0)),
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some of a step's micro-batches and how heads treat them; `factors` None is FULL everywhere."""
+
+    micro_batches: tuple[int, ...]
+    factors: Factors | None = None
+    classifier_only: bool = False
+
+
+@dataclass(frozen=True)
+class Way:
+    """`parts` of a step, its compute as a fraction, and whether the hardest images are looked for first."""
+
+    parts: Callable[[Run, int], list[Part]]
+    compute: float
+    share: float = 1.0  # of the steps
+    hardest: str = ""  # how a step's images are sorted into micro-batches: "now", "soft" or "known"; "" as they come
+
+
+class Run:
+    """One training run: model, data, and what its way draws from."""
+
+    def __init__(self, args, seed, rate):
+        self.args, self.seed, self.rate, self.device = args, seed, rate, torch.device(args.device)
+        data = torch.load(args.data, weights_only=True, mmap=True)
+        self.train, self.test = ((data[f"{of}_images"], data[f"{of}_labels"]) for of in ("train", "test"))
+        spec = spec_of(args, seed)
+        self.model = build_model(spec, int(self.train[1].max()) + 1).to(self.device)
+        self.order = MicroBatches(len(self.train[1]), args.micro_batch_size, MICRO_BATCHES, seed)
+        self.rng = np.random.default_rng(seed)
+        self.grid = len(self.model.blocks), self.model.blocks[0].attn.num_heads
+        self.kept = {}  # what a way remembers
+        self.losses_N = np.full(len(self.train[1]), np.inf)  # of each image when it was last seen
+
+    def batch(self, indices, of="train"):
+        images, labels = getattr(self, of)
+        rows = torch.as_tensor(indices)
+        return images[rows].to(self.device).float(), labels[rows].to(self.device)
+
+    def factors(self, run, weights, path):
+        return Factors.of(run, weights, path, self.device)
+
+    def casting(self):
+        return torch.autocast("cuda", torch.bfloat16, enabled=self.device.type == "cuda")
+
+    def worth(self, kind):
+        """[L, H] by the product's own scoring, before training."""
+        order = MicroBatches(len(self.train[1]), 16, 1, self.seed + 1)
+        batches = (self.batch(order.indices(b)[0]) for b in range(SCORED_IMAGES // 16))
+        return score(self.model, batches, kind)[0].numpy()
+
+    def drawn(self, share):
+        """[L, H]: a share of every block's heads, by chance, in whole numbers that come out even over the blocks."""
+        blocks, heads = self.grid
+        ends = np.floor(share * heads * np.arange(blocks + 1) + self.rng.random())
+        chosen_LH = np.zeros(self.grid, dtype=bool)
+        for block, count in enumerate(np.diff(ends).astype(int)):
+            chosen_LH[block, self.rng.permutation(heads)[:count]] = True
+        return chosen_LH
+
+
+ALL = tuple(range(MICRO_BATCHES))
+CUTS = {"cut": (0, 0), "weights cut": (0, 1), "path cut": (1, 0)}  # what FORWARD leaves of weights' and path's gradient
+
+
+def everything(run, step):
+    return [Part(ALL)]
+
+
+def redrawn(every, share, cut="cut", skip=False):
+    """A share of heads by chance FULL, the others FORWARD or SKIP; anew for every micro-batch (0) or `every` steps."""
+
+    def parts(run, step):
+        def now():
+            chosen_LH = run.drawn(share)
+            weights, path = (np.where(chosen_LH, 1, left) for left in CUTS[cut])
+            return run.factors(chosen_LH if skip else np.ones(run.grid), weights, path)
+
+        if every == 0:
+            return [Part((m,), now()) for m in ALL]
+        if step % every == 0:
+            run.kept["factors"] = now()
+        return [Part(ALL, run.kept["factors"])]
+
+    return parts
+
+
+def held(kind, share, skip=False):
+    """The share of all heads that is most worthy FULL throughout, the others FORWARD or SKIP."""
+
+    def parts(run, step):
+        if not step:
+            worth = run.worth(kind).ravel()
+            chosen_LH = np.zeros(worth.size, dtype=bool)
+            chosen_LH[np.argsort(-worth)[: round(share * worth.size)]] = True
+            chosen_LH = chosen_LH.reshape(run.grid)
+            run.kept["factors"] = run.factors(chosen_LH if skip else np.ones(run.grid), chosen_LH, chosen_LH)
+        return [Part(ALL, run.kept["factors"])]
+
+    return parts
+
+
+def micro_batches(full, rest_forward):
+    """The first micro-batches FULL in all blocks; the rest left out, or FORWARD, so that the classifier sees them."""
+
+    def parts(run, step):
+        rest = [Part(ALL[full:], classifier_only=True)] if rest_forward else []
+        return [Part(ALL[:full]), *rest]
+
+    return parts
+
+
+def staggered(*shares, turn=True):
+    """Micro-batch m is FULL in the last `shares[m]` of the blocks, FORWARD below: all above what trains is FULL."""
+
+    def parts(run, step):
+        blocks, heads = run.grid
+        out = []
+        for m, share in enumerate(np.roll(shares, step if turn else 0)):
+            full_LH = np.repeat((np.arange(blocks) >= blocks - round(share * blocks))[:, None], heads, axis=1)
+            out.append(Part((m,), run.factors(np.ones(run.grid), full_LH, full_LH)))
+        return out
+
+    return parts
+
+
+def then(first, until, second):
+    """One way until a share of the steps is done, and then another."""
+
+    def parts(run, step):
+        begun = step >= round(until * run.args.steps)
+        return (second if begun else first)(run, 0 if step == round(until * run.args.steps) else step)
+
+    return parts
+
+
+def growing(run, step):
+    """Smaller batches at the beginning, larger ones towards the end."""
+    return micro_batches(1 + min(4, 5 * step // run.args.steps), False)(run, step)
+
+
+WAYS = {
+    "full fine-tuning": Way(everything, 1.0),
+    **{f"stopped at {round(100 * s)} %": Way(everything, s, share=s) for s in (0.8, 0.6, 0.47, 0.4)},
+    "3 of 5 micro-batches alone": Way(micro_batches(3, False), 0.6),
+    "2 of 5 micro-batches alone": Way(micro_batches(2, False), 0.4),
+    "2F3O, whole micro-batches": Way(micro_batches(2, True), 0.6),
+    "1F4O, whole micro-batches": Way(micro_batches(1, True), 0.4667),
+    # What picks by the present loss has run every image forward before.
+    "hardest 1 of 5, others teach the classifier": Way(micro_batches(1, True), 0.5333, hardest="now"),
+    "hardest 2 of 5, others teach the classifier": Way(micro_batches(2, True), 0.7333, hardest="now"),
+    "hardest 1 of 5 alone": Way(micro_batches(1, False), 0.5333, hardest="now"),
+    "hardest 2 of 5 alone": Way(micro_batches(2, False), 0.7333, hardest="now"),
+    "hardest 1 of 5 alone, softly": Way(micro_batches(1, False), 0.5333, hardest="soft"),
+    "hardest 2 of 5 alone, softly": Way(micro_batches(2, False), 0.7333, hardest="soft"),
+    "hardest 3 of 5 alone, as last known": Way(micro_batches(3, False), 0.6, hardest="known"),
+    "2F3O staggered 1 .25 .25 .25 .25, hardest": Way(
+        staggered(1.0, 0.25, 0.25, 0.25, 0.25, turn=False), 0.9333, hardest="now"
+    ),
+    "2F3O staggered .8 .6 .4 .2 0": Way(staggered(0.8, 0.6, 0.4, 0.2, 0.0), 0.6),
+    "2F3O staggered 1 .5 .3 .2 0": Way(staggered(1.0, 0.5, 0.3, 0.2, 0.0), 0.6),
+    "2F3O staggered 1 .25 .25 .25 .25": Way(staggered(1.0, 0.25, 0.25, 0.25, 0.25), 0.6),
+    "last 40 % of the blocks": Way(staggered(*[0.4] * 5), 0.6),
+    **{
+        f"2F3O, {cut}, {name}": Way(redrawn(every, 0.4, cut), 0.6)
+        for cut in CUTS
+        for name, every in {"per micro-batch": 0, "per step": 1, "per 50 steps": 50, "once": 10**9}.items()
+    },
+    **{f"2F3O held, {kind}": Way(held(kind, 0.4), 0.6) for kind in ("fisher", "gradient", "taylor", "activation")},
+    "1F4O held, fisher": Way(held("fisher", 0.2), 0.4667),
+    "3F2S, per micro-batch": Way(redrawn(0, 0.6, skip=True), 0.6),
+    "3F2S, per step": Way(redrawn(1, 0.6, skip=True), 0.6),
+    "3F2S held, taylor": Way(held("taylor", 0.6, skip=True), 0.6),
+    "2F3O held, fisher, then all for 1/10": Way(then(held("fisher", 0.34), 0.9, everything), 0.6),
+    "all for 1/4, then 1F4O held, fisher": Way(then(everything, 0.25, held("fisher", 0.2)), 0.6),
+    "1F4O held, fisher, then all for 1/4": Way(then(held("fisher", 0.2), 0.75, everything), 0.6),
+    "1 of 5 alone, then all for 1/2": Way(then(micro_batches(1, False), 0.5, everything), 0.6),
+    "1 of 5 alone, then 2, 3, 4, 5 of 5": Way(growing, 0.6),
 }
-REDRAWN = {"micro-batch": 0, "step": 1, "50 steps": 50, "once": 10**9}
+
+
+def train(args, name, seed, rate):
+    """Test accuracy in percent."""
+    way, run = WAYS[name], Run(args, seed, rate)
+    torch.set_num_threads(1)
+    steps = max(1, round(way.share * args.steps))
+    optimiser = torch.optim.AdamW(run.model.parameters(), lr=rate, weight_decay=0.05, fused=True)
+    for step in range(steps):
+        optimiser.param_groups[0]["lr"] = schedule(step, steps, rate, 0.1)
+        indices = np.concatenate(run.order.indices(step))
+        if way.hardest:
+            indices = indices[hardest_first(run, indices, way.hardest)]
+        for part in way.parts(run, step):
+            backward(run, part, np.split(indices, MICRO_BATCHES))
+        torch.nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
+        optimiser.step()
+        optimiser.zero_grad()
+    if args.save:
+        save_file({k: v.half().contiguous().cpu() for k, v in run.model.state_dict().items()}, args.save)
+    return 100 * accuracy(run)
+
+
+def backward(run, part, indices):
+    images, labels = run.batch(np.concatenate([indices[m] for m in part.micro_batches]))
+    weight = len(part.micro_batches) / MICRO_BATCHES
+    with run.casting():
+        if part.classifier_only:
+            kept: list[Tensor] = []
+            with torch.no_grad():
+                logits_of(run.model, images, features=kept.append)
+            logits = run.model.forward_head(kept[0])
+        else:
+            logits = logits_of(run.model, images, part.factors)
+    losses_B = F.cross_entropy(logits.float(), labels, reduction="none")
+    (weight * losses_B.mean()).backward()
+    run.losses_N[np.concatenate([indices[m] for m in part.micro_batches])] = losses_B.detach().cpu().numpy()
+
+
+@torch.no_grad()
+def hardest_first(run, indices, how):
+    """Order of a step's images: by loss under the present weights, by chance in favour of it, or by the last known."""
+    if how == "known":
+        losses_B = run.losses_N[indices]
+        return np.lexsort((run.rng.random(len(indices)), -losses_B))
+    images, labels = run.batch(indices)
+    with run.casting():
+        logits = run.model(images)
+    losses_B = F.cross_entropy(logits.float(), labels, reduction="none").cpu().numpy()
+    ranks_B = np.argsort(np.argsort(losses_B)) + 1
+    keys_B = np.log(run.rng.random(len(indices))) / ranks_B if how == "soft" else ranks_B  # chance in favour of rank
+    return np.argsort(-keys_B)
+
+
+@torch.no_grad()
+def accuracy(run):
+    right, num = 0, len(run.test[1])
+    for begin in range(0, num, EVALUATED):
+        images, labels = run.batch(np.arange(begin, min(begin + EVALUATED, num)), "test")
+        with run.casting():
+            right += int((run.model(images).argmax(1) == labels).sum())
+    return right / num
+
+
+def spec_of(args, seed):
+    return JobSpec(
+        model=args.model, weights=args.weights, img_size=args.img_size, dataset=args.dataset, seed=seed,
+        micro_batches=MICRO_BATCHES, micro_batch_size=args.micro_batch_size,
+    )  # fmt: skip
+
+
+def decode(args, path):
+    """All images once, in half precision, for every run to read."""
+    spec = spec_of(args, 0)
+    data = open_dataset(spec, model_input(build_model(spec, num_classes=1, load=False)), skipped=())
+    first, last = (int(text) if text else None for text in (args.classes or ":").split(":"))
+    classes = torch.arange(len(data.classes))[first:last]
+    found = {}
+    for of, num, read in (("train", data.num_train, data.train_batch), ("test", data.num_test, data.test_batch)):
+        batches = [read(np.arange(b, min(b + EVALUATED, num))) for b in range(0, num, EVALUATED)]
+        labels = torch.cat([batch.labels_B for batch in batches])
+        wanted = torch.isin(labels, classes)
+        found[f"{of}_images"] = torch.cat([batch.images_BCHW.half() for batch in batches])[wanted]
+        found[f"{of}_labels"] = labels[wanted] - classes[0]
+    torch.save(found, path)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--lr", type=float, default=5e-4)
+    parser.add_argument("--model", default="d2ft_digits")
+    parser.add_argument("--weights")
+    parser.add_argument("--img-size", type=int)
+    parser.add_argument("--dataset", default="digits")
+    parser.add_argument("--classes", metavar="FIRST:LAST")
+    parser.add_argument("--micro-batch-size", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--rates", type=float, nargs="+", default=[5e-4])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--ways", nargs="+", default=["*"], help="patterns of names")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--at-once", type=int, default=1)
+    parser.add_argument("--save")
     parser.add_argument("--out", default="controls")
     args = parser.parse_args()
-    torch.set_num_threads(1)
-    rows = []
-    for way in WAYS:
-        for redrawn in REDRAWN if way != "full fine-tuning" else ("once",):
-            found = [train(args, seed, way, redrawn) for seed in args.seeds]
-            single, mean = cosines(way) if redrawn == "micro-batch" else (math.nan, math.nan)
-            rows.append(
-                {
-                    "way": way,
-                    "redrawn": redrawn,
-                    "accuracy": statistics.fmean(found),
-                    "std": statistics.stdev(found) if len(found) > 1 else 0.0,
-                    "cosine of one": single,
-                    "cosine of the mean": mean,
-                }
-            )
-            print(f"{way}, {redrawn}: {rows[-1]['accuracy']:.1f} ± {rows[-1]['std']:.1f}", flush=True)
-    publish(args.out, rows, [], f"{args.steps} steps of {MICRO_BATCHES} × {BATCH} images, {len(args.seeds)} seeds")
-
-
-def setting(seed):
-    spec = JobSpec(micro_batches=MICRO_BATCHES, micro_batch_size=BATCH, seed=seed)
-    data = open_dataset(spec, model_input(build_model(spec, num_classes=1, load=False)))
-    model = build_model(spec, len(data.classes))
-    return model, data, MicroBatches(data.num_train, BATCH, MICRO_BATCHES, seed)
-
-
-def train(args, seed, way, redrawn):
-    """Test accuracy in percent."""
-    model, data, order = setting(seed)
-    optimiser = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.05, fused=True)
-    rates = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: schedule(step, args.steps, 1.0, WARM_UP))
-    rng, every = np.random.default_rng(seed), REDRAWN[redrawn]
-    full_LH = draw(rng, model)
-    for step in range(args.steps):
-        if every and step and step % every == 0:
-            full_LH = draw(rng, model)
-        for indices in order.indices(step):
-            if not every:
-                full_LH = draw(rng, model)
-            images, labels = data.train_batch(indices)
-            (F.cross_entropy(forward(model, images, full_LH, way), labels) / MICRO_BATCHES).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimiser.step()
-        rates.step()
-        optimiser.zero_grad()
-    return 100 * accuracy(model, data)
-
-
-@torch.no_grad()
-def accuracy(model, data):
-    right = 0
-    for begin in range(0, data.num_test, EVALUATED):
-        images, labels = data.test_batch(np.arange(begin, min(begin + EVALUATED, data.num_test)))
-        right += int((model(images).argmax(1) == labels).sum())
-    return right / data.num_test
-
-
-def cosines(way):
-    """(Mean cosine of one draw's gradient with the full one, cosine of the draws' mean), over block weights."""
-    model, data, order = setting(0)
-    images, labels = data.train_batch(np.concatenate(order.indices(0)))
-    rng = np.random.default_rng(0)
-
-    def gradient(full_LH, way):
-        model.zero_grad()
-        F.cross_entropy(forward(model, images, full_LH, way), labels).backward()
-        return torch.cat([p.grad.flatten() for n, p in model.named_parameters() if is_of_heads(n)])
-
-    everything = gradient(draw(rng, model), "full fine-tuning")
-    singles, total = [], torch.zeros_like(everything)
-    for _ in range(DRAWS):
-        found = gradient(draw(rng, model), way)
-        trained = found != 0
-        singles.append(float(F.cosine_similarity(found[trained], everything[trained], dim=0)))
-        total += found
-    return statistics.fmean(singles), float(F.cosine_similarity(total, everything, dim=0))
-
-
-def is_of_heads(name):
-    return any(part in name for part in ("qkv", "proj.weight", "fc1", "fc2.weight")) and "blocks" in name
-
-
-def draw(rng, model):
-    """[L, H]: 40 % of every block's heads, in whole numbers that come out even over the blocks."""
-    blocks, heads = len(model.blocks), model.blocks[0].attn.num_heads
-    ends = np.floor(SHARE * heads * np.arange(blocks + 1) + rng.random())
-    full_LH = np.zeros((blocks, heads), dtype=bool)
-    for block, count in enumerate(np.diff(ends).astype(int)):
-        full_LH[block, rng.permutation(heads)[:count]] = True
-    return full_LH
-
-
-def forward(model, images, full_LH, way):
-    """Logits; gradients as the way has it."""
-    weights, path = (torch.tensor(np.where(full_LH, full, only), dtype=torch.float32) for full, only in WAYS[way])
-    x = model.norm_pre(model._pos_embed(model.patch_embed(images)))
-    for block, w_H, p_H in zip(model.blocks, weights, path, strict=True):
-        x = x + block.ls1(attention(block.attn, block.norm1(x), w_H, p_H))
-        x = x + block.ls2(mlp(block, block.norm2(x), w_H, p_H))
-    return model.forward_head(model.norm(x))
-
-
-def attention(attn, y, w_H, p_H):
-    b, n, _ = y.shape
-    qkv = Rows.apply(
-        y, attn.qkv.weight, attn.qkv.bias, *(v.repeat_interleave(attn.head_dim).repeat(3) for v in (w_H, p_H))
+    wanted = [name for name in WAYS if any(fnmatch.fnmatch(name, pattern) for pattern in args.ways)]
+    with tempfile.TemporaryDirectory() as folder:
+        args.data = str(Path(folder) / "images.pt")
+        decode(args, args.data)
+        with ProcessPoolExecutor(args.at_once, mp_context=get_context("spawn")) as pool:
+            # Seed by seed, so that a run cut short has something of everything.
+            order = [(name, seed, rate) for seed in args.seeds for name in wanted for rate in args.rates]
+            found = {key: pool.submit(train, args, *key) for key in order}
+            for (name, seed, rate), future in found.items():
+                print(f"{name}, seed {seed}, rate {rate:g}: {future.result():.1f}", flush=True)
+    rows = [row_of(name, args, {key: future.result() for key, future in found.items()}) for name in wanted]
+    publish(
+        args.out, rows, [], f"{args.model} on {args.dataset}, {args.steps} steps of 5 × {args.micro_batch_size} images"
     )
-    q, k, v = qkv.reshape(b, n, 3, attn.num_heads, attn.head_dim).permute(2, 0, 3, 1, 4)
-    out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-    return Columns.apply(out, attn.proj.weight, w_H.repeat_interleave(attn.head_dim)) + attn.proj.bias
 
 
-def mlp(block, y, w_H, p_H):
-    width = block.mlp.fc1.out_features // len(w_H)
-    hidden = Rows.apply(y, block.mlp.fc1.weight, block.mlp.fc1.bias, *(v.repeat_interleave(width) for v in (w_H, p_H)))
-    return Columns.apply(block.mlp.act(hidden), block.mlp.fc2.weight, w_H.repeat_interleave(width)) + block.mlp.fc2.bias
-
-
-class Rows(torch.autograd.Function):
-    """y Wᵀ + b, whose gradients to W and b are scaled row by row, and to y by other factors."""
-
-    @staticmethod
-    def forward(ctx, y, weight, bias, of_weight, of_input):
-        ctx.save_for_backward(y, weight, of_weight, of_input)
-        return F.linear(y, weight, bias)
-
-    @staticmethod
-    def backward(ctx, grad):
-        y, weight, of_weight, of_input = ctx.saved_tensors
-        scaled = grad * of_weight
-        return (grad * of_input) @ weight, scaled.flatten(0, 1).T @ y.flatten(0, 1), scaled.sum((0, 1)), None, None
-
-
-class Columns(torch.autograd.Function):
-    """z Wᵀ, whose gradient to W is scaled column by column."""
-
-    @staticmethod
-    def forward(ctx, z, weight, of_weight):
-        ctx.save_for_backward(z, weight, of_weight)
-        return F.linear(z, weight)
-
-    @staticmethod
-    def backward(ctx, grad):
-        z, weight, of_weight = ctx.saved_tensors
-        return grad @ weight, grad.flatten(0, 1).T @ (z * of_weight).flatten(0, 1), None
+def row_of(name, args, found):
+    by_rate = {rate: [found[name, seed, rate] for seed in args.seeds] for rate in args.rates}
+    best = max(by_rate, key=lambda rate: statistics.fmean(by_rate[rate]))
+    runs = by_rate[best]
+    means = {f"at {rate:g}": statistics.fmean(runs) for rate, runs in by_rate.items()}
+    deviation = statistics.stdev(runs) if len(runs) > 1 else 0.0
+    return {
+        "way": name,
+        "compute": WAYS[name].compute,
+        "accuracy": statistics.fmean(runs),
+        "std": deviation,
+        "rate": best,
+        **means,
+    }
 
 
 if __name__ == "__main__":

@@ -32,11 +32,12 @@ from scheduler.simulate import simulate
 from tests.bench.report import publish, target
 from tests.workers.processes import on_processes
 from workers.contract import Optimiser
-from workers.executor import Batch, Executor, StepPrograms
+from workers.executor import Executor
 from workers.optimiser import Adam
 from workers.partition import model_shape
 from workers.profiling import keep_freed_memory, profile_device
 from workers.shard import Shard
+from workers.steps import Batch, StepPrograms
 from workers.transport import Gloo, Shared
 
 MICRO_BATCHES, BATCH = 5, 16

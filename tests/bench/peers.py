@@ -49,11 +49,12 @@ from tests.bench.engine import BATCH, MICRO_BATCHES, gathered, synthetic_batch, 
 from tests.bench.report import publish, target
 from tests.workers.processes import on_processes
 from workers.contract import Optimiser
-from workers.executor import Executor, StepPrograms
+from workers.executor import Executor
 from workers.optimiser import Adam
 from workers.partition import model_shape
 from workers.profiling import keep_freed_memory, profile_device
 from workers.shard import Shard
+from workers.steps import StepPrograms
 from workers.transport import Gloo, Shared
 
 BUDGETS = (1.0, 0.6, 0.5, 0.4)
