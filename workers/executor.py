@@ -34,7 +34,7 @@ class _StepState:
     """All that lives for one step."""
 
     batch: Batch
-    num_classified: int  # micro-batches that the loss is the mean of
+    num_running: int  # micro-batches that the loss is the mean of
     num_tallied: int = TALLIED
     x: dict[int, Tensor] = field(default_factory=dict)
     g: dict[int, Tensor] = field(default_factory=dict)
@@ -106,7 +106,7 @@ class Executor:
         on_cuda = self.shard.device.type == "cuda"
         timed = not on_cuda if timed is None else timed
         self._recording = self.gates if self.gates is not None and step is not None and self.gates.due(step) else None
-        self._state = _StepState(batch, len(programs.own.label_micro_batches), programs.num_tallied)
+        self._state = _StepState(batch, programs.num_running, programs.num_tallied)
         kind_s: dict[str, float] = defaultdict(float)
         timings_us: dict[TimingKey, list[float]] = defaultdict(list)
         begin, cpu = time.perf_counter(), time.process_time()
@@ -125,7 +125,7 @@ class Executor:
         state, self._state = self._state, _StepState(Batch({}, {}), 1)
         total = self._tally(state) if state.total is None else state.total
         if self._recording is not None and step is not None:
-            self._recording.close(step)
+            self._recording.close(step, programs.num_running)
         squares, loss, correct, *losses = total.tolist()
         return StepReport(
             loss=loss,
@@ -224,7 +224,7 @@ class Executor:
         labels_B = state.batch.labels[i.mb]
         logits_BC = logits_BC.to(self.shard.dtype)
         losses_B = F.cross_entropy(logits_BC, labels_B, label_smoothing=self.label_smoothing, reduction="none")
-        loss = losses_B.mean() / state.num_classified
+        loss = losses_B.mean() / state.num_running
         torch.autograd.backward(loss)
         state.losses[i.mb] = losses_B.detach()
         if x_BND.grad is not None:

@@ -81,13 +81,13 @@ class Gates:
 
         return watch
 
-    def close(self, step: int) -> None:
-        """Take in what was watched during a step."""
+    def close(self, step: int, num_running: int) -> None:
+        """Take in what was watched during a step that so many micro-batches did not sit out."""
         num, batch = self.step.num_micro_batches, self.step.micro_batch_size
         slopes_MBLH = np.full((num, batch, self.shape.num_blocks, self.shape.num_heads), np.nan)
         if self._pieces:
-            # The loss is the mean over the step's images; with sums over micro-batches of equal size that undoes it.
-            flat_Bk = torch.cat(list(self._pieces.values()), 1).double().cpu().numpy() * (num * batch)
+            # The loss is the mean over the images that ran; with sums over micro-batches of equal size that undoes it.
+            flat_Bk = torch.cat(list(self._pieces.values()), 1).double().cpu().numpy() * (num_running * batch)
             begin = 0
             for micro_batch, block, heads in self._pieces:
                 slopes_MBLH[micro_batch][:, block, heads] = flat_Bk[:, begin : begin + len(heads)]

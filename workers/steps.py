@@ -61,6 +61,7 @@ class StepPrograms:
         self.own = programs[rank]
         self.flops = program_flops(self.own, costs)
         self.timing_keys = timing_keys(self.own)
+        self.num_running = len({m for program in programs for m in program.label_micro_batches})
         shape, batch = costs.shape, costs.step.micro_batch_size
         residual = (batch, shape.num_tokens, shape.dim)
         self.num_tallied = TALLIED + costs.step.num_micro_batches * batch

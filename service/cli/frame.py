@@ -57,7 +57,10 @@ PlacementMode = Annotated[str | None, typer.Option(help="auto, split or whole.")
 Seed = Annotated[int | None, typer.Option(help="Seed of everything random.")]
 Model = Annotated[str | None, typer.Option(help="A timm name, or d2ft_digits.")]
 Strategy = Annotated[
-    str | None, typer.Option(help="Who chooses: hardest (images), hull, cpsat, two_stage, random or uniform (heads), full (all-FULL).")
+    str | None,
+    typer.Option(
+        help="Who chooses: hardest (images), hull, cpsat, two_stage, random or uniform (heads), full (all-FULL)."
+    ),
 ]
 Hold = Annotated[
     str | None, typer.Option(help="What stays over a window: training (which heads train), all (SKIPs too) or none.")

@@ -163,7 +163,7 @@ def test_steps_that_are_not_due_are_not_recorded():
 def test_what_was_taken_is_forgotten():
     gates = Gates(model_shape(tiny_vit()), StepShape(1, 1), "fisher", by_sample=True)
     gates.watch(0, "attn", 0, (1, 2))(torch.ones(1, 3, 8, requires_grad=True).mul(2))  # no backward: nothing to record
-    gates.close(0)
+    gates.close(0, 1)
     first, second = gates.take(), gates.take()
     assert first.steps == (0,) and np.isnan(first.slopes_SLH).all() and not first.counts_LH.any()
     assert second.steps == () and len(second.slopes_SLH) == 0
@@ -174,7 +174,7 @@ def test_slopes_that_overflow_are_unknown_and_spoil_nothing():
     out = torch.ones(1, 3, 8, dtype=torch.float64, requires_grad=True) * 1
     gates.watch(0, "attn", 0, (1, 2))(out)
     (out * torch.tensor([torch.inf] * 4 + [1.0] * 4, dtype=torch.float64)).sum().backward()
-    gates.close(0)
+    gates.close(0, 1)
     recorded = gates.take()
     assert recorded.counts_LH[0].tolist() == [0, 0, 1, 0] and recorded.sums_LH[0].tolist() == [0, 0, 144, 0]
 

@@ -123,7 +123,9 @@ def test_a_move_is_told_with_before_and_after(tmp_path):
 
 
 def test_every_window_is_reported_and_its_forecast_judged(tmp_path):
-    ledger, events, _, planners = job(tmp_path, lambda _: EVEN, method={"budgets": {"compute": 0.6}})
+    ledger, events, _, planners = job(
+        tmp_path, lambda _: EVEN, method={"budgets": {"compute": 0.6}, "strategy": "hull"}
+    )
     windows = [event["data"] for event in events if event["type"] == "window"]
     assert [(w["window"], w["steps"]) for w in windows] == [(0, 2), (1, 3), (2, 3), (3, 3), (4, 1)]
     for window in windows:
