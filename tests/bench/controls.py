@@ -13,7 +13,7 @@ every head train. Heads are drawn anew for every micro-batch, every step, every 
 are held. Other ways choose whole micro-batches (3 of 5 alone is ordinary training with smaller batches), or train each
 micro-batch down to another depth ("staggered").
 
-`--classes` takes some of the classes; `--save` keeps the model that the first way and seed ended with.
+`--classes` takes some of the classes; `--save` keeps the model, without classifier, that the first run ended with.
 """
 
 from __future__ import annotations
@@ -246,7 +246,8 @@ def train(args, name, seed, rate):
         optimiser.step()
         optimiser.zero_grad()
     if args.save:
-        save_file({k: v.half().contiguous().cpu() for k, v in run.model.state_dict().items()}, args.save)
+        backbone = {k: v for k, v in run.model.state_dict().items() if not k.startswith("head.")}
+        save_file({k: v.half().contiguous().cpu() for k, v in backbone.items()}, args.save)
     return 100 * accuracy(run)
 
 

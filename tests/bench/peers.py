@@ -12,7 +12,8 @@ DDP                images of a micro-batch shared out, gradients summed in the l
 FSDP2              the same with parameters, gradients and moments sharded by block
 tensor parallel    DTensor: heads and hidden units shared out evenly, every sub-layer summed
 pipeline           torch's 1F1B schedule, blocks shared out evenly; each stage clips by its own norm
-ours               a placement by the planner from measured profiles, all FULL and at three budgets of compute
+ours               a placement by the planner from measured profiles, all FULL and at three budgets of compute: whole
+                   micro-batches, or ("heads") the most worthy heads
 
 The loss of every peer's first step is compared with plain timm's: all compute the same thing.
 """
@@ -271,7 +272,7 @@ def pipeline(model, batch):
     return step
 
 
-def ours(mode, compute, wire):
+def ours(mode, compute, wire, strategy="hardest"):
     """The planner's answer to a job that asks for this placement and budget."""
 
     def build(model, batch):
@@ -280,7 +281,7 @@ def ours(mode, compute, wire):
         profile = profile_device(model, step_shape, transport)
         costs = Costs(shape, step_shape, gathered(profile))
         worth = Scores(*np.random.default_rng(0).uniform(0.5, 1.5, (2, shape.num_blocks, shape.num_heads)))
-        request = PlanRequest(placement=mode, compute=compute if compute < 1 else None)
+        request = PlanRequest(placement=mode, compute=compute if compute < 1 else None, strategy=strategy)
         plan = make_plan(request, costs, worth)
         shard = Shard(model, plan.placement, dist.get_rank())
         executor = Executor(shard, transport, update=Adam(shard, Optimiser(learning_rate=1e-5), 1000))
@@ -299,6 +300,8 @@ PEERS = {
     "tensor parallel": tensor_parallel,
     "pipeline": pipeline,
     **{f"ours, {name}, {c:g}": ours(mode, c, Gloo) for name, mode in MODES.items() for c in BUDGETS},
+    "ours, split, heads, 0.6": ours("split", 0.6, Gloo, "hull"),
+    "ours, whole, heads, 0.6": ours("whole", 0.6, Gloo, "hull"),
     **{f"ours, rings, {name}, {c:g}": ours(mode, c, Shared) for name, mode in MODES.items() for c in BUDGETS},
 }
 

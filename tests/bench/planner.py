@@ -37,9 +37,9 @@ FLEETS = {
 }
 REQUESTS = {
     "all-FULL": {},
-    "3F2S": {"ratios": {"full": 3, "skip": 2}},
-    "2F3O": {"ratios": {"full": 2, "forward": 3}},
-    "2F2O1S": {"ratios": {"full": 2, "forward": 2, "skip": 1}},
+    "3F2S": {"ratios": {"full": 3, "skip": 2}, "strategy": "hull"},
+    "2F3O": {"ratios": {"full": 2, "forward": 3}, "strategy": "hull"},
+    "2F2O1S": {"ratios": {"full": 2, "forward": 2, "skip": 1}, "strategy": "hull"},
 }
 STEP = StepShape(5, 16)
 PARTS = ("selection", "placement", "what-if")

@@ -94,7 +94,7 @@ def run_slowed(rank, args, compute):
     settle_in(rank)
     transport = Shared()
     planner = SlowingPlanner(transport, slowed_from=CALM_WINDOWS + 1)
-    method = {"budgets": {"compute": compute}} if compute < 1 else {}
+    method = {"budgets": {"compute": compute}, "strategy": "hull"} if compute < 1 else {}
     spec = spec_of(args, CALM_WINDOWS + SLOWED_WINDOWS, method)
     try:
         return run_job(spec, transport, planner)

@@ -24,11 +24,6 @@ class Way:
     batches: int | None = None
     window: float | None = None
 
-    @property
-    def is_ours(self) -> bool:
-        """Whether it leaves out micro-batches or heads: neither full fine-tuning, nor whole blocks from the end."""
-        return self.last is None and bool(self.method)
-
 
 def mix(full, forward, skip):
     """Exact counts of operations over a step's micro-batches."""
