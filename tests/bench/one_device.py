@@ -34,9 +34,10 @@ from workers.steps import Batch, StepPrograms
 from workers.transport import InProcess, Mailboxes
 
 MICRO_BATCHES = 5
-# Share of FULL heads, share of FORWARD heads among the rest; per head and held still, or by whole micro-batches.
+# Share of FULL heads, share of FORWARD heads among the rest, per head and held still; or counts of micro-batches, the same
+# in all blocks or others in each.
 HELD = {"2F3O held": (0.4, 1.0), "1F4O held": (0.2, 1.0), "2F1O2S held": (0.4, 1 / 3)}
-WHOLE = {"3F2S, micro-batches": (3, 0, 2), "2F3O, micro-batches": (2, 3, 0)}
+COUNTS = {"3F2S": (3, 0, 2), "2F3O": (2, 3, 0)}
 
 
 def main():
@@ -68,7 +69,8 @@ def measure(args):
     batch = images(args, device)
     full = uniform_ops(shape, MICRO_BATCHES, Op.FULL)
     tables = {"all FULL": full, **{n: held(shape, *s) for n, s in HELD.items()}}
-    tables |= {n: by_micro_batch(shape, counts) for n, counts in WHOLE.items()}
+    tables |= {f"{n}, by blocks": by_micro_batch(shape, counts, turn=1) for n, counts in COUNTS.items()}
+    tables |= {f"{n}, whole micro-batches": by_micro_batch(shape, counts, turn=0) for n, counts in COUNTS.items()}
     works, flops = {"plain timm": plain(model, batch, autocast)}, {"plain timm": 1.0}
     for name, ops_LHM in tables.items():
         shard = Shard(model, placement, 0, device)
@@ -117,10 +119,10 @@ def held(shape, full, forward):
     return np.repeat(ops.reshape(shape.num_blocks, shape.num_heads)[:, :, None], MICRO_BATCHES, axis=2)
 
 
-def by_micro_batch(shape, counts):
-    """All heads of a block do the same for a micro-batch, another one in each block."""
+def by_micro_batch(shape, counts, turn):
+    """All heads of a block do the same for a micro-batch; from block to block it is another one, or the same."""
     ops = np.repeat(np.array([Op.FULL, Op.FORWARD, Op.SKIP], dtype=np.int8), counts)
-    ops_LM = np.stack([np.roll(ops, block) for block in range(shape.num_blocks)])
+    ops_LM = np.stack([np.roll(ops, turn * block) for block in range(shape.num_blocks)])
     return np.repeat(ops_LM[:, None], shape.num_heads, axis=1)
 
 
