@@ -58,7 +58,7 @@ def _within_budgets(request: SelectionRequest, meter: Meter) -> list[tuple[int, 
     tables = [_table(meter.placement, full, 0, num - full) for full in range(1, num + 1)]
     flops, sent = [meter.flops(ops) for ops in tables], [meter.bytes(ops) for ops in tables]
     compute = 1.0 if request.compute is None else request.compute
-    limits = (compute * flops[-1] * (1 + 1e-12), request.max_bytes * sent[-1])
+    limits = [budget * full * (1 + 1e-12) for budget, full in ((compute, flops[-1]), (request.max_bytes, sent[-1]))]
     for total in range(PERIOD * num, PERIOD - 1, -1):
         fulls = _evenly(total)
         if _mean(flops, fulls) <= limits[0] and _mean(sent, fulls) <= limits[1]:

@@ -34,8 +34,8 @@ from workers.steps import Batch, StepPrograms
 from workers.transport import InProcess, Mailboxes
 
 MICRO_BATCHES = 5
-# Share of FULL heads, share of FORWARD heads among the rest, per head and held still; or counts of micro-batches, the same
-# in all blocks or others in each.
+# Share of FULL heads, share of FORWARD heads among the rest, per head and held still; or counts of micro-batches, the
+# same in all blocks or others in each.
 HELD = {"2F3O held": (0.4, 1.0), "1F4O held": (0.2, 1.0), "2F1O2S held": (0.4, 1 / 3)}
 COUNTS = {"3F2S": (3, 0, 2), "2F3O": (2, 3, 0)}
 
