@@ -68,10 +68,11 @@ def _table_faults(plan: Plan, costs: Costs, sits_out: bool) -> Iterator[str]:
             yield f"table {index} has shape {ops.shape}, not {wanted}"
         elif not np.isin(ops, [int(op) for op in Op]).all():
             yield f"table {index} has values that are no op"
-        elif not (ops == Op.FULL).any():
-            yield f"table {index} trains nothing"
-        elif starved := [] if sits_out else np.flatnonzero(~(ops == Op.FULL).any(axis=(0, 1))).tolist():
-            yield f"table {index} runs no FULL head for micro-batches {starved}"
+        else:
+            trained_M = (ops == Op.FULL).any(axis=(0, 1))
+            if not (trained_M.any() if sits_out else trained_M.all()):
+                starved = np.flatnonzero(~trained_M).tolist()
+                yield f"table {index} runs no FULL head for micro-batches {starved}"
 
 
 def _forecast_faults(plan: Plan) -> Iterator[str]:

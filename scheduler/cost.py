@@ -89,9 +89,14 @@ class Costs:
         return tokens * (2 * self.shape.dim + num_heads * inner) * self.step.wire_itemsize
 
 
+def num_tallied(step: StepShape) -> int:
+    """How many numbers a worker tells each other at the end of a step."""
+    return TALLIED + step.num_micro_batches * step.micro_batch_size
+
+
 def tally_bytes(step: StepShape) -> int:
-    """Bytes of what a worker tells each other at the end of a step: float64 numbers."""
-    return 8 * (TALLIED + step.num_micro_batches * step.micro_batch_size)
+    """Bytes of these, as float64."""
+    return 8 * num_tallied(step)
 
 
 def residual_bytes(shape: ModelShape, step: StepShape) -> int:

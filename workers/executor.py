@@ -106,7 +106,7 @@ class Executor:
         on_cuda = self.shard.device.type == "cuda"
         timed = not on_cuda if timed is None else timed
         self._recording = self.gates if self.gates is not None and step is not None and self.gates.due(step) else None
-        self._state = _StepState(batch, programs.num_running, programs.num_tallied)
+        self._state = _StepState(batch, len(programs.running), programs.num_tallied)
         kind_s: dict[str, float] = defaultdict(float)
         timings_us: dict[TimingKey, list[float]] = defaultdict(list)
         begin, cpu = time.perf_counter(), time.process_time()
@@ -125,7 +125,7 @@ class Executor:
         state, self._state = self._state, _StepState(Batch({}, {}), 1)
         total = self._tally(state) if state.total is None else state.total
         if self._recording is not None and step is not None:
-            self._recording.close(step, programs.num_running)
+            self._recording.close(step, len(programs.running))
         squares, loss, correct, *losses = total.tolist()
         return StepReport(
             loss=loss,

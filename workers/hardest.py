@@ -9,6 +9,8 @@ The images of a step are the same as without sorting, and its order is fixed whe
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 
@@ -34,8 +36,8 @@ class HardestFirst:
     def augment_key(self, step: int, micro_batch: int) -> AugmentKey:
         return self.order.augment_key(step, micro_batch)
 
-    def learn(self, step: int, losses_MB: npt.NDArray[np.float64], ran_M: npt.NDArray[np.bool_]) -> None:
-        """Take in the losses of a step that has run, and of its micro-batches those that did not sit out."""
-        for indices, losses_B, ran in zip(self._fixed.pop(step), losses_MB, ran_M, strict=True):
-            if ran:
-                self.loss_N[indices] = losses_B
+    def learn(self, step: int, losses_MB: npt.NDArray[np.float64], running: Sequence[int]) -> None:
+        """Take in the losses of a step's micro-batches that ran; the others sat out."""
+        indices = self._fixed.pop(step)
+        for m in running:
+            self.loss_N[indices[m]] = losses_MB[m]

@@ -67,7 +67,7 @@ class LiveWorth:
         batches = [range(worker, math.ceil(images / size), workers) for worker in range(workers)]
         kept: list[npt.NDArray[np.float64]] = []
         backward_LH, forward_LH, samples = score(
-            model,
+            model.to(self.device),
             (data.train_batch(order.indices(batch)[0]) for batch in batches[rank]),
             self.kind,
             label_smoothing=self.spec.optimiser.label_smoothing,

@@ -130,7 +130,7 @@ class Session:
             )  # fmt: skip
         with self._phase("score"):
             self.worth = LiveWorth(self.spec, self.shape, self.step_shape, self.transport, self.device)
-            scores = self.worth.score(self.model.to(self.device), self.data, self.run_dir)
+            scores = self.worth.score(self.model, self.data, self.run_dir)
         self._emit("phase", name="planning")
         with self._phase("plan"):
             self.planner.announce(

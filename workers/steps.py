@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from scheduler.cost import TALLIED, Costs
+from scheduler.cost import Costs, num_tallied
 from scheduler.profiles import timing_keys
 from scheduler.program import Instruction, Program
 from scheduler.simulate import program_flops
@@ -55,16 +55,19 @@ class Batch:
 
 
 class StepPrograms:
-    """The compiled programs of all workers for one step, seen from one of them: its own, and what will reach it."""
+    """The compiled programs of all workers for one step, seen from one of them: its own, and what will reach it.
+
+    `running` are the micro-batches that do not sit out.
+    """
 
     def __init__(self, programs: Sequence[Program], rank: int, costs: Costs, dtype: torch.dtype) -> None:
         self.own = programs[rank]
         self.flops = program_flops(self.own, costs)
         self.timing_keys = timing_keys(self.own)
-        self.num_running = len({m for program in programs for m in program.label_micro_batches})
+        self.running = tuple(sorted({m for program in programs for m in program.label_micro_batches}))
         shape, batch = costs.shape, costs.step.micro_batch_size
         residual = (batch, shape.num_tokens, shape.dim)
-        self.num_tallied = TALLIED + costs.step.num_micro_batches * batch
+        self.num_tallied = num_tallied(costs.step)
 
         def parcel(src: int, instruction: Instruction) -> Parcel:
             key = instruction.key(src)

@@ -153,12 +153,11 @@ class Windows:
                 timed = begin < step <= begin + TIMED_STEPS if on_cuda else None
                 report = self.engine.executor.run(compiled[which], self._batch(batches, step), step=step, timed=timed)
                 _check_finite(report, step)
-                ran_M = np.asarray(plan.cycle[which].any(axis=(0, 1)))
                 if self.hardest is not None:
-                    self.hardest.learn(step, report.losses_MB, ran_M)
+                    self.hardest.learn(step, report.losses_MB, compiled[which].running)
                 seen.add(report)
                 self.ledger.planned(plan, *tolls[which])
-                self._emit_metrics(report, step, learning_rate, plan, int(ran_M.sum()), *tolls[which])
+                self._emit_metrics(report, step, learning_rate, plan, len(compiled[which].running), *tolls[which])
         return seen
 
     def _close(self, window: int, plan: Plan, forecast_us: int, seen: _Seen) -> Report:

@@ -19,7 +19,7 @@ from scheduler.domain import Op, OpTable, Placement, SolverReport
 from scheduler.errors import InfeasibleError
 from scheduler.selection.draws import shortest
 from scheduler.selection.meter import Meter
-from scheduler.selection.words import PERIOD, Selection, SelectionRequest
+from scheduler.selection.words import PERIOD, Selection, SelectionRequest, starving
 
 
 def select_hardest(request: SelectionRequest, placement: Placement, costs: Costs) -> Selection:
@@ -32,12 +32,7 @@ def select_hardest(request: SelectionRequest, placement: Placement, costs: Costs
     if request.ratios is not None:
         counts = [request.checked_ratios(costs.step.num_micro_batches)]
         if not counts[0][0]:
-            raise InfeasibleError(
-                "ratios with full = 0 train no head.",
-                code="ratios_infeasible",
-                param="method.ratios",
-                remedy="Ask for more FULL or fewer SKIP.",
-            )
+            raise starving(counts[0])
     else:
         counts = _within_budgets(request, Meter(placement, costs, request.embed_grad))
     cycle = shortest([_table(placement, *count) for count in counts])

@@ -32,6 +32,7 @@ from scheduler.selection.words import (
     Selection,
     SelectionRequest,
     Unit,
+    starving,
     worth_fraction,
 )
 
@@ -53,14 +54,14 @@ def select_ratios(
     ratios = request.checked_ratios(costs.step.num_micro_batches)
     strategy = strategy_of(request)
     if ratios[0] == 0:
-        raise _starving(ratios)
+        raise starving(ratios)
     shares = timed_shares(placement, costs, ratios) if strategy.timed else equal_shares(placement, ratios)
     case = _Case(request, strategy, placement, costs, scores, shares, ratios, full_LH)
     holds = {"training": _held_training, "all": _held_all, "none": _held_none}
     try:
         cycle, bound, note = holds[request.hold](case)
     except InfeasibleError as error:
-        raise _starving(ratios) from error
+        raise starving(ratios) from error
     seen = scores if request.hold == "none" else Scores(scores.backward_LH, scores.forward_LH)
     worth = worth_fraction(cycle, seen)
     return reported(request, strategy, cycle, worth, bound, began, note)
@@ -78,16 +79,6 @@ class _Case:
     shares: Shares
     ratios: Ratios
     given_LH: BoolArray | None
-
-
-def _starving(ratios: Ratios) -> InfeasibleError:
-    asked = ":".join(map(str, ratios))
-    message = f"ratios {asked} leave some micro-batches without a FULL head on this placement."
-    if ratios[0] == 0:
-        message = "ratios with full = 0 train no head."
-    return InfeasibleError(
-        message, code="ratios_infeasible", param="method.ratios", remedy="Ask for more FULL or fewer SKIP."
-    )
 
 
 def _held_training(case: _Case) -> _Found:
@@ -165,7 +156,7 @@ def _held_all(case: _Case) -> _Found:
     runs_W = _rounded(owned_W * share_W, (full + forward) * heads // micro_batches, owned_W)
     fulls_W = _rounded(shares.fulls_W * share_W, full * heads // micro_batches, runs_W)
     if not fulls_W.sum():
-        raise _starving(case.ratios)
+        raise starving(case.ratios)
     seen, group_LH = strategy.sees(request, case.scores), group_numbers(request, placement)
     ops_LH = np.zeros_like(placement.owner_LH)
     for worker in range(placement.num_workers):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from scheduler.domain import Op, OpTable, Placement, Scores, SolverReport
-from scheduler.errors import UserError
+from scheduler.errors import InfeasibleError, UserError
 
 STRATEGIES = ("hardest", "hull", "cpsat", "two_stage", "random", "uniform", "full")
 HOLDS = ("training", "all", "none")
@@ -85,6 +85,17 @@ class SelectionRequest:
                 remedy="Make full + forward + skip equal micro_batches.",
             )
         return full, forward, skip
+
+
+def starving(ratios: tuple[int, int, int]) -> InfeasibleError:
+    """The error for ratios that leave something without a FULL head."""
+    asked = ":".join(map(str, ratios))
+    message = f"ratios {asked} leave some micro-batches without a FULL head on this placement."
+    if ratios[0] == 0:
+        message = "ratios with full = 0 train no head."
+    return InfeasibleError(
+        message, code="ratios_infeasible", param="method.ratios", remedy="Ask for more FULL or fewer SKIP."
+    )
 
 
 @dataclass(frozen=True, eq=False)
