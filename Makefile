@@ -38,6 +38,7 @@ bench-accuracy: $(STAMP)
 
 bench-peers: $(STAMP)
 	$(BIN)/python -m tests.bench.peers
+	$(BIN)/python -m tests.bench.peers --cores 0 1 1 --out peers-unlike
 
 clean:
 	rm -rf $(VENV) .bench .demo .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

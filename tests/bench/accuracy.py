@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import fnmatch
 import json
 import statistics
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
@@ -29,7 +28,7 @@ from pathlib import Path
 import torch
 from rich.progress import Progress
 
-from tests.bench.report import publish, target
+from tests.bench.report import matching, mean_and_std, publish, target
 from tests.bench.training import on_device, on_group
 from tests.bench.ways import FULL, SHOWN, WAYS
 
@@ -59,8 +58,7 @@ def main():
     args = parser.parse_args()
     store = Path(".bench") / f"{args.out}.jsonl"
     store.parent.mkdir(exist_ok=True)
-    patterns = [FULL, *(args.ways or SHOWN)]
-    wanted = [name for name in WAYS if any(fnmatch.fnmatch(name, pattern) for pattern in patterns)]
+    wanted = matching(WAYS, [FULL, *(args.ways or SHOWN)])
     runs = complete(args, wanted, store)
     rows = [summary(name, [run for run in runs if run["way"] == name]) for name in wanted]
     full = next(row for row in rows if row["way"] == FULL)
@@ -106,10 +104,9 @@ def train_of(args):
 
 def summary(name, runs):
     """Means over the seeds, and the deviation of accuracy."""
-    accuracies = [run["accuracy"] for run in runs]
+    accuracy, std = mean_and_std([run["accuracy"] for run in runs])
     means = {key: statistics.fmean(run[key] for run in runs) for key in COLUMNS}
-    deviation = statistics.stdev(accuracies) if len(runs) > 1 else 0.0
-    return {"way": name, "accuracy": statistics.fmean(accuracies), "std": deviation, "seeds": len(runs), **means}
+    return {"way": name, "accuracy": accuracy, "std": std, "seeds": len(runs), **means}
 
 
 def targets(rows):

@@ -19,8 +19,6 @@ micro-batch down to another depth ("staggered").
 from __future__ import annotations
 
 import argparse
-import fnmatch
-import statistics
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -32,12 +30,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
-from torch import Tensor
 
-from tests.bench.masked import Factors, logits_of
-from tests.bench.report import publish
+from tests.bench.masked import Factors, features_of
+from tests.bench.report import matching, mean_and_std, publish
 from workers.contract import JobSpec
 from workers.data import open_dataset
+from workers.hardest import HardestFirst
 from workers.model import build_model, model_input
 from workers.optimiser import schedule
 from workers.order import MicroBatches
@@ -70,8 +68,8 @@ class Way:
 class Run:
     """One training run: model, data, and what its way draws from."""
 
-    def __init__(self, args, seed, rate):
-        self.args, self.seed, self.rate, self.device = args, seed, rate, torch.device(args.device)
+    def __init__(self, args, seed):
+        self.args, self.seed, self.device = args, seed, torch.device(args.device)
         data = torch.load(args.data, weights_only=True, mmap=True)
         self.train, self.test = ((data[f"{of}_images"], data[f"{of}_labels"]) for of in ("train", "test"))
         spec = spec_of(args, seed)
@@ -80,7 +78,6 @@ class Run:
         self.rng = np.random.default_rng(seed)
         self.grid = len(self.model.blocks), self.model.blocks[0].attn.num_heads
         self.kept = {}  # what a way remembers
-        self.losses_N = np.full(len(self.train[1]), np.inf)  # of each image when it was last seen
 
     def batch(self, indices, of="train"):
         images, labels = getattr(self, of)
@@ -178,8 +175,8 @@ def then(first, until, second):
     """One way until a share of the steps is done, and then another."""
 
     def parts(run, step):
-        begun = step >= round(until * run.args.steps)
-        return (second if begun else first)(run, 0 if step == round(until * run.args.steps) else step)
+        begin = round(until * run.args.steps)
+        return first(run, step) if step < begin else second(run, step - begin)
 
     return parts
 
@@ -231,17 +228,21 @@ WAYS = {
 
 def train(args, name, seed, rate):
     """Test accuracy in percent."""
-    way, run = WAYS[name], Run(args, seed, rate)
+    way, run = WAYS[name], Run(args, seed)
     torch.set_num_threads(1)
+    order = HardestFirst(run.order) if way.hardest == "known" else run.order
     steps = max(1, round(way.share * args.steps))
     optimiser = torch.optim.AdamW(run.model.parameters(), lr=rate, weight_decay=0.05, fused=True)
     for step in range(steps):
         optimiser.param_groups[0]["lr"] = schedule(step, steps, rate, 0.1)
-        indices = np.concatenate(run.order.indices(step))
-        if way.hardest:
-            indices = indices[hardest_first(run, indices, way.hardest)]
+        indices = order.indices(step)
+        if way.hardest in ("now", "soft"):
+            indices = hardest_first(run, np.concatenate(indices), way.hardest)
+        losses = {}
         for part in way.parts(run, step):
-            backward(run, part, np.split(indices, MICRO_BATCHES))
+            losses |= zip(part.micro_batches, backward(run, part, indices), strict=True)
+        if way.hardest == "known":
+            order.learn(step, losses, losses)
         torch.nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
         optimiser.step()
         optimiser.zero_grad()
@@ -252,34 +253,28 @@ def train(args, name, seed, rate):
 
 
 def backward(run, part, indices):
+    """Gradients of a part's images; their losses, a row for each micro-batch."""
     images, labels = run.batch(np.concatenate([indices[m] for m in part.micro_batches]))
     weight = len(part.micro_batches) / MICRO_BATCHES
     with run.casting():
-        if part.classifier_only:
-            kept: list[Tensor] = []
-            with torch.no_grad():
-                logits_of(run.model, images, features=kept.append)
-            logits = run.model.forward_head(kept[0])
-        else:
-            logits = logits_of(run.model, images, part.factors)
+        with torch.set_grad_enabled(not part.classifier_only):
+            features = features_of(run.model, images, part.factors)
+        logits = run.model.forward_head(features)
     losses_B = F.cross_entropy(logits.float(), labels, reduction="none")
     (weight * losses_B.mean()).backward()
-    run.losses_N[np.concatenate([indices[m] for m in part.micro_batches])] = losses_B.detach().cpu().numpy()
+    return losses_B.detach().cpu().numpy().reshape(len(part.micro_batches), -1)
 
 
 @torch.no_grad()
 def hardest_first(run, indices, how):
-    """Order of a step's images: by loss under the present weights, by chance in favour of it, or by the last known."""
-    if how == "known":
-        losses_B = run.losses_N[indices]
-        return np.lexsort((run.rng.random(len(indices)), -losses_B))
+    """A step's images in order of their loss under the present weights, or ("soft") by chance in favour of it."""
     images, labels = run.batch(indices)
     with run.casting():
         logits = run.model(images)
     losses_B = F.cross_entropy(logits.float(), labels, reduction="none").cpu().numpy()
     ranks_B = np.argsort(np.argsort(losses_B)) + 1
     keys_B = np.log(run.rng.random(len(indices))) / ranks_B if how == "soft" else ranks_B  # chance in favour of rank
-    return np.argsort(-keys_B)
+    return np.split(indices[np.argsort(-keys_B)], MICRO_BATCHES)
 
 
 @torch.no_grad()
@@ -332,7 +327,7 @@ def main():
     parser.add_argument("--save")
     parser.add_argument("--out", default="controls")
     args = parser.parse_args()
-    wanted = [name for name in WAYS if any(fnmatch.fnmatch(name, pattern) for pattern in args.ways)]
+    wanted = matching(WAYS, args.ways)
     with tempfile.TemporaryDirectory() as folder:
         args.data = str(Path(folder) / "images.pt")
         decode(args, args.data)
@@ -349,19 +344,11 @@ def main():
 
 
 def row_of(name, args, found):
-    by_rate = {rate: [found[name, seed, rate] for seed in args.seeds] for rate in args.rates}
-    best = max(by_rate, key=lambda rate: statistics.fmean(by_rate[rate]))
-    runs = by_rate[best]
-    means = {f"at {rate:g}": statistics.fmean(runs) for rate, runs in by_rate.items()}
-    deviation = statistics.stdev(runs) if len(runs) > 1 else 0.0
-    return {
-        "way": name,
-        "compute": WAYS[name].compute,
-        "accuracy": statistics.fmean(runs),
-        "std": deviation,
-        "rate": best,
-        **means,
-    }
+    by_rate = {rate: mean_and_std([found[name, seed, rate] for seed in args.seeds]) for rate in args.rates}
+    best = max(by_rate, key=lambda rate: by_rate[rate][0])
+    accuracy, std = by_rate[best]
+    means = {f"at {rate:g}": mean for rate, (mean, _) in by_rate.items()}
+    return {"way": name, "compute": WAYS[name].compute, "accuracy": accuracy, "std": std, "rate": best, **means}
 
 
 if __name__ == "__main__":

@@ -45,6 +45,7 @@ TRANSPORTS = {"shared": Shared, "gloo": Gloo}
 HELD = "40 % FULL, rest FORWARD, held"
 PATTERNS = {
     "all FULL": SelectionRequest(),
+    "3F2S whole micro-batches": SelectionRequest(ratios=(3, 0, 2), strategy="hardest"),
     "3F2S": SelectionRequest(ratios=(3, 0, 2)),
     "3F2S scattered": SelectionRequest(ratios=(3, 0, 2), grain="scattered"),
     "2F3O redrawn": SelectionRequest(ratios=(2, 3, 0), strategy="random", hold="none"),
@@ -129,12 +130,16 @@ def build_rows(rank, model, wire):
     return rows
 
 
-def plain_timm(model, batch):
+def plain_timm(model, batch, autocast=None):
+    """The ordinary loop; with `autocast` it computes in that type."""
     optimiser = torch.optim.AdamW(model.parameters(), lr=1e-5, weight_decay=0.05, fused=True)
 
     def step():
         for m in range(MICRO_BATCHES):
-            (F.cross_entropy(model(batch.images[m]), batch.labels[m]) / MICRO_BATCHES).backward()
+            images = batch.images[m]
+            with torch.autocast(images.device.type, dtype=autocast, enabled=autocast is not None):
+                logits = model(images)
+            (F.cross_entropy(logits.float(), batch.labels[m]) / MICRO_BATCHES).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()
         optimiser.zero_grad()
@@ -162,10 +167,11 @@ def vit_small(num_blocks):
     return timm.create_model("vit_small_patch14_dinov2", img_size=98, num_classes=10, depth=num_blocks)
 
 
-def synthetic_batch():
+def synthetic_batch(batch=BATCH, img_size=98, device="cpu"):
     gen = torch.Generator().manual_seed(1)
-    images = {m: torch.randn(BATCH, 3, 98, 98, generator=gen) for m in range(MICRO_BATCHES)}
-    return Batch(images, {m: torch.randint(0, 10, (BATCH,), generator=gen) for m in range(MICRO_BATCHES)})
+    images = {m: torch.randn(batch, 3, img_size, img_size, generator=gen).to(device) for m in range(MICRO_BATCHES)}
+    labels = {m: torch.randint(0, 10, (batch,), generator=gen).to(device) for m in range(MICRO_BATCHES)}
+    return Batch(images, labels)
 
 
 def gathered(profile):

@@ -25,8 +25,8 @@ class Factors(NamedTuple):
         return cls(*(torch.as_tensor(f, dtype=torch.float32, device=device) for f in (run_LH, weights_LH, path_LH)))
 
 
-def logits_of(model, images_BCHW, factors=None, features=None):
-    """Logits; `features` is called with what goes into the classifier."""
+def features_of(model, images_BCHW, factors=None):
+    """What goes into `model.forward_head`; without factors every head is FULL."""
     x = model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images_BCHW))))
     for index, block in enumerate(model.blocks):
         if factors is None:
@@ -35,10 +35,7 @@ def logits_of(model, images_BCHW, factors=None, features=None):
         run_H, weights_H, path_H = (f[index] for f in factors)
         x = x + block.ls1(_attention(block.attn, block.norm1(x), run_H, weights_H, path_H))
         x = x + block.ls2(_mlp(block.mlp, block.norm2(x), run_H, weights_H, path_H))
-    x = model.norm(x)
-    if features is not None:
-        features(x)
-    return model.forward_head(x)
+    return model.norm(x)
 
 
 def _attention(attn, y, run_H, weights_H, path_H):

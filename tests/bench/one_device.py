@@ -13,16 +13,15 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from contextlib import nullcontext
 
 import numpy as np
 import timm
 import torch
-import torch.nn.functional as F
 
 from scheduler.compiler import compile_step
 from scheduler.cost import Costs
 from scheduler.domain import Op, Placement, StepShape, step_flops, uniform_ops
+from tests.bench.engine import MICRO_BATCHES, plain_timm, synthetic_batch
 from tests.bench.report import publish
 from workers.contract import Optimiser
 from workers.executor import Executor
@@ -30,10 +29,9 @@ from workers.optimiser import Adam
 from workers.partition import model_shape
 from workers.profiling import keep_freed_memory, profile_device
 from workers.shard import Shard
-from workers.steps import Batch, StepPrograms
+from workers.steps import StepPrograms
 from workers.transport import InProcess, Mailboxes
 
-MICRO_BATCHES = 5
 # Share of FULL heads, share of FORWARD heads among the rest, per head and held still; or counts of micro-batches, the
 # same in all blocks or others in each.
 HELD = {"2F3O held": (0.4, 1.0), "1F4O held": (0.2, 1.0), "2F1O2S held": (0.4, 1 / 3)}
@@ -66,12 +64,12 @@ def measure(args):
     profile = profile_device(model, step_shape, InProcess(0, Mailboxes(1)), device=device, autocast=autocast)
     costs = Costs(shape, step_shape, [profile])
     placement = Placement.make(np.zeros((shape.num_blocks, shape.num_heads), dtype=int), 1)
-    batch = images(args, device)
+    batch = synthetic_batch(args.batch, args.img_size, device)
     full = uniform_ops(shape, MICRO_BATCHES, Op.FULL)
     tables = {"all FULL": full, **{n: held(shape, *s) for n, s in HELD.items()}}
     tables |= {f"{n}, by blocks": by_micro_batch(shape, counts, turn=1) for n, counts in COUNTS.items()}
     tables |= {f"{n}, whole micro-batches": by_micro_batch(shape, counts, turn=0) for n, counts in COUNTS.items()}
-    works, flops = {"plain timm": plain(model, batch, autocast)}, {"plain timm": 1.0}
+    works, flops = {"plain timm": plain_timm(model, batch, autocast)}, {"plain timm": 1.0}
     for name, ops_LHM in tables.items():
         shard = Shard(model, placement, 0, device)
         update = Adam(shard, Optimiser(learning_rate=1e-5), 1000)
@@ -84,28 +82,6 @@ def measure(args):
         for name, work in works.items():
             seen[name].append(clocked(work, device))
     return [row(name, flops[name], seen) for name in works]
-
-
-def images(args, device):
-    gen = torch.Generator().manual_seed(1)
-    pixels = {m: torch.randn(args.batch, 3, args.img_size, args.img_size, generator=gen) for m in range(MICRO_BATCHES)}
-    labels = {m: torch.randint(0, 10, (args.batch,), generator=gen) for m in range(MICRO_BATCHES)}
-    return Batch({m: x.to(device) for m, x in pixels.items()}, {m: y.to(device) for m, y in labels.items()})
-
-
-def plain(model, batch, autocast):
-    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-5, weight_decay=0.05, fused=True)
-
-    def step():
-        for m, images_BCHW in batch.images.items():
-            with nullcontext() if autocast is None else torch.autocast(images_BCHW.device.type, dtype=autocast):
-                logits_BC = model(images_BCHW)
-            (F.cross_entropy(logits_BC.float(), batch.labels[m]) / MICRO_BATCHES).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimiser.step()
-        optimiser.zero_grad()
-
-    return step
 
 
 def held(shape, full, forward):

@@ -21,7 +21,6 @@ The loss of every peer's first step is compared with plain timm's: all compute t
 from __future__ import annotations
 
 import argparse
-import fnmatch
 import itertools
 import os
 import resource
@@ -47,7 +46,7 @@ from scheduler.domain import Scores, StepShape
 from scheduler.plan import make_plan
 from scheduler.request import PlanRequest
 from tests.bench.engine import BATCH, MICRO_BATCHES, gathered, synthetic_batch, vit_small
-from tests.bench.report import publish, target
+from tests.bench.report import matching, publish, target
 from tests.workers.processes import on_processes
 from workers.contract import Optimiser
 from workers.executor import Executor
@@ -70,7 +69,7 @@ def main():
     parser.add_argument("--peers", nargs="+", default=["*"], help="patterns of row names")
     parser.add_argument("--out", default="peers")
     args = parser.parse_args()
-    wanted = [name for name in PEERS if any(fnmatch.fnmatch(name, pattern) for pattern in args.peers)]
+    wanted = matching(PEERS, args.peers)
     rows = []
     for name in wanted:
         rows.append(row_of(name, on_processes(len(args.cores), measure, name, args)))

@@ -1,18 +1,30 @@
-"""What every benchmark prints and writes: a table, targets, and `.bench/NAME.json`."""
+"""What every benchmark prints and writes: a table, targets, `.bench/NAME.json`; which rows it has, over which seeds."""
 
 from __future__ import annotations
 
+import fnmatch
 import itertools
 import json
 import operator
 import os
 import platform
+import statistics
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
 _HOLDS = {"<=": operator.le, ">=": operator.ge, "==": operator.eq}
+
+
+def matching(names, patterns):
+    """Those of the names that match some pattern, in their order."""
+    return [name for name in names if any(fnmatch.fnmatch(name, pattern) for pattern in patterns)]
+
+
+def mean_and_std(values):
+    """The mean and the standard deviation; 0 of a single value."""
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
 
 
 def target(name, value, comparison, limit):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import resource
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -13,12 +12,13 @@ import torch
 from scheduler.actor import Scheduler
 from scheduler.domain import Op
 from tests.bench.ways import WAYS
+from tests.workers.engine import on_threads
 from tests.workers.planners import DirectPlanner, GroupPlanner, ScriptedPlanner, even_heads
 from tests.workers.processes import on_processes
 from workers.contract import JobSpec
 from workers.profiling import keep_freed_memory
 from workers.session import Place, Session
-from workers.transport import InProcess, Mailboxes, Shared
+from workers.transport import Shared
 
 
 def on_group(args, name, seeds):
@@ -41,17 +41,12 @@ def on_device(args, name, seeds):
 def _on_threads(args, name, seed):
     torch.set_num_threads(1)
     torch.cuda.reset_peak_memory_stats()
-    mailboxes, scheduler = Mailboxes(args.workers), Scheduler()
+    scheduler = Scheduler()
 
-    def work(rank):
-        try:
-            return train(args, name, seed, InProcess(rank, mailboxes), DirectPlanner(scheduler, rank, args.workers))
-        except BaseException:
-            mailboxes.abort()
-            raise
+    def work(rank, transport):
+        return train(args, name, seed, transport, DirectPlanner(scheduler, rank, args.workers))
 
-    with ThreadPoolExecutor(args.workers) as threads:
-        run, *_ = list(threads.map(work, range(args.workers)))
+    run = on_threads(args.workers, work)[0]
     # Every thread has counted the seconds of all.
     return {**run, "cpu_s": run["cpu_s"] / args.workers, "peak_mb": torch.cuda.max_memory_allocated() / 2**20}
 
