@@ -31,6 +31,7 @@ from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from scheduler import actor
 from scheduler.domain import DeviceProfile, Plan
 from scheduler.errors import CapacityError, D2ftError, SystemFault, from_dict
+from workers import logs
 from workers.contract import JobSpec, RunContext
 from workers.events import EventLog
 from workers.profiling import keep_freed_memory
@@ -44,19 +45,22 @@ PLAN_TIMEOUT_S = 300.0
 FORGET_TIMEOUT_S = 10.0
 # A group without a member's heartbeat for this long is given up by the collectives.
 COLLECTIVE_TIMEOUT_S = 120
+_LOG = logging.getLogger(__name__)
 _ECHO_CODES = ("peer_lost", "transport_timeout")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     context = read_context(argv)
-    ray.init(namespace=actor.NAMESPACE, log_to_driver=True, logging_level=logging.WARNING)
-    _emit(context, "phase", name="starting")
-    error = _attempt(context)
-    told = error.to_dict() if error else None
-    message = str(told["message"]) if told else "succeeded"
-    _emit(context, "outcome", message, status="failed" if error else "succeeded", error=told)
-    if error is not None:
-        print(f"d2ft: job {context.job_id} failed: {error.to_dict()['message']}", file=sys.stderr)
+    with logs.kept(logs.log_path(context.run_dir, "driver")) as say:
+        _LOG.info("job %s, attempt %d", context.job_id, context.attempt)
+        ray.init(namespace=actor.NAMESPACE, log_to_driver=True, logging_level=logging.WARNING)
+        _emit(context, "phase", name="starting")
+        error = _attempt(context)
+        told = error.to_dict() if error else None
+        message = str(told["message"]) if told else "succeeded"
+        _emit(context, "outcome", message, status="failed" if error else "succeeded", error=told)
+        if error is not None:
+            say(f"d2ft: job {context.job_id} failed: {message}")
     return 0 if error is None else 1
 
 
@@ -100,6 +104,7 @@ def _attempt(context: RunContext) -> D2ftError | None:
     except D2ftError as error:
         return error
     except Exception as error:
+        _LOG.exception("the group of workers ends with an error")
         return root_cause(Path(context.run_dir)) or SystemFault(
             f"The run ended with {type(error).__name__}: {str(error).strip().splitlines()[-1] if str(error) else ''}",
             code="driver_failed",
@@ -170,8 +175,14 @@ def _resources(context: RunContext) -> dict[str, float]:
 def run_worker(config: dict[str, Any]) -> None:
     """The body of one Ray Train worker."""
     context = RunContext.model_validate_json(config["context"])
+    with logs.kept(logs.log_path(context.run_dir, f"rank{ray.train.get_context().get_world_rank()}")):
+        _work(context)
+
+
+def _work(context: RunContext) -> None:
     ranks = ray.train.get_context()
     rank = ranks.get_world_rank()
+    _LOG.info("job %s, attempt %d: rank %d of %d", context.job_id, context.attempt, rank, ranks.get_world_size())
     if context.cores is not None:
         os.sched_setaffinity(0, {context.cores[rank]})
     # Threads follow what was booked; more would only take turns on the same cores.
