@@ -34,6 +34,7 @@ from scheduler.errors import CapacityError, D2ftError, SystemFault, from_dict
 from workers import logs
 from workers.contract import JobSpec, RunContext
 from workers.events import EventLog
+from workers.poster import posting
 from workers.profiling import keep_freed_memory
 from workers.session import Place, Session
 from workers.transport import Nccl, Shared
@@ -58,7 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         error = _attempt(context)
         told = error.to_dict() if error else None
         message = str(told["message"]) if told else "succeeded"
-        _emit(context, "outcome", message, status="failed" if error else "succeeded", error=told)
+        with posting(context):
+            _emit(context, "outcome", message, status="failed" if error else "succeeded", error=told)
         if error is not None:
             say(f"d2ft: job {context.job_id} failed: {message}")
     return 0 if error is None else 1
@@ -95,8 +97,9 @@ def _context_of(spec: JobSpec, out: Path | None) -> RunContext:
 def _attempt(context: RunContext) -> D2ftError | None:
     """Run the job; the error that ended it, or None."""
     try:
-        wait_for_capacity(context)
-        scheduler = actor.connect(scheduler_dir(context))
+        with posting(context):  # while the group runs, it is rank 0 that posts
+            wait_for_capacity(context)
+            scheduler = actor.connect(scheduler_dir(context))
         try:
             _trainer(context).fit()
         finally:
@@ -195,15 +198,16 @@ def _work(context: RunContext) -> None:
     place = Place(runtime.get_node_id(), labels, device, ranks.get_local_world_size())
     transport = Nccl(device) if context.use_gpu else Shared()
     planner = ActorPlanner(context, rank, ranks.get_world_size())
-    log = EventLog(context.run_dir) if rank == 0 else None
-    try:
-        Session(context.spec, context.run_dir, transport, planner, log, place).run()
-    except Exception as error:
-        _record_failure(Path(context.run_dir), rank, error)
-        raise
-    finally:
-        if log is not None:
-            log.close()
+    with posting(context) if rank == 0 else contextlib.nullcontext():
+        log = EventLog(context.run_dir) if rank == 0 else None
+        try:
+            Session(context.spec, context.run_dir, transport, planner, log, place).run()
+        except Exception as error:
+            _record_failure(Path(context.run_dir), rank, error)
+            raise
+        finally:
+            if log is not None:
+                log.close()
 
 
 @dataclass

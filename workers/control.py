@@ -1,0 +1,34 @@
+"""The control file: what somebody outside wants of a run, left in its directory where rank 0 looks between two steps.
+
+A file needs nobody who listens, and one that comes early is found later. `{"want": "pause"}` asks for a checkpoint and
+the end; it stays where it is, as an answer to why the run ended.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+CONTROL_FILE = "control.json"
+PAUSE = "pause"
+
+
+def ask(run_dir: str | Path, want: str) -> None:
+    """Leave a wish; a reader finds it whole or not at all."""
+    path = Path(run_dir) / CONTROL_FILE
+    draft = path.with_name(f".{CONTROL_FILE}.{os.getpid()}")
+    draft.write_text(json.dumps({"want": want}))
+    draft.replace(path)
+
+
+def asked(run_dir: str | Path) -> str | None:
+    """What is wanted; None where nothing is. Without a file this is one look at a directory."""
+    path = Path(run_dir) / CONTROL_FILE
+    if not path.exists():
+        return None
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None  # being written, or no file of ours
+    return str(found["want"]) if isinstance(found, dict) and "want" in found else None
