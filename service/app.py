@@ -17,16 +17,17 @@ import httpx2
 import uvicorn
 from fastapi import FastAPI
 
-from service import problems, routes
+from service import problems
 from service.auth import Door
 from service.catalogue import Catalogue
 from service.home import ensure_key, make_home, read_secret
 from service.planners import Planners
 from service.ray_jobs import RayJobs
-from service.routes import World
+from service.routes import World, routers
 from service.settings import Settings
+from service.standing import Standings
 from service.store import Store
-from service.streams import Bells
+from service.streams import Room, Streams
 from service.supervisor import Supervisor
 
 GRACE_S = 3
@@ -38,16 +39,17 @@ def create_app(
 ) -> FastAPI:
     """The whole service over one home. `ray_transport` and `supervise` let tests stand in for Ray or leave it out."""
     make_home(settings.home)
-    store = Store(settings.store_url)
-    store.keys.ensure(ensure_key(settings.home), "first")
-    bells = Bells(settings.max_streams)
-    store.on_change(bells.ring)
+    store = Store(settings.store_url, max_queued=settings.max_queued, max_running_each=settings.max_running_each)
+    store.access.ensure(ensure_key(settings.home), "first")
+    streams = Streams(store, Room(settings.max_streams, settings.max_streams_each))
+    store.on_change(streams.ring)
     ray = RayJobs(settings.ray_address or NO_RAY, read_secret(settings.token_file), ray_transport)
-    world = World(settings, store, bells, ray, Catalogue(settings), Planners(settings))
+    standings = Standings(store, settings.max_running)
+    world = World(settings, store, streams, standings, ray, Catalogue(settings), Planners(settings))
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        bells.attach()
+        streams.attach()
         world.catalogue.start()
         supervising = asyncio.create_task(Supervisor(settings, store, ray).run()) if supervise else None
         yield
@@ -64,11 +66,8 @@ def create_app(
         title="d2ft", version="1", lifespan=lifespan, docs_url=None, redoc_url=None, swagger_ui_oauth2_redirect_url=None
     )
     app.state.world = world
-    app.include_router(routes.jobs, prefix="/v1/jobs")
-    app.include_router(routes.jobs, prefix="/jobs", include_in_schema=False)
-    app.include_router(routes.plans, prefix="/v1")
-    app.include_router(routes.plans, include_in_schema=False)
-    app.include_router(routes.health)
+    for router, prefix, in_schema in routers():
+        app.include_router(router, prefix=prefix, include_in_schema=in_schema)
     app.add_middleware(Door, settings=settings, store=store)
     problems.install(app)
     return app

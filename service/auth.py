@@ -2,7 +2,9 @@
 
 It stands in front of the whole application, routes that do not exist included, and lets nothing in but what `PUBLIC`
 names: a route added tomorrow is closed until somebody opens it. In order: a request id, the host's name, the origin of
-a change, the key, the size of the body.
+a change, the key and its scope, the size and speed of the body.
+
+A run posts its events with the token of its attempt, which opens `RUN_PATH` and nothing else.
 """
 
 from __future__ import annotations
@@ -16,12 +18,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from ulid import ULID
 
 from scheduler.errors import D2ftError
-from service.errors import ForbiddenError, TooLargeError, UnauthorisedError
+from service.errors import ForbiddenError, SlowBodyError, TooLargeError, UnauthorisedError
 from service.problems import problem_response
 from service.settings import Settings
-from service.store import Store
+from service.store import Attempt, Caller, Store
 
 PUBLIC = frozenset({("GET", "/healthz"), ("HEAD", "/healthz"), ("GET", "/readyz"), ("HEAD", "/readyz")})
+RUN_PATH = "/v1/runs/events"
+ADMIN_PATHS = ("/v1/users", "/users")
 _SAFE = frozenset({"GET", "HEAD", "OPTIONS"})
 
 
@@ -49,7 +53,7 @@ class Door:
             self._check_host(headers)
             self._check_origin(scope["method"], headers)
             if (scope["method"], scope["path"]) not in PUBLIC:
-                state["owner"] = await self._owner(headers)
+                await self._identify(scope, headers)
             receive = await self._bounded(scope["method"], headers, receive)
         except D2ftError as error:
             await problem_response(scope, error)(scope, receive, send)
@@ -72,38 +76,73 @@ class Door:
         if foreign or headers.get("sec-fetch-site") in ("cross-site", "same-site"):
             raise ForbiddenError("Changes are not taken from other sites.", code="foreign_origin")
 
-    async def _owner(self, headers: Headers) -> str:
-        scheme, _, key = headers.get("authorization", "").partition(" ")
-        owner = None
-        if scheme.lower() == "bearer" and key.strip():
-            owner = await asyncio.to_thread(self._store.keys.owner_of, key.strip())
-        if owner is None:
+    async def _identify(self, scope: Scope, headers: Headers) -> None:
+        """Note on the request who sends it. Raises UnauthorisedError, and ForbiddenError where the key is too weak."""
+        scheme, _, given = headers.get("authorization", "").partition(" ")
+        given = given.strip() if scheme.lower() == "bearer" else ""
+        if scope["path"] == RUN_PATH:
+            scope["state"]["attempt"] = await self._attempt(given)
+            return
+        caller = await asyncio.to_thread(self._store.access.caller, given) if given else None
+        if caller is None:
             raise UnauthorisedError(
                 "A valid API key is needed.",
                 code="unauthorised",
                 remedy="Send 'Authorization: Bearer KEY'; on the server's machine the key is in D2FT_HOME/key.",
             )
-        return owner
+        _check_scope(scope["method"], scope["path"], caller)
+        scope["state"]["caller"] = caller
+
+    async def _attempt(self, token: str) -> Attempt:
+        attempt = await asyncio.to_thread(self._store.attempts.by_token, token) if token else None
+        if attempt is None:
+            message = "No run that goes on has this token."
+            raise UnauthorisedError(message, code="run_unknown", remedy="The attempt has ended: stop posting.")
+        return attempt
 
     async def _bounded(self, method: str, headers: Headers, receive: Receive) -> Receive:
         """Read the body up to the limit, then play it back to the route."""
         if method in _SAFE:
             return receive
-        limit, body, more = self._settings.max_body_bytes, b"", True
-        declared = headers.get("content-length", "0")
+        limit, declared = self._settings.max_body_bytes, headers.get("content-length", "0")
         if declared.isdigit() and int(declared) > limit:
             raise _too_large(limit)
-        while more:
-            message = await receive()
-            body += message.get("body", b"")
-            more = message.get("more_body", False)
-            if len(body) > limit:
-                raise _too_large(limit)
+        try:
+            async with asyncio.timeout(self._settings.body_timeout_s):
+                body = await _read_body(receive, limit)
+        except TimeoutError:
+            message = f"The body did not arrive within {self._settings.body_timeout_s:g} s."
+            raise SlowBodyError(message, code="body_too_slow", remedy="Send it faster, or in smaller parts.") from None
         return _played_back(body, receive)
 
 
+async def _read_body(receive: Receive, limit: int) -> bytes:
+    parts: list[bytes] = []
+    size, more = 0, True
+    while more:
+        message = await receive()
+        parts.append(message.get("body", b""))
+        size += len(parts[-1])
+        more = message.get("more_body", False)
+        if size > limit:
+            raise _too_large(limit)
+    return b"".join(parts)
+
+
+def _check_scope(method: str, path: str, caller: Caller) -> None:
+    needed = "read" if method in _SAFE else "write"
+    if any(path == prefix or path.startswith(f"{prefix}/") for prefix in ADMIN_PATHS):
+        if not caller.is_admin:
+            message = "Only an administrator's key with the scope 'admin' may do this."
+            raise ForbiddenError(message, code="admin_only")
+    elif needed not in caller.scopes and not caller.is_admin:
+        message = f"This key may not do this: it lacks the scope '{needed}'."
+        raise ForbiddenError(message, code="scope_missing", remedy="Make one that has it: POST /v1/keys.")
+
+
 def _too_large(limit: int) -> TooLargeError:
-    return TooLargeError(f"The body is larger than {limit} bytes.", code="body_too_large")
+    message = f"The body is larger than {limit} bytes."
+    return TooLargeError(message, code="body_too_large", remedy="Send less, or raise D2FT_MAX_BODY_BYTES.")
 
 
 def _played_back(body: bytes, receive: Receive) -> Receive:
@@ -128,7 +167,7 @@ def _tagged(send: Send, request_id: str) -> Send:
 
 
 def _request_id(given: str | None) -> str:
-    return given if given and re.fullmatch(r"[\w-]{1,64}", given) else f"req_{ULID()}"
+    return given if given and re.fullmatch(r"[\w-]{1,64}", given, re.ASCII) else f"req_{ULID()}"
 
 
 def _host_name(host: str) -> str:

@@ -7,6 +7,7 @@ D2ftError
 │   ├── ConflictError          409   the thing is in a state that does not allow this
 │   ├── UnauthorisedError      401
 │   ├── ForbiddenError         403   a foreign host or origin
+│   ├── SlowBodyError          408
 │   ├── TooLargeError          413
 │   └── TooManyError           429
 ├── CapacityError              503
@@ -55,7 +56,11 @@ class UnauthorisedError(UserError):
 
 
 class ForbiddenError(UserError):
-    """The request comes from, or names, a host that is not ours."""
+    """The request comes from, or names, a host that is not ours; or the key may not do this."""
+
+
+class SlowBodyError(UserError):
+    """The body did not arrive in time."""
 
 
 class TooLargeError(UserError):
@@ -79,6 +84,7 @@ STATUS_OF: tuple[tuple[type[D2ftError], int], ...] = (
     (ConflictError, 409),
     (UnauthorisedError, 401),
     (ForbiddenError, 403),
+    (SlowBodyError, 408),
     (TooLargeError, 413),
     (TooManyError, 429),
     (UserError, 422),

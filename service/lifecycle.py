@@ -6,7 +6,8 @@
                    └──► cancelled ◄── cancelling ◄─┴─► pausing ─► paused ─► queued
 
 `planning` and `starting` follow each other in either order: a driver plans once its workers have measured
-themselves, and may plan again after a restart. Only succeeded, failed and cancelled are final, and final is frozen.
+themselves, and may plan again after a restart. Only succeeded, failed and cancelled are final, and final is frozen:
+a retry of what failed or was cancelled is not a move of the run that ended but the beginning of a new attempt.
 """
 
 from __future__ import annotations
@@ -44,12 +45,13 @@ _WORK = frozenset({_S.PLANNING, _S.STARTING, _S.RUNNING, _S.FINALIZING})
 
 TRANSITIONS: dict[JobState, frozenset[JobState]] = {
     _S.VALIDATING: frozenset({_S.QUEUED, _S.FAILED}),
-    _S.QUEUED: frozenset({_S.PLANNING, _S.FAILED, _S.CANCELLED}),
+    _S.QUEUED: frozenset({_S.PLANNING, _S.PAUSED, _S.FAILED, _S.CANCELLED}),
     _S.PLANNING: _WAY_OUT | {_S.STARTING, _S.RUNNING, _S.FINALIZING, _S.PAUSING},
     _S.STARTING: _WAY_OUT | {_S.PLANNING, _S.RUNNING, _S.FINALIZING, _S.PAUSING},
     _S.RUNNING: _WAY_OUT | {_S.FINALIZING, _S.PAUSING},
     _S.FINALIZING: _WAY_OUT,
     _S.RECOVERING: _WORK | {_S.FAILED, _S.CANCELLING},
+    # A run that had begun to finish when the pause reached it does finish.
     _S.PAUSING: frozenset({_S.PAUSED, _S.SUCCEEDED, _S.FAILED, _S.CANCELLING}),
     _S.PAUSED: frozenset({_S.QUEUED, _S.CANCELLED}),
     # A run that ended by itself before the stop reached it did end that way.
@@ -61,6 +63,9 @@ TRANSITIONS: dict[JobState, frozenset[JobState]] = {
 
 FINAL = frozenset(state for state, moves in TRANSITIONS.items() if not moves)
 PHASES = _WORK  # what a driver may announce
+RETRIED = frozenset({_S.FAILED, _S.CANCELLED})  # what a new attempt may be made of
+PAUSABLE = frozenset({_S.PLANNING, _S.STARTING, _S.RUNNING})
+HOLDING = frozenset(_S) - FINAL - {_S.VALIDATING, _S.QUEUED, _S.PAUSED}  # those that have, or had, an attempt open
 
 
 class IllegalTransitionError(SystemFault):
@@ -73,6 +78,6 @@ def may_move(old: JobState, new: JobState) -> bool:
 
 
 def check_move(old: JobState, new: JobState) -> None:
-    """Raise IllegalTransitionError unless the table has the move."""
-    if not may_move(old, new):
+    """Raise IllegalTransitionError unless the table has the move, or it is a retry."""
+    if not may_move(old, new) and not (old in RETRIED and new is JobState.QUEUED):
         raise IllegalTransitionError(f"a job cannot move from {old} to {new}", code="illegal_transition")

@@ -87,11 +87,11 @@ class RayJobs:
             return None
         return str(_check(answer).json().get("logs") or "")
 
-    async def has_gpu(self) -> bool:
-        """Whether any node of the cluster offers a GPU."""
+    async def resources(self) -> dict[str, float]:
+        """What all nodes together offer, used or not; empty where Ray does not say."""
         answer = _check(await self._send("GET", "/api/cluster_status"))
-        usage = ((answer.json().get("data") or {}).get("clusterStatus") or {}).get("loadMetricsReport") or {}
-        return bool((usage.get("usage") or {}).get("GPU"))
+        report = ((answer.json().get("data") or {}).get("clusterStatus") or {}).get("loadMetricsReport") or {}
+        return {name: float(total) for name, (_, total) in (report.get("usage") or {}).items()}
 
     async def _send(self, method: str, path: str, **options: Any) -> httpx2.Response:
         try:

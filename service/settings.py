@@ -6,8 +6,10 @@ All state lies under `home`:
     key, ray_token    secrets, mode 0600
     server.json       what `up` started: URL, ports, process ids
     models.json       which timm models can be trained
-    jobs/ID/aN/       one attempt: context.json, events.jsonl, driver.log, result/
-    storage/          Ray Train's own checkpoints; scheduler/devices.json, what is known of the devices
+    secret            from which the secrets of webhooks follow, mode 0600
+    jobs/ID/aN/       one attempt: context.json, control.json, events.jsonl, logs/, result/
+    storage/          Ray Train's own state; checkpoints/ID/, from which a job goes on;
+                      scheduler/devices.json, what is known of the devices
     ray               link to Ray's temp directory
     logs/             ray.log, api.log, catalogue.log, planner.log
 """
@@ -17,10 +19,11 @@ from __future__ import annotations
 import json
 import os
 import sys
+from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -29,7 +32,9 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 class Settings(BaseSettings):
     """Typed, frozen, checked when made; every field is explained under it and in the README's table."""
 
-    model_config = SettingsConfigDict(env_prefix="D2FT_", frozen=True, extra="ignore", use_attribute_docstrings=True)
+    model_config = SettingsConfigDict(
+        env_prefix="D2FT_", frozen=True, extra="ignore", use_attribute_docstrings=True, env_parse_none_str="null"
+    )
 
     home: Path = Field(default_factory=lambda: Path.home() / ".d2ft")
     """Where all state lies."""
@@ -37,6 +42,14 @@ class Settings(BaseSettings):
     """Address the API listens on."""
     port: Annotated[int, Field(ge=1, le=65535)] = 7421
     """Port the API listens on."""
+    tls_cert: Path | None = None
+    """File with the API's certificate chain (PEM); with it and `tls_key` the API speaks HTTPS."""
+    tls_key: Path | None = None
+    """File with the certificate's private key (PEM)."""
+    plain_http: bool = False
+    """Speak HTTP on another host than loopback, too: a proxy in front does the TLS, or the network is trusted."""
+    public_url: str | None = None
+    """Where runs on other nodes reach the API; by default its own URL."""
     allowed_hosts: Annotated[tuple[str, ...], NoDecode] = ()
     """Names by which clients may call the API, comma-separated; by default loopback names, or any on another host."""
     roots: Annotated[tuple[Path, ...], NoDecode] = ()
@@ -51,6 +64,14 @@ class Settings(BaseSettings):
     """File with Ray's token; by default `home`/ray_token."""
     max_running: Annotated[int, Field(ge=1, le=1000)] = 1
     """How many jobs hold the cluster at once; the others are queued."""
+    max_running_each: Annotated[int, Field(ge=1, le=1000)] | None = None
+    """How many of them may be of one user, where an administrator has not set it for that user."""
+    max_queued: Annotated[int, Field(ge=0, le=10**6)] = 10_000
+    """How many jobs of one user may wait, where an administrator has not set it for that user."""
+    preempt_after_s: Annotated[float, Field(ge=0)] | None = 60.0
+    """How long a job runs at least before one of higher priority may have it paused; "null" switches that off."""
+    lease_s: Annotated[float, Field(gt=0)] = 5.0
+    """Of several API processes on one store, how long the one that supervises may be silent before another does."""
     resources_per_worker: dict[str, float] | None = None
     """What Ray books for each worker, as JSON; by default half a CPU, and one GPU where `use_gpu` is on."""
     use_gpu: bool | None = None
@@ -67,20 +88,30 @@ class Settings(BaseSettings):
     """How long a submit or a dry run waits for the model catalogue while it is being made."""
     max_body_bytes: Annotated[int, Field(ge=1024)] = 1 << 20
     """Largest request body."""
+    body_timeout_s: Annotated[float, Field(gt=0)] = 30.0
+    """How long a client may take to send a body."""
     plan_workers: Annotated[int, Field(ge=1, le=64)] = 1
     """How many dry runs are planned at once, each in a process of its own."""
     plan_queue: Annotated[int, Field(ge=0, le=10_000)] = 8
     """How many dry runs may wait for that; more are refused."""
     plan_timeout_s: Annotated[float, Field(gt=0)] = 30.0
     """How long the planning of one dry run may take."""
-    max_streams: Annotated[int, Field(ge=1)] = 64
-    """How many event streams may be open at once."""
+    max_streams: Annotated[int, Field(ge=1)] = 2000
+    """How many event and log streams may be open at once."""
+    max_streams_each: Annotated[int, Field(ge=1)] = 1000
+    """How many of them one user may have."""
+    max_image_pixels: Annotated[int, Field(ge=1)] = 25_000_000
+    """The largest image of which a thumbnail is made."""
+    webhooks: bool = False
+    """Whether users may have messages about their jobs sent to addresses that they name."""
+    webhook_networks: Annotated[tuple[IPv4Network | IPv6Network, ...], NoDecode] = ()
+    """Networks that are not public to which messages may go, by http too, comma-separated: "10.0.0.0/8"."""
     driver_module: str = "workers.loop"
     """Module run as the driver of an attempt: `python -m MODULE --context FILE`."""
     driver_python: str = Field(default_factory=lambda: sys.executable)
     """Python that runs the driver, as the Ray head sees it."""
 
-    @field_validator("home", "storage_path", "ray_token_path")
+    @field_validator("home", "storage_path", "ray_token_path", "tls_cert", "tls_key")
     @classmethod
     def _absolute(cls, value: Path | None) -> Path | None:
         return None if value is None else value.expanduser().absolute()
@@ -90,16 +121,24 @@ class Settings(BaseSettings):
     def _split_roots(cls, value: Any) -> Any:
         return tuple(part for part in value.split(os.pathsep) if part) if isinstance(value, str) else value
 
-    @field_validator("allowed_hosts", mode="before")
+    @field_validator("allowed_hosts", "webhook_networks", mode="before")
     @classmethod
-    def _split_hosts(cls, value: Any) -> Any:
+    def _split_commas(cls, value: Any) -> Any:
         return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _tls_whole(self) -> Settings:
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ValueError("D2FT_TLS_CERT and D2FT_TLS_KEY go together; set both or neither")
+        return self
 
     def as_env(self) -> dict[str, str]:
         """What differs from the defaults, as the environment of a child that is to have the same settings."""
         given = {name: getattr(self, name) for name in type(self).model_fields}
         return {
-            f"D2FT_{name.upper()}": _as_text(name, value) for name, value in given.items() if value not in (None, ())
+            f"D2FT_{name.upper()}": _as_text(name, value)
+            for name, value in given.items()
+            if value != type(self).model_fields[name].default
         }
 
     @property
@@ -121,7 +160,13 @@ class Settings(BaseSettings):
     def url(self) -> str:
         """Where a client on this machine finds the API."""
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
-        return f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
+        scheme = "https" if self.tls_cert else "http"
+        return f"{scheme}://{f'[{host}]' if ':' in host else host}:{self.port}"
+
+    @property
+    def is_exposed(self) -> bool:
+        """Whether keys would travel in clear over a network, and nobody said that this is meant."""
+        return not (self.is_loopback or self.tls_cert or self.plain_http)
 
     @property
     def store_url(self) -> str:
@@ -147,6 +192,9 @@ class Settings(BaseSettings):
     def logs_dir(self) -> Path:
         return self.home / "logs"
 
+    def checkpoints_dir(self, job_id: str) -> Path:
+        return self.storage / "checkpoints" / job_id
+
     def attempt_dir(self, job_id: str, attempt: int) -> Path:
         return self.home / "jobs" / job_id / f"a{attempt}"
 
@@ -165,8 +213,8 @@ class ClientSettings(BaseSettings):
 
 
 def _as_text(name: str, value: Any) -> str:
-    if name == "allowed_hosts":
-        return ",".join(value)
+    if name in ("allowed_hosts", "webhook_networks"):
+        return ",".join(map(str, value))
     if name == "roots":
         return os.pathsep.join(map(str, value))
-    return json.dumps(value) if isinstance(value, dict | bool) else str(value)
+    return json.dumps(value) if value is None or isinstance(value, dict | bool) else str(value)

@@ -1,11 +1,12 @@
 """The supervisor: brings what the store wants and what Ray does together, one small look after another.
 
     queued ──claim──► created ──submit──► submitted ──outcome / Ray says over──► ended ──Ray let go──► settled
-                      (attempt)           events.jsonl ─► store
+      ▲               (attempt)           events.jsonl ─► store                    │
+      └──────────────────────────── resumed, retried, preempted ◄──────────────────┘
 
 It keeps nothing in memory that a restart would miss: attempts, offsets and tokens are in the store, the driver has its
 own file, Ray's ids follow from ours. `decide` says what is to be done as a value; the rest does it. A look that fails
-is logged and taken again.
+is logged and taken again. Of several processes on one store, the one that holds the lease looks.
 """
 
 from __future__ import annotations
@@ -13,8 +14,13 @@ from __future__ import annotations
 import asyncio
 import enum
 import logging
+import os
+import secrets
 import shlex
+import socket
 import time
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +31,7 @@ from service.processes import package_env
 from service.ray_jobs import RayJob, RayJobs
 from service.settings import Settings
 from service.store import Attempt, Store
+from service.store.actions import STOP
 from service.store.attempts import CREATED, ENDED
 from service.tail import read_batch
 from workers.contract import RunContext
@@ -33,7 +40,9 @@ from workers.events import EVENTS_FILE
 STOP_WAIT_S = 15
 LOG_TAIL_CHARS = 1500
 KEPT_LOG_CHARS = 4_000_000
-DRIVER_LOG = "driver.log"
+LEASE = "supervisor"
+CONTROL_FILE = "control.json"
+PAUSE_REQUEST = '{"want": "pause"}\n'
 log = logging.getLogger(__name__)
 
 
@@ -43,6 +52,8 @@ class Step(enum.Enum):
     SUBMIT = "submit"
     WAIT = "wait"
     STOP = "stop"
+    ASK_PAUSE = "ask_pause"
+    PAUSED = "paused"
     CANCELLED = "cancelled"
     DIED = "died"
     SETTLE = "settle"
@@ -57,6 +68,10 @@ def decide(attempt: Attempt, ray_job: RayJob | None, *, now: float, settle_s: fl
         return Step.STOP if now - (attempt.ended_at or now) > settle_s else Step.WAIT
     if attempt.job_state is JobState.CANCELLING:
         return Step.CANCELLED if over else Step.STOP
+    if attempt.job_state is JobState.PAUSING:
+        if over:
+            return Step.PAUSED
+        return Step.STOP if attempt.want == STOP else Step.ASK_PAUSE
     if attempt.state == CREATED and (ray_job is None or not over):
         return Step.SUBMIT  # again, where a reply was lost: the id makes it harmless
     return Step.DIED if over else Step.WAIT
@@ -69,23 +84,41 @@ class Supervisor:
         self._settings = settings
         self._store = store
         self._ray = ray
-        self._gpu: bool | None = settings.use_gpu
+        self._resources: dict[str, float] = {}
+        self._me = f"{socket.gethostname()[:40]}-{os.getpid()}-{secrets.token_hex(4)}"
 
     async def run(self) -> None:
         """Look, for ever. Nothing that a look raises ends the loop."""
         compared = -self._settings.reconcile_s
-        while True:
-            await self._guard(self.look(), "look")
-            if time.monotonic() - compared >= self._settings.reconcile_s:
-                compared = time.monotonic()
-                await self._guard(self.reconcile(), "reconcile")
-            await asyncio.sleep(self._settings.poll_s)
+        try:
+            while True:
+                if await self._leads():
+                    await self._guard(self.look(), "look")
+                    if time.monotonic() - compared >= self._settings.reconcile_s:
+                        compared = time.monotonic()
+                        await self._guard(self.reconcile(), "reconcile")
+                await asyncio.sleep(self._settings.poll_s)
+        finally:
+            with suppress(UnavailableError):
+                self._store.leases.release(LEASE, self._me)
+
+    async def _leads(self) -> bool:
+        try:
+            return await asyncio.to_thread(self._store.leases.hold, LEASE, self._me, self._settings.lease_s)
+        except UnavailableError as error:
+            log.warning("the lease: %s", error)
+            return False
 
     async def look(self) -> None:
         """Follow what is open, then start what waits."""
         for attempt in await asyncio.to_thread(self._store.attempts.open):
             await self._guard(self._follow(attempt), attempt.submission_id)
+        await asyncio.to_thread(self._store.queue.expire)
         await self._start_next()
+        if self._settings.preempt_after_s is not None:
+            await asyncio.to_thread(
+                self._store.queue.preempt, self._settings.max_running, self._settings.preempt_after_s, self._why_not
+            )
 
     async def reconcile(self) -> None:
         """Stop drivers of ours that Ray runs and the store does not follow."""
@@ -107,17 +140,24 @@ class Supervisor:
             log.exception("%s failed; it is taken again", what)
 
     async def _start_next(self) -> None:
-        while await asyncio.to_thread(self._store.attempts.may_claim, self._settings.max_running):
+        queue, had_ray = self._store.queue, self._resources
+        while await asyncio.to_thread(queue.may_claim, self._settings.max_running):
             try:
-                await self._ray.ping()
+                self._resources = await self._ray.resources()
             except UnavailableError as error:
-                await asyncio.to_thread(self._store.attempts.explain_queue, str(error))
+                self._resources = {}
+                await asyncio.to_thread(queue.explain, str(error))
                 return
-            await asyncio.to_thread(self._store.attempts.explain_queue, None)
-            attempt = await asyncio.to_thread(self._store.attempts.claim, self._settings.max_running)
+            if not had_ray:
+                await asyncio.to_thread(queue.explain, None)
+            attempt = await asyncio.to_thread(queue.claim, self._settings.max_running, self._why_not)
             if attempt is None:
                 return
             await self._submit(attempt)
+
+    def _why_not(self, workers: int) -> str | None:
+        """Why the cluster, all of it, is too small for so many workers; None where it is not, or does not say."""
+        return too_small(self._resources, self._per_worker(), workers)
 
     async def _follow(self, attempt: Attempt) -> None:
         """One look at one attempt. What goes wrong is said on the job, since it waits for that."""
@@ -142,7 +182,7 @@ class Supervisor:
         attempt = await self._read_events(attempt)
         step = decide(attempt, ray_job, now=time.time(), settle_s=self._settings.settle_s)
         await self._take(step, attempt, ray_job)
-        if step in (Step.WAIT, Step.STOP):
+        if step in (Step.WAIT, Step.STOP, Step.ASK_PAUSE):
             await self._explain(attempt, None)
 
     async def _take(self, step: Step, attempt: Attempt, ray_job: RayJob | None) -> None:
@@ -150,6 +190,11 @@ class Supervisor:
             await self._submit(attempt)
         elif step is Step.STOP:
             await self._ray.stop(attempt.submission_id)
+        elif step is Step.ASK_PAUSE:
+            run_dir = self._settings.attempt_dir(attempt.job_id, attempt.n)
+            await asyncio.to_thread(write_private, run_dir / CONTROL_FILE, PAUSE_REQUEST)
+        elif step is Step.PAUSED:
+            await self._finish(attempt, JobState.PAUSED, message=_paused_words(attempt))
         elif step is Step.CANCELLED:
             await self._finish(attempt, JobState.CANCELLED, message="cancelled; its devices are free")
         elif step is Step.DIED:
@@ -169,23 +214,30 @@ class Supervisor:
         await asyncio.to_thread(self._store.attempts.mark_submitted, attempt)
 
     async def _context(self, attempt: Attempt, run_dir: Path) -> RunContext:
-        use_gpu = await self._use_gpu()
-        default = {"CPU": 0.5, "GPU": 1.0} if use_gpu else {"CPU": 0.5}
+        if not self._resources:
+            self._resources = await self._ray.resources()
+        checkpoints = self._settings.checkpoints_dir(attempt.job_id)
         return RunContext(
             job_id=attempt.job_id,
             attempt=attempt.n,
             spec=attempt.spec,
             run_dir=str(run_dir),
             storage_path=str(self._settings.storage),
-            resources_per_worker=self._settings.resources_per_worker or default,
-            use_gpu=use_gpu,
+            resources_per_worker=self._per_worker(),
+            use_gpu=self._use_gpu(),
             start_timeout_s=self._settings.start_timeout_s,
+            resume_from=str(checkpoints) if attempt.checkpoints else None,
+            post_url=f"{self._settings.public_url or self._settings.url}/v1/runs/events",
+            post_token=attempt.token,
         )
 
-    async def _use_gpu(self) -> bool:
-        if self._gpu is None:
-            self._gpu = await self._ray.has_gpu()
-        return self._gpu
+    def _use_gpu(self) -> bool:
+        told = self._settings.use_gpu
+        return self._resources.get("GPU", 0.0) > 0 if told is None else told
+
+    def _per_worker(self) -> dict[str, float]:
+        default = {"CPU": 0.5, "GPU": 1.0} if self._use_gpu() else {"CPU": 0.5}
+        return self._settings.resources_per_worker or default
 
     def _env_vars(self) -> dict[str, str]:
         """The driver's environment. The poll is short because Ray Train paces every report by it."""
@@ -224,16 +276,56 @@ class Supervisor:
             # Ray's own message goes on with the log, which follows below.
             cause = ray_job.message.partition(", last available logs")[0]
             said = f"The run ended ({ray_job.status.lower()}) without saying how. {cause}".strip()
-        printed = await self._ray.logs(attempt.submission_id) if ray_job is not None else None
+        printed = await self._printed(attempt, known=ray_job is not None)
         tail = f"\nThe end of its log:\n{printed[-LOG_TAIL_CHARS:].strip()}" if printed else ""
         return {"code": "driver_died", "fault": "system", "message": said + tail, "param": None}
 
     async def _keep_log(self, attempt: Attempt) -> None:
-        """Copy what the driver printed: Ray forgets it with its next restart."""
+        """Of a driver that ended before it had a log of its own, keep Ray's: it is forgotten with Ray's restart."""
+        path = self._driver_log(attempt)
+        if await asyncio.to_thread(path.exists):
+            return
         printed = await self._ray.logs(attempt.submission_id)
         if printed is not None:
-            path = self._settings.attempt_dir(attempt.job_id, attempt.n) / DRIVER_LOG
-            await asyncio.to_thread(write_private, path, printed[-KEPT_LOG_CHARS:])
+            await asyncio.to_thread(_keep, path, printed[-KEPT_LOG_CHARS:])
+
+    async def _printed(self, attempt: Attempt, *, known: bool) -> str:
+        """The end of what the driver printed: in its own log, and to Ray before and after that."""
+        own = await asyncio.to_thread(_read_tail, self._driver_log(attempt))
+        of_ray = (await self._ray.logs(attempt.submission_id) or "") if known else ""
+        return f"{own}\n{of_ray}".strip()
+
+    def _driver_log(self, attempt: Attempt) -> Path:
+        return self._settings.attempt_dir(attempt.job_id, attempt.n) / "logs" / "driver.log"
+
+
+def too_small(have: Mapping[str, float], per_worker: Mapping[str, float], workers: int) -> str | None:
+    """Why a cluster that has so much in all cannot hold so many workers, or None; one that does not say can."""
+    for name, amount in per_worker.items():
+        need, there = amount * workers, have.get(name, 0.0)
+        if have and need > there + 1e-9:
+            return f"{workers} workers need {need:g} {name}, and the whole cluster has {there:g}; waits for more nodes."
+    return None
+
+
+def _paused_words(attempt: Attempt) -> str:
+    if attempt.want == STOP:
+        return "paused before it trained"
+    return "the run ended without a word of its own; it goes on from its newest checkpoint, or else from the beginning"
+
+
+def _keep(path: Path, text: str) -> None:
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    write_private(path, text)
+
+
+def _read_tail(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - LOG_TAIL_CHARS))
+            return file.read(LOG_TAIL_CHARS).decode(errors="replace")
+    except OSError:
+        return ""
 
 
 def _write_context(path: Path, context: RunContext) -> None:

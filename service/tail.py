@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -12,6 +13,8 @@ from service.store import RunEvent
 from workers.events import read_events
 
 BATCH = 500
+MAX_TYPE = 40
+LEVELS = ("debug", "info", "warning", "error")
 
 
 @dataclass(frozen=True)
@@ -30,13 +33,23 @@ def read_batch(path: Path, offset: int) -> Batch:
     events: list[RunEvent] = []
     for end, event in islice(read_events(path, offset), BATCH):
         offset = end
-        if _is_event(event):
-            events.append({**_writable(event), "seq": end})
+        events += readable([{**event, "seq": end}])
     return Batch(events, offset)
 
 
+def readable(events: Iterable[RunEvent]) -> list[RunEvent]:
+    """Those that are events, as JSON and the store can carry them on."""
+    return [_writable(event) for event in events if _is_event(event)]
+
+
 def _is_event(event: RunEvent) -> bool:
-    return isinstance(event.get("seq"), int) and isinstance(event.get("type"), str)
+    seq, type, data = event.get("seq"), event.get("type"), event.get("data")
+    numbered = isinstance(seq, int) and not isinstance(seq, bool) and 0 < seq < 2**62
+    named = isinstance(type, str) and len(type) <= MAX_TYPE
+    said = isinstance(event.get("message", ""), str) and event.get("level", "info") in LEVELS
+    at = event.get("at")
+    timed = at is None or (isinstance(at, int | float) and not isinstance(at, bool) and 0 <= at < 2**40)
+    return numbered and named and said and timed and (data is None or isinstance(data, dict))
 
 
 def _writable(value: Any) -> Any:

@@ -16,6 +16,8 @@ DIGITS_RATE, RATE = 5e-4, 5e-5  # learning rates of the bundled model, and of an
 HEAD_WORDS = {"hold": "training", "grain": "coherent", "score": "fisher", "skip_fill": "zero"}
 ModelArg = int | float | bool | str
 Beta = Annotated[float, Field(ge=0, lt=1)]
+MetadataKey = Annotated[str, Field(min_length=1, max_length=64)]
+MetadataValue = Annotated[str, Field(max_length=512)]
 
 
 class Frozen(BaseModel):
@@ -152,8 +154,9 @@ class JobSpec(Frozen):
     """One fine-tuning job.
 
     `model` is a timm name, or "d2ft_digits" for the small bundled one; `model_args` are passed to `timm.create_model`.
-    `dataset` is "digits" or "folder:///path" with `train/CLASS/*.jpg` and `test/` or `val/` beside it. Length is
-    `epochs`, or `steps` when that is given.
+    `dataset` is "digits" or "folder:///path" with `train/CLASS/*.jpg` and `test/` or `val/` beside it; the service
+    knows "dataset:NAME", too. Length is `epochs`, or `steps` when that is given. Of the jobs that wait, one of higher `priority` goes first; one that has
+    not started after `queue_timeout_s` fails.
     """
 
     name: Annotated[str, Field(max_length=200)] | None = None
@@ -174,7 +177,9 @@ class JobSpec(Frozen):
     placement: Literal["auto", "split", "whole"] = "auto"
     train_embed: bool = True
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
-    metadata: dict[str, str] = Field(default_factory=dict)
+    priority: Annotated[int, Field(ge=-100, le=100)] = 0
+    queue_timeout_s: Annotated[float, Field(gt=0, le=10**8)] | None = None
+    metadata: dict[MetadataKey, MetadataValue] = Field(default_factory=dict, max_length=16)
 
     @field_validator("model_args")
     @classmethod
@@ -187,8 +192,8 @@ class JobSpec(Frozen):
     @field_validator("dataset")
     @classmethod
     def _known_scheme(cls, value: str) -> str:
-        if value != "digits" and not re.match(r"folder:///", value):
-            raise ValueError("a dataset is 'digits' or 'folder:///absolute/path'")
+        if value != "digits" and not re.match(r"folder:///|dataset:[A-Za-z0-9]", value):
+            raise ValueError("a dataset is 'digits', 'folder:///absolute/path' or 'dataset:NAME' of a registered one")
         return value
 
     @model_validator(mode="after")
@@ -227,7 +232,9 @@ class RunContext(Frozen):
     """Where one attempt of a job runs: written by the supervisor beside the spec, read by the driver.
 
     `run_dir` holds this attempt's `events.jsonl` and, at the end, `result/`. `storage_path` is Ray Train's. `cores`
-    pins the worker of each rank to a processor core; cores may be shared.
+    pins the worker of each rank to a processor core; cores may be shared. With `resume_from`, a directory of
+    checkpoints, the run goes on from the newest that is whole. Events are sent to `post_url` with `post_token`, too,
+    where the service gives them.
     """
 
     job_id: str
@@ -239,6 +246,9 @@ class RunContext(Frozen):
     use_gpu: bool = False
     start_timeout_s: Annotated[float, Field(gt=0)] = 60.0
     cores: tuple[Annotated[int, Field(ge=0)], ...] | None = None
+    resume_from: str | None = None
+    post_url: str | None = None
+    post_token: str | None = Field(default=None, repr=False)
 
     @model_validator(mode="after")
     def _a_core_each(self) -> RunContext:

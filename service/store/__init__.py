@@ -5,22 +5,34 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from service.store.absorb import RunEvent
+from service.store.access import Access, Caller
+from service.store.actions import Actions
 from service.store.attempts import Attempt, Attempts
 from service.store.database import Database
-from service.store.jobs import JobQuery, Jobs, StoredArtifact
-from service.store.keys import Keys
+from service.store.jobs import JobQuery, Jobs
+from service.store.leases import Leases
+from service.store.queue import Queue
+from service.store.records import Records, StoredArtifact
+from service.store.views import Standing
 
-__all__ = ["Attempt", "JobQuery", "RunEvent", "Store", "StoredArtifact"]
+__all__ = ["Attempt", "Caller", "JobQuery", "RunEvent", "Standing", "Store", "StoredArtifact"]
 
 
 class Store:
-    """Three shelves over one database: `jobs` for those who ask, `attempts` for the supervisor, `keys` for the door."""
+    """Shelves over one database.
 
-    def __init__(self, url: str) -> None:
+    For those who ask: `jobs`, `actions`, `records`, `access`. For the supervisor: `queue`, `attempts`, `leases`.
+    """
+
+    def __init__(self, url: str, *, max_queued: int = 10_000, max_running_each: int | None = None) -> None:
         self._database = Database(url)
-        self.jobs = Jobs(self._database)
+        self.jobs = Jobs(self._database, max_queued)
+        self.actions = Actions(self._database)
+        self.records = Records(self._database)
+        self.access = Access(self._database)
+        self.queue = Queue(self._database, max_running_each)
         self.attempts = Attempts(self._database)
-        self.keys = Keys(self._database)
+        self.leases = Leases(self._database)
 
     def on_change(self, ring: Callable[[str], None]) -> None:
         """Have `ring` called with the job's id after every commit that touched it, on the committing thread."""

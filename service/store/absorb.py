@@ -10,7 +10,7 @@ from sqlalchemy.orm import Session
 from service.lifecycle import PHASES, JobState, may_move
 from service.store.journal import append, move
 from service.store.views import fold_metrics
-from service.tables import ArtifactRow, JobRow, MetricRow
+from service.tables import ArtifactRow, CheckpointRow, JobRow, MetricRow
 
 RunEvent = dict[str, Any]  # one line, as workers.events describes it; `seq` is its place in the file
 
@@ -91,20 +91,35 @@ def _absorb_artifact(session: Session, job: JobRow, event: RunEvent) -> bool:
     return False
 
 
+def _absorb_checkpoint(session: Session, job: JobRow, event: RunEvent) -> bool:
+    data = event.get("data") or {}
+    if isinstance(data.get("name"), str) and isinstance(data.get("path"), str) and isinstance(data.get("step"), int):
+        session.merge(
+            CheckpointRow(
+                job_id=job.id,
+                name=data["name"][:80],
+                attempt=job.attempt,
+                step=data["step"],
+                path=data["path"],
+                bytes=data.get("bytes"),
+                sha256=data.get("sha256"),
+                created_at=event.get("at") or time.time(),
+            )
+        )
+    return False
+
+
 def _absorb_outcome(session: Session, job: JobRow, event: RunEvent) -> bool:
     """The run's last word. One that fails while it is being cancelled was cancelled: it failed of the stop."""
     data = event.get("data") or {}
+    told: dict[str, Any] = {"message": event.get("message") or None, "run_seq": event["seq"], "at": event.get("at")}
     if data.get("status") == "succeeded":
-        move(
-            session,
-            job,
-            JobState.SUCCEEDED,
-            message=event.get("message") or None,
-            run_seq=event["seq"],
-            at=event.get("at"),
-        )
+        move(session, job, JobState.SUCCEEDED, **told)
         return True
-    if job.state == JobState.CANCELLING:
+    if data.get("status") == "paused" and job.state == JobState.PAUSING:
+        move(session, job, JobState.PAUSED, **told)
+        return True
+    if job.state == JobState.CANCELLING or data.get("status") == "paused":
         return False
     error = {
         "code": "driver_failed",
@@ -136,5 +151,6 @@ _ABSORBERS = {
     "plan.changed": _absorb_plan,
     "ledger": _absorb_ledger,
     "artifact.ready": _absorb_artifact,
+    "checkpoint.saved": _absorb_checkpoint,
     "outcome": _absorb_outcome,
 }

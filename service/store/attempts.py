@@ -1,4 +1,4 @@
-"""Attempts as the supervisor sees them: claimed, followed, ended, settled.
+"""Attempts as the supervisor sees them: followed, ended, settled. They are opened by `queue.claim`.
 
 Every write names the attempt's token: when the row has another, or the attempt has ended, the writer has lost its job
 and stands down.
@@ -6,21 +6,23 @@ and stands down.
 
 from __future__ import annotations
 
-import secrets
+import hmac
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import func, select
+from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from service.errors import LostAttemptError
 from service.lifecycle import JobState
+from service.queueing import decayed
 from service.store.absorb import RunEvent, absorb_event
+from service.store.actions import requeue
 from service.store.database import Database
 from service.store.journal import explain, move
-from service.tables import AttemptRow, EventRow, JobRow
+from service.tables import AttemptRow, CheckpointRow, EventRow, JobRow, UserRow
 from workers.contract import JobSpec
 
 CREATED, SUBMITTED, ENDED, SETTLED = "created", "submitted", "ended", "settled"
@@ -28,7 +30,7 @@ CREATED, SUBMITTED, ENDED, SETTLED = "created", "submitted", "ended", "settled"
 
 @dataclass(frozen=True)
 class Attempt:
-    """One attempt as it was when read."""
+    """One attempt as it was when read. `checkpoints`: whether the job has any to go on from."""
 
     job_id: str
     n: int
@@ -38,7 +40,11 @@ class Attempt:
     events_offset: int
     job_state: JobState
     status_reason: str | None
+    want: str | None
     spec: JobSpec
+    trace: str | None
+    checkpoints: bool
+    created_at: float
     ended_at: float | None
 
 
@@ -48,33 +54,22 @@ class Attempts:
     def __init__(self, database: Database) -> None:
         self._database = database
 
-    def claim(self, max_running: int) -> Attempt | None:
-        """Take the oldest queued job and open its next attempt, unless that many are open already."""
-        with self._database.write() as session:
-            job = session.scalar(_queued().limit(1))
-            if job is None or _num_open(session) >= max_running:
-                return None
-            job.attempt += 1
-            job.started_at = job.started_at or time.time()
-            row = AttemptRow(
-                job_id=job.id,
-                n=job.attempt,
-                token=secrets.token_hex(16),
-                submission_id=f"job-{job.id}-a{job.attempt}",
-                state=CREATED,
-                events_offset=0,
-                created_at=time.time(),
-            )
-            session.add(row)
-            move(session, job, JobState.PLANNING, message=f"attempt {job.attempt} begins")
-            return _attempt(row, job)
-
     def open(self) -> list[Attempt]:
         """The attempts that are not settled, oldest first."""
         with self._database.read() as session:
             wanted = select(AttemptRow, JobRow).join(JobRow).where(AttemptRow.state != SETTLED)
             rows = session.execute(wanted.order_by(AttemptRow.created_at)).all()
-            return [_attempt(row, job) for row, job in rows]
+            return [attempt_view(session, row, job) for row, job in rows]
+
+    def by_token(self, token: str) -> Attempt | None:
+        """The attempt that may post with this token, or None; one that has ended may not."""
+        with self._database.read() as session:
+            wanted = select(AttemptRow, JobRow).join(JobRow).where(AttemptRow.token == token)
+            found = session.execute(wanted).first()
+            if found is None or not hmac.compare_digest(found[0].token, token):
+                return None
+            row, job = found
+            return attempt_view(session, row, job) if row.state in (CREATED, SUBMITTED) else None
 
     def mark_submitted(self, attempt: Attempt) -> None:
         """Ray has taken the attempt."""
@@ -93,11 +88,11 @@ class Attempts:
             row, job = _own(session, attempt)
             known = _known(session, attempt, events)
             for event in events:
-                if event["seq"] not in known and not JobState(job.state).is_final:
+                if event["seq"] not in known and not _is_over(job):
                     absorb_event(session, job, event)
-            row.events_offset = offset
-            _close_if_final(row, job)
-            return _attempt(row, job)
+            row.events_offset = max(offset, row.events_offset)
+            _close_if_over(session, row, job)
+            return attempt_view(session, row, job)
 
     def finish(
         self, attempt: Attempt, state: JobState, *, error: dict[str, Any] | None = None, message: str | None = None
@@ -106,31 +101,22 @@ class Attempts:
         with self._database.write() as session:
             row, job = _own(session, attempt)
             move(session, job, state, error=error, message=message)
-            _close_if_final(row, job)
+            _close_if_over(session, row, job)
 
     def settle(self, attempt: Attempt) -> None:
-        """Ray has let go of the attempt: its devices are free."""
+        """Ray has let go of the attempt: its devices are free, and what it used counts for its user."""
         with self._database.write() as session:
-            row = session.get(AttemptRow, (attempt.job_id, attempt.n))
-            if row is not None and row.token == attempt.token and row.state == ENDED:
-                row.state = SETTLED
-
-    def explain_queue(self, reason: str | None) -> None:
-        """Say on every queued job why nothing starts; None takes it back."""
-        with self._database.write() as session:
-            for job in session.scalars(_queued()):
-                explain(session, job, reason)
+            row = session.get(AttemptRow, (attempt.job_id, attempt.n), with_for_update=True)
+            if row is None or row.token != attempt.token or row.state != ENDED:
+                return
+            row.state = SETTLED
+            _charge(session, row, attempt.spec.workers)
 
     def explain(self, attempt: Attempt, reason: str | None) -> None:
         """Say why the attempt waits."""
         with self._database.write() as session:
             _, job = _own(session, attempt)
             explain(session, job, reason)
-
-    def may_claim(self, max_running: int) -> bool:
-        """Whether a job waits and there is room for it."""
-        with self._database.read() as session:
-            return _num_open(session) < max_running and session.scalar(_queued().limit(1)) is not None
 
     def is_open(self, submission_id: str) -> bool:
         """Whether Ray's job of this id is one that we still follow."""
@@ -139,18 +125,30 @@ class Attempts:
             return state is not None and state != SETTLED
 
 
-def _queued() -> Any:
-    return select(JobRow).where(JobRow.state == JobState.QUEUED).order_by(JobRow.created_at, JobRow.id)
-
-
-def _num_open(session: Session) -> int:
-    return session.scalar(select(func.count()).select_from(AttemptRow).where(AttemptRow.state != SETTLED)) or 0
+def attempt_view(session: Session, row: AttemptRow, job: JobRow) -> Attempt:
+    return Attempt(
+        job_id=row.job_id,
+        n=row.n,
+        token=row.token,
+        submission_id=row.submission_id,
+        state=row.state,
+        events_offset=row.events_offset,
+        job_state=JobState(job.state),
+        status_reason=job.status_reason,
+        want=job.want,
+        spec=JobSpec.model_validate(job.spec),
+        trace=job.trace,
+        checkpoints=session.scalar(select(CheckpointRow.name).where(CheckpointRow.job_id == job.id).limit(1))
+        is not None,
+        created_at=row.created_at,
+        ended_at=row.ended_at,
+    )
 
 
 def _own(session: Session, attempt: Attempt) -> tuple[AttemptRow, JobRow]:
     """The rows behind an attempt that still owns its job. Raises LostAttemptError."""
-    row = session.get(AttemptRow, (attempt.job_id, attempt.n))
-    job = session.get(JobRow, attempt.job_id)
+    job = session.get(JobRow, attempt.job_id, with_for_update=True)
+    row = session.get(AttemptRow, (attempt.job_id, attempt.n), with_for_update=True)
     owns = row is not None and row.token == attempt.token and row.state in (CREATED, SUBMITTED)
     if row is None or job is None or not owns or job.attempt != attempt.n:
         raise LostAttemptError(f"attempt {attempt.n} of {attempt.job_id} no longer owns its job", code="lost_attempt")
@@ -168,22 +166,26 @@ def _known(session: Session, attempt: Attempt, events: Sequence[RunEvent]) -> se
     return {seq for seq in session.scalars(wanted) if seq is not None}
 
 
-def _close_if_final(row: AttemptRow, job: JobRow) -> None:
-    if JobState(job.state).is_final:
-        row.state = ENDED
-        row.ended_at = time.time()
+def _is_over(job: JobRow) -> bool:
+    """Whether the job has no attempt that goes on: it has ended, or it is paused."""
+    return JobState(job.state).is_final or job.state in (JobState.PAUSED, JobState.QUEUED)
 
 
-def _attempt(row: AttemptRow, job: JobRow) -> Attempt:
-    return Attempt(
-        job_id=row.job_id,
-        n=row.n,
-        token=row.token,
-        submission_id=row.submission_id,
-        state=row.state,
-        events_offset=row.events_offset,
-        job_state=JobState(job.state),
-        status_reason=job.status_reason,
-        spec=JobSpec.model_validate(job.spec),
-        ended_at=row.ended_at,
-    )
+def _close_if_over(session: Session, row: AttemptRow, job: JobRow) -> None:
+    if not _is_over(job):
+        return
+    row.state = ENDED
+    row.ended_at = time.time()
+    job.want = None
+    if job.state == JobState.PAUSED and job.requeue:
+        requeue(session, job, "waits again, to go on where it was")
+
+
+def _charge(session: Session, row: AttemptRow, workers: int) -> None:
+    """Add the device-seconds of an attempt to what its user has used lately."""
+    job = session.get(JobRow, row.job_id)
+    user = session.get(UserRow, job.owner, with_for_update=True) if job else None
+    if user is not None:
+        now = time.time()
+        user.usage_s = decayed(user.usage_s, now - user.usage_at) + workers * max(0.0, now - row.created_at)
+        user.usage_at = now

@@ -1,26 +1,31 @@
 """Opening the store: engine, pragmas, migrations and transactions.
 
 SQLite runs with a write-ahead log and synchronous=FULL, and every writing transaction begins IMMEDIATE: one that first
-reads and then writes would otherwise fail at once when another writer got in between, whatever the busy timeout.
-PostgreSQL by URL needs none of this: what is SQLite's own is in this file alone.
+reads and then writes would otherwise fail at once when another writer got in between, whatever the busy timeout. Its
+writers of one process take turns at a lock: the database's own would make them sleep and look again. PostgreSQL by URL
+needs none of this: what is SQLite's own is in this file alone. There, rows that a transaction changes after reading are
+read `FOR UPDATE` (SQLite passes over that), and waiting has an end.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib.resources import files
 from typing import Any
 
 from alembic import command
 from alembic.config import Config
 from sqlalchemy import Connection, Engine, create_engine, event, make_url
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import InterfaceError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.orm import Session
 
 from service.errors import UnavailableError
 
 BUSY_TIMEOUT_MS = 10_000
+_MIGRATION_LOCK = 0xD2F7
 _WRITES = "d2ft_writes"
 _CHANGED = "d2ft_changed"
 
@@ -31,6 +36,8 @@ class Database:
     def __init__(self, url: str) -> None:
         self.engine = _make_engine(url)
         self._writer = self.engine.execution_options(**{_WRITES: True})
+        self.is_sqlite = self.engine.dialect.name == "sqlite"
+        self._turn: AbstractContextManager[Any] = threading.Lock() if self.is_sqlite else nullcontext()
         self.on_change: Callable[[str], None] = lambda job_id: None
         migrate(self.engine)
 
@@ -42,7 +49,7 @@ class Database:
     @contextmanager
     def write(self) -> Iterator[Session]:
         """A transaction that commits at the end, or not at all."""
-        with _named_outage(), Session(self._writer) as session, session.begin():
+        with _named_outage(), self._turn, Session(self._writer) as session, session.begin():
             yield session
             changed: set[str] = session.info.setdefault(_CHANGED, set())
         for job_id in changed:
@@ -56,8 +63,8 @@ class Database:
 def _named_outage() -> Iterator[None]:
     try:
         yield
-    except OperationalError as error:
-        reason = str(error.orig)
+    except (OperationalError, InterfaceError, PoolTimeoutError) as error:
+        reason = str(getattr(error, "orig", None) or error).strip().partition("\n")[0]
         raise UnavailableError(f"The store does not answer: {reason}.", code="store_unavailable") from error
 
 
@@ -70,16 +77,23 @@ def migrate(engine: Engine) -> None:
     """Bring the tables to this version's shape; a store from a newer version is refused by Alembic by name."""
     config = Config()
     config.set_main_option("script_location", str(files("service") / "migrations").replace("%", "%%"))
-    with engine.execution_options(**{_WRITES: True}).begin() as connection:
+    with _named_outage(), engine.execution_options(**{_WRITES: True}).begin() as connection:
+        if engine.dialect.name == "postgresql":  # processes that start together change the tables one after another
+            connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({_MIGRATION_LOCK})")
         config.attributes["connection"] = connection
         command.upgrade(config, "head")
 
 
 def _make_engine(url: str) -> Engine:
+    if make_url(url).get_backend_name() != "sqlite":
+        patience = f"-c lock_timeout={BUSY_TIMEOUT_MS} -c statement_timeout={3 * BUSY_TIMEOUT_MS}"
+        given = {"options": patience, "connect_timeout": 5}
+        return create_engine(
+            url, pool_size=10, max_overflow=10, pool_timeout=10, pool_pre_ping=True, connect_args=given
+        )
     engine = create_engine(url)
-    if make_url(url).get_backend_name() == "sqlite":
-        event.listen(engine, "connect", _set_pragmas)
-        event.listen(engine, "begin", _begin)
+    event.listen(engine, "connect", _set_pragmas)
+    event.listen(engine, "begin", _begin)
     return engine
 
 

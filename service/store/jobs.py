@@ -1,208 +1,206 @@
-"""Jobs as users see them: made, listed, read, cancelled."""
+"""Jobs as users see them: made, listed, read.
+
+`owner` of a method narrows it to one user's jobs; None means everybody's, for administrators and the service itself.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from sqlalchemy import Select, func, select, tuple_
-from sqlalchemy.orm import Session, undefer
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.orm import Session
 from ulid import ULID
 
-from service.errors import ConflictError, InvalidRequestError, Issue, NotFoundError
-from service.lifecycle import FINAL, JobState
-from service.schemas import Artifact, Event, Job, MetricsPage, Page
+from service.errors import InvalidRequestError, Issue, NotFoundError, TooManyError
+from service.lifecycle import HOLDING, JobState
+from service.schemas import Job, Page
 from service.store.database import Database
 from service.store.journal import append, move
-from service.store.views import artifact_view, event_view, job_view
-from service.tables import ArtifactRow, AttemptRow, EventRow, JobRow, MetricRow
+from service.store.views import Standing, job_view
+from service.tables import JobRow, LabelRow, UserRow
 from workers.contract import JobSpec
 
-_WAITING = frozenset({JobState.QUEUED, JobState.PAUSED})
-_HOLDING = frozenset(JobState) - FINAL - _WAITING - {JobState.VALIDATING}
+IDEMPOTENCY_S = 24 * 3600.0
+NO_STANDING: Mapping[str, Standing] = {}
 
 
 @dataclass(frozen=True)
 class JobQuery:
-    """Which jobs to list, and from where on. `after` is the id of the last job of the page before."""
+    """Which jobs to list, and from where on. `after` is the id of the last job of the page before.
+
+    `search` is looked for in id, name, model, dataset and metadata, whatever the case; `metadata` has to match exactly.
+    """
 
     after: str | None = None
     limit: int = 20
     order: str = "desc"
-    status: str | None = None
-
-
-@dataclass(frozen=True)
-class StoredArtifact:
-    """Where a downloadable file of an attempt lies."""
-
-    name: str
-    path: str
-    sha256: str | None
+    status: tuple[str, ...] = ()
+    model: str | None = None
+    search: str | None = None
+    owner: str | None = None
+    created_after: float | None = None
+    created_before: float | None = None
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
 
 class Jobs:
     """The job shelf of the store."""
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, max_queued: int) -> None:
         self._database = database
+        self._max_queued = max_queued
 
-    def create(self, spec: JobSpec, *, owner: str, idempotency_key: str | None = None) -> tuple[Job, bool]:
+    def create(
+        self, spec: JobSpec, *, owner: str, idempotency_key: str | None = None, trace: str | None = None
+    ) -> tuple[Job, bool]:
         """Put a job into the queue; (job, False) when this key made it before.
 
-        Raises InvalidRequestError when it made one of another body.
+        Raises InvalidRequestError when the key made one of another body or the priority is more than the user may
+        have, TooManyError when the user has too many jobs waiting.
         """
-        with self._database.write() as session:
-            known = _replayed(session, spec, owner, idempotency_key)
-            if known is not None:
-                return job_view(known), False
-            row = JobRow(
-                id=f"ftjob_{ULID()}",
-                owner=owner,
-                idempotency_key=idempotency_key,
-                fingerprint=_fingerprint(spec),
-                spec=spec.model_dump(mode="json"),
-                state=JobState.VALIDATING,
-                attempt=0,
-                last_seq=0,
-                created_at=time.time(),
-            )
-            session.add(row)
-            session.flush()
-            append(session, row, "job.created", "the request passed its checks")
-            move(session, row, JobState.QUEUED)
-            return job_view(row), True
+        try:
+            return self._create(spec, owner, idempotency_key, trace)
+        except IntegrityError:
+            # Another process used the key at the same moment: what it made is there now.
+            return self._create(spec, owner, idempotency_key, trace)
 
-    def replay(self, spec: JobSpec, *, owner: str, idempotency_key: str | None) -> Job | None:
-        """The job that this key made before, if any. Raises InvalidRequestError on another body."""
+    def replay(self, spec: JobSpec, *, owner: str, idempotency_key: str) -> Job | None:
+        """The answer that this key got before, if any. Raises InvalidRequestError on another body."""
         with self._database.read() as session:
-            row = _replayed(session, spec, owner, idempotency_key)
-            return None if row is None else job_view(row)
+            row = _keyed(session, owner, idempotency_key)
+            return None if row is None or _is_stale(row) else _replayed(session, row, spec)
 
-    def get(self, job_id: str) -> Job:
+    def get(self, job_id: str, *, owner: str | None = None, standing: Mapping[str, Standing] = NO_STANDING) -> Job:
         with self._database.read() as session:
-            return job_view(_job(session, job_id))
+            return _view(session, job_row(session, job_id, owner), standing)
 
-    def list(self, query: JobQuery) -> Page[Job]:
+    def list(self, query: JobQuery, standing: Mapping[str, Standing] = NO_STANDING) -> Page[Job]:
         with self._database.read() as session:
-            rows = list(session.scalars(_selection(session, query)))
-        jobs = [job_view(row) for row in rows[: query.limit]]
-        return _page(jobs, [job.id for job in jobs], more=len(rows) > query.limit)
-
-    def cancel(self, job_id: str) -> Job:
-        """Ask for the end of a job: at once while it waits, otherwise once its driver has let go.
-
-        Asking again is harmless. Raises ConflictError when it has already succeeded or failed.
-        """
-        with self._database.write() as session:
-            row = _job(session, job_id)
-            state = JobState(row.state)
-            if state in (JobState.SUCCEEDED, JobState.FAILED):
-                raise ConflictError(f"Job {job_id} has already {state}; it cannot be cancelled.", code="job_is_final")
-            if state in _WAITING:
-                move(session, row, JobState.CANCELLED, message="cancelled before it started")
-            elif state not in (JobState.CANCELLING, JobState.CANCELLED):
-                move(session, row, JobState.CANCELLING, message="cancel was asked for")
-            return job_view(row)
-
-    def events(self, job_id: str, *, after: int = 0, limit: int = 100) -> Page[Event]:
-        """History from `after` on, oldest first."""
-        with self._database.read() as session:
-            _job(session, job_id)
-            wanted = select(EventRow).where(EventRow.job_id == job_id, EventRow.seq > after)
-            rows = list(session.scalars(wanted.order_by(EventRow.seq).limit(limit + 1)))
-        events = [event_view(row) for row in rows[:limit]]
-        return _page(events, [str(event.seq) for event in events], more=len(rows) > limit)
-
-    def metrics(self, job_id: str, *, max_points: int) -> MetricsPage:
-        """The steps, thinned evenly; the newest is always among them."""
-        with self._database.read() as session:
-            _job(session, job_id)
-            total = session.scalar(select(func.count()).where(MetricRow.job_id == job_id)) or 0
-            stride = max(1, -(-total // max_points))
-            ranked = (
-                select(MetricRow.values, func.row_number().over(order_by=MetricRow.step.desc()).label("rank"))
-                .where(MetricRow.job_id == job_id)
-                .subquery()
-            )
-            kept = select(ranked.c["values"]).where((ranked.c.rank - 1) % stride == 0).order_by(ranked.c.rank.desc())
-            return MetricsPage(data=list(session.scalars(kept)), total=total)
-
-    def plan(self, job_id: str) -> dict[str, Any]:
-        return self._document(job_id, "plan", "It appears once the workers have measured themselves.")
-
-    def ledger(self, job_id: str) -> dict[str, Any]:
-        return self._document(job_id, "ledger", "It appears when the job ends.")
-
-    def artifacts(self, job_id: str) -> Sequence[Artifact]:
-        with self._database.read() as session:
-            _job(session, job_id)
-            wanted = select(ArtifactRow).where(ArtifactRow.job_id == job_id).order_by(ArtifactRow.name)
-            return [artifact_view(row) for row in session.scalars(wanted)]
-
-    def artifact(self, job_id: str, name: str) -> StoredArtifact:
-        with self._database.read() as session:
-            _job(session, job_id)
-            row = session.get(ArtifactRow, (job_id, name))
-            if row is None:
-                raise NotFoundError(
-                    f"Job {job_id} has no artifact of that name.", code="artifact_not_found", param="name"
-                )
-            return StoredArtifact(row.name, row.path, row.sha256)
-
-    def submission_id(self, job_id: str, attempt: int | None) -> tuple[int, str]:
-        """(number, Ray's id) of an attempt, by default the newest. Raises NotFoundError."""
-        with self._database.read() as session:
-            number = _job(session, job_id).attempt if attempt is None else attempt
-            row = session.get(AttemptRow, (job_id, number))
-            if row is None:
-                raise NotFoundError(f"Job {job_id} has no attempt {number}.", code="attempt_not_found", param="attempt")
-            return number, row.submission_id
+            rows = session.execute(_selection(session, query)).all()
+            jobs = [job_view(row, name, standing.get(row.id)) for row, name in rows[: query.limit]]
+        return page(jobs, [job.id for job in jobs], more=len(rows) > query.limit)
 
     def plans_in_use(self) -> dict[str, dict[str, Any]]:
         """The plans of the jobs that hold the cluster, by job."""
         with self._database.read() as session:
-            wanted = select(JobRow.id, JobRow.plan).where(JobRow.state.in_(_HOLDING), JobRow.plan.is_not(None))
+            wanted = select(JobRow.id, JobRow.plan).where(JobRow.state.in_(HOLDING), JobRow.plan.is_not(None))
             return {row.id: row.plan for row in session.execute(wanted)}
 
-    def count(self, state: JobState) -> int:
+    def of_owner(self, owner: str, job_ids: set[str]) -> set[str]:
+        """Which of the jobs are this user's."""
         with self._database.read() as session:
-            return session.scalar(select(func.count()).where(JobRow.state == state)) or 0
+            wanted = select(JobRow.id).where(JobRow.owner == owner, JobRow.id.in_(job_ids))
+            return set(session.scalars(wanted))
 
-    def _document(self, job_id: str, column: str, when: str) -> dict[str, Any]:
+    def counts(self) -> dict[str, int]:
+        """How many jobs are in each state."""
         with self._database.read() as session:
-            row = session.get(JobRow, job_id, options=[undefer(getattr(JobRow, column))])
-            if row is None:
-                raise _no_job(job_id)
-            document: dict[str, Any] | None = getattr(row, column)
-            if document is None:
-                raise NotFoundError(f"Job {job_id} has no {column} yet.", code=f"{column}_not_found", remedy=when)
-            return document
+            counted = session.execute(select(JobRow.state, func.count()).group_by(JobRow.state))
+            return {state: count for state, count in counted}  # noqa: C416 - rows are no pairs to a type checker
+
+    def _create(self, spec: JobSpec, owner: str, key: str | None, trace: str | None) -> tuple[Job, bool]:
+        with self._database.write() as session:
+            known = None if key is None else _keyed(session, owner, key)
+            if known is not None and not _is_stale(known):
+                return _replayed(session, known, spec), False
+            if known is not None:
+                known.idempotency_key = None
+                session.flush()
+            user = session.get_one(UserRow, owner)
+            _check_quota(session, user, spec, self._max_queued)
+            row = _row(spec, owner, key, trace)
+            session.add(row)
+            session.flush()  # what follows refers to it
+            session.add_all(LabelRow(job_id=row.id, key=key, value=value) for key, value in spec.metadata.items())
+            append(session, row, "job.created", "the request passed its checks")
+            move(session, row, JobState.QUEUED)
+            return job_view(row, user.name, None), True
 
 
-def _job(session: Session, job_id: str) -> JobRow:
-    row = session.get(JobRow, job_id)
-    if row is None:
-        raise _no_job(job_id)
+def job_row(session: Session, job_id: str, owner: str | None = None, *, lock: bool = False) -> JobRow:
+    """The row of a job. Raises NotFoundError for another user's, too: whether it exists is not theirs to know."""
+    row = session.get(JobRow, job_id, with_for_update=lock or None)
+    if row is None or owner not in (None, row.owner):
+        raise NotFoundError(f"There is no job {job_id[:60]}.", code="job_not_found", param="id")
     return row
 
 
-def _no_job(job_id: str) -> NotFoundError:
-    return NotFoundError(f"There is no job {job_id[:60]}.", code="job_not_found", param="id")
+def page(data: list[Any], ids: list[str], *, more: bool) -> Page[Any]:
+    """A page of a list, with its cursors."""
+    return Page(data=data, has_more=more, first_id=ids[0] if ids else None, last_id=ids[-1] if ids else None)
 
 
-def _replayed(session: Session, spec: JobSpec, owner: str, key: str | None) -> JobRow | None:
-    if key is None:
-        return None
-    row = session.scalar(select(JobRow).where(JobRow.owner == owner, JobRow.idempotency_key == key))
-    if row is not None and row.fingerprint != _fingerprint(spec):
+def owner_name(session: Session, row: JobRow) -> str | None:
+    user = session.get(UserRow, row.owner)
+    return user.name if user else None
+
+
+def _row(spec: JobSpec, owner: str, key: str | None, trace: str | None) -> JobRow:
+    now, job_id = time.time(), f"ftjob_{ULID()}"
+    said = (job_id, spec.name, spec.model, spec.dataset, *spec.metadata.values())
+    return JobRow(
+        id=job_id,
+        owner=owner,
+        idempotency_key=key,
+        fingerprint=_fingerprint(spec),
+        spec=spec.model_dump(mode="json"),
+        model=spec.model,
+        search="\n".join(part.lower() for part in said if part),
+        trace=trace,
+        state=JobState.VALIDATING,
+        priority=spec.priority,
+        queued_at=now,
+        queue_deadline=None if spec.queue_timeout_s is None else now + spec.queue_timeout_s,
+        requeue=False,
+        attempt=0,
+        last_seq=0,
+        created_at=now,
+    )
+
+
+def _view(session: Session, row: JobRow, standing: Mapping[str, Standing]) -> Job:
+    return job_view(row, owner_name(session, row), standing.get(row.id))
+
+
+def _keyed(session: Session, owner: str, key: str) -> JobRow | None:
+    return session.scalar(select(JobRow).where(JobRow.owner == owner, JobRow.idempotency_key == key))
+
+
+def _is_stale(row: JobRow) -> bool:
+    """Whether the key of this job may be used anew."""
+    return time.time() - row.created_at > IDEMPOTENCY_S
+
+
+def _replayed(session: Session, row: JobRow, spec: JobSpec) -> Job:
+    """The first answer again: the job as it was when it was made, whatever became of it."""
+    if row.fingerprint != _fingerprint(spec):
         message = "This Idempotency-Key was used with another body; take a new key for a new job."
         raise InvalidRequestError([Issue("", message, "idempotency_key_reused")])
-    return row
+    fresh = JobRow(
+        id=row.id, owner=row.owner, spec=row.spec, state=JobState.QUEUED, attempt=0, priority=row.spec["priority"],
+        created_at=row.created_at,
+    )  # fmt: skip
+    return job_view(fresh, owner_name(session, row), None)
+
+
+def _check_quota(session: Session, user: UserRow, spec: JobSpec, default: int) -> None:
+    if spec.priority > user.max_priority:
+        message = f"Your jobs may have a priority of at most {user.max_priority}; lower it, or ask an administrator."
+        raise InvalidRequestError([Issue("priority", message, "priority_too_high")])
+    limit = default if user.max_queued is None else user.max_queued
+    waiting = session.scalar(
+        select(func.count()).select_from(JobRow).where(JobRow.state == JobState.QUEUED, JobRow.owner == user.id)
+    )
+    if (waiting or 0) >= limit:
+        message = f"You have {waiting} jobs waiting, as many as you may."
+        remedy = "Wait for some to start or cancel some, or ask an administrator for more (max_queued)."
+        raise TooManyError(message, code="queue_full", remedy=remedy)
 
 
 def _fingerprint(spec: JobSpec) -> str:
@@ -210,19 +208,27 @@ def _fingerprint(spec: JobSpec) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
-def _selection(session: Session, query: JobQuery) -> Select[JobRow]:
+def _selection(session: Session, query: JobQuery) -> Select[JobRow, str]:
     """One row more than the page, to see whether there is more. Rows move under load: hence a cursor, no offset."""
-    place = tuple_(JobRow.created_at, JobRow.id)
-    wanted = select(JobRow)
+    wanted = select(JobRow, UserRow.name).outerjoin(UserRow, UserRow.id == JobRow.owner)
+    if query.owner is not None:
+        wanted = wanted.where(JobRow.owner == query.owner)
     if query.status:
-        wanted = wanted.where(JobRow.state == query.status)
+        wanted = wanted.where(JobRow.state.in_(query.status))
+    if query.model is not None:
+        wanted = wanted.where(JobRow.model == query.model)
+    if query.search:
+        wanted = wanted.where(JobRow.search.contains(query.search.lower(), autoescape=True))
+    if query.created_after is not None:
+        wanted = wanted.where(JobRow.created_at > query.created_after)
+    if query.created_before is not None:
+        wanted = wanted.where(JobRow.created_at < query.created_before)
+    for key, value in query.metadata.items():
+        labelled = select(LabelRow.job_id).where(LabelRow.key == key, LabelRow.value == value)
+        wanted = wanted.where(JobRow.id.in_(labelled))
     if query.after:
-        start = _job(session, query.after)
-        mark = tuple_(start.created_at, start.id)
+        start = job_row(session, query.after, query.owner)
+        place, mark = tuple_(JobRow.created_at, JobRow.id), tuple_(start.created_at, start.id)
         wanted = wanted.where(place > mark if query.order == "asc" else place < mark)
     by = (JobRow.created_at, JobRow.id)
     return wanted.order_by(*(by if query.order == "asc" else [column.desc() for column in by])).limit(query.limit + 1)
-
-
-def _page(data: list[Any], ids: list[str], *, more: bool) -> Page[Any]:
-    return Page(data=data, has_more=more, first_id=ids[0] if ids else None, last_id=ids[-1] if ids else None)

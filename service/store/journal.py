@@ -5,11 +5,15 @@ from __future__ import annotations
 import time
 from typing import Any
 
+from sqlalchemy import select
 from sqlalchemy.orm import Session
+from ulid import ULID
 
 from service.lifecycle import JobState, check_move
 from service.store.database import mark_changed
-from service.tables import EventRow, JobRow
+from service.tables import DeliveryRow, EventRow, JobRow, WebhookRow
+
+_ANNOUNCED = frozenset({JobState.RUNNING, JobState.PAUSED, JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED})
 
 
 def append(
@@ -60,6 +64,8 @@ def move(
         job.finished_at = at or time.time()
     if error is not None:
         job.error = error
+    if state in _ANNOUNCED:
+        _announce(session, job, f"job.{state}")
     data = {"from": old, "to": state, **({"error": error} if error else {})}
     level = "error" if state is JobState.FAILED else "info"
     text = message or (error or {}).get("message") or f"{old} → {state}"
@@ -74,3 +80,17 @@ def explain(session: Session, job: JobRow, reason: str | None) -> None:
     if reason:
         append(session, job, "job.status", reason, level="warning", data={"from": job.state, "to": job.state})
     mark_changed(session, job.id)
+
+
+def _announce(session: Session, job: JobRow, type: str) -> None:
+    """Put a message for each webhook that wants it into the outbox, in the transaction that makes it true."""
+    wanted = select(WebhookRow).where(WebhookRow.owner == job.owner, WebhookRow.disabled_at.is_(None))
+    now = time.time()
+    for webhook in session.scalars(wanted):
+        if type not in webhook.types:
+            continue
+        id = f"evt_{ULID()}"
+        body = {"id": id, "object": "event", "created_at": int(now), "type": type, "data": {"id": job.id}}
+        session.add(
+            DeliveryRow(id=id, webhook_id=webhook.id, body=body, state="pending", tries=0, next_at=now, created_at=now)
+        )

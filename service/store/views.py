@@ -2,22 +2,35 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from service.lifecycle import JobState
-from service.schemas import Artifact, Event, Job, JobError, Progress, Usage
-from service.tables import ArtifactRow, EventRow, JobRow
+from service.schemas import Artifact, Checkpoint, Event, Job, JobError, Progress, Usage
+from service.tables import ArtifactRow, CheckpointRow, EventRow, JobRow
 
 
-def job_view(row: JobRow) -> Job:
+class Standing(NamedTuple):
+    """Where a job stands in the queue: its place from 1 on, and when it may be expected to start."""
+
+    position: int
+    start_at: float
+
+
+def job_view(row: JobRow, owner: str | None, standing: Standing | None) -> Job:
     spec = row.spec
     live = row.live or {}
+    if row.state != JobState.QUEUED:
+        standing = None
     return Job(
         id=row.id,
+        owner=owner,
         name=spec.get("name"),
         status=row.state,
         status_reason=row.status_reason,
         attempt=row.attempt,
+        priority=row.priority,
+        queue_position=standing.position if standing else None,
+        estimated_start_at=int(standing.start_at) if standing else None,
         model=spec["model"],
         dataset=spec["dataset"],
         method=spec["method"],
@@ -50,6 +63,17 @@ def event_view(row: EventRow) -> Event:
 
 def artifact_view(row: ArtifactRow) -> Artifact:
     return Artifact(name=row.name, bytes=row.bytes, sha256=row.sha256, created_at=int(row.created_at))
+
+
+def checkpoint_view(row: CheckpointRow) -> Checkpoint:
+    return Checkpoint(
+        name=row.name,
+        attempt=row.attempt,
+        step=row.step,
+        bytes=row.bytes,
+        sha256=row.sha256,
+        created_at=int(row.created_at),
+    )
 
 
 def fold_metrics(live: dict[str, Any] | None, values: dict[str, Any]) -> dict[str, Any]:

@@ -55,7 +55,7 @@ def test_a_running_job_is_named_by_the_devices_that_it_uses(
     write_book(settings.devices_file, record)
     job_id = submit()
     store = api.app.state.world.store  # type: ignore[attr-defined]
-    attempt = store.attempts.claim(1)
+    attempt = store.queue.claim(1)
     plan = {"version": 1, "devices": ["gpu-0", "gpu-0", "gpu-9"]}
     line = {"seq": 1, "type": "plan.created", "data": plan}
     store.attempts.absorb(attempt, [line], 10)

@@ -208,7 +208,7 @@ def test_a_store_that_does_not_answer_is_a_503(api: TestClient, monkeypatch: pyt
 def test_cancelling_an_ended_job_is_a_conflict(api: TestClient, submit: Callable[..., str]) -> None:
     job_id = submit()
     store: Store = api.app.state.world.store  # type: ignore[attr-defined]
-    attempt = store.attempts.claim(1)
+    attempt = store.queue.claim(1)
     assert attempt
     assert api.post(f"/v1/jobs/{job_id}/cancel").json()["status"] == "cancelling"
     store.attempts.finish(attempt, JobState.SUCCEEDED)
@@ -218,7 +218,7 @@ def test_cancelling_an_ended_job_is_a_conflict(api: TestClient, submit: Callable
 def test_what_a_run_left_can_be_fetched(api: TestClient, submit: Callable[..., str], settings: Settings) -> None:
     job_id = submit()
     store: Store = api.app.state.world.store  # type: ignore[attr-defined]
-    attempt = store.attempts.claim(1)
+    attempt = store.queue.claim(1)
     assert attempt
     result = settings.attempt_dir(job_id, 1) / "result"
     result.mkdir(parents=True)
@@ -256,7 +256,7 @@ def test_logs_come_from_ray_until_they_are_kept(
     api: TestClient, submit: Callable[..., str], settings: Settings, ray: FakeRay
 ) -> None:
     job_id = submit()
-    attempt = api.app.state.world.store.attempts.claim(1)  # type: ignore[attr-defined]
+    attempt = api.app.state.world.store.queue.claim(1)  # type: ignore[attr-defined]
     ray.jobs[attempt.submission_id] = {"submission_id": attempt.submission_id, "status": "RUNNING"}
     assert "last words" in api.get(f"/v1/jobs/{job_id}/logs").text
     ray.down = True

@@ -34,39 +34,39 @@ def test_the_migrations_make_the_tables_that_the_code_maps(store: Store, home: P
 
 
 def test_a_store_opens_again_with_what_it_held(store: Store, home: Path, spec: JobSpec) -> None:
-    job, _ = store.jobs.create(spec, owner="k")
+    job, _ = store.jobs.create(spec, owner=FIRST_USER)
     again = Store(f"sqlite:///{home / 'd2ft.db'}")
     assert again.jobs.get(job.id) == job
     again.close()
 
 
 def test_a_new_job_is_queued_and_its_history_says_so(store: Store, spec: JobSpec) -> None:
-    job, fresh = store.jobs.create(spec, owner="k")
+    job, fresh = store.jobs.create(spec, owner=FIRST_USER)
     assert fresh and job.status == "queued" and job.id.startswith("ftjob_")
-    history = store.jobs.events(job.id).data
+    history = store.records.events(job.id).data
     assert [event.seq for event in history] == [1, 2]
     assert history[-1].data == {"from": "validating", "to": "queued"}
 
 
 def test_one_key_makes_one_job(store: Store, spec: JobSpec) -> None:
-    first, _ = store.jobs.create(spec, owner="k", idempotency_key="a")
-    second, fresh = store.jobs.create(spec, owner="k", idempotency_key="a")
+    first, _ = store.jobs.create(spec, owner=FIRST_USER, idempotency_key="a")
+    second, fresh = store.jobs.create(spec, owner=FIRST_USER, idempotency_key="a")
     assert second.id == first.id and not fresh
     other, fresh = store.jobs.create(spec, owner="someone else", idempotency_key="a")
     assert fresh and other.id != first.id
 
 
 def test_one_key_with_another_body_is_refused(store: Store, spec: JobSpec) -> None:
-    store.jobs.create(spec, owner="k", idempotency_key="a")
+    store.jobs.create(spec, owner=FIRST_USER, idempotency_key="a")
     with pytest.raises(InvalidRequestError, match="another body"):
-        store.jobs.create(spec.model_copy(update={"seed": 1}), owner="k", idempotency_key="a")
+        store.jobs.create(spec.model_copy(update={"seed": 1}), owner=FIRST_USER, idempotency_key="a")
 
 
 def test_one_key_from_many_threads_makes_one_job(store: Store, spec: JobSpec) -> None:
     made: list[str] = []
 
     def create() -> None:
-        made.append(store.jobs.create(spec, owner="k", idempotency_key="same")[0].id)
+        made.append(store.jobs.create(spec, owner=FIRST_USER, idempotency_key="same")[0].id)
 
     threads = [threading.Thread(target=create) for _ in range(12)]
     for thread in threads:
@@ -77,13 +77,13 @@ def test_one_key_from_many_threads_makes_one_job(store: Store, spec: JobSpec) ->
 
 
 def test_pages_cover_all_jobs_once_while_more_arrive(store: Store, spec: JobSpec) -> None:
-    ids = [store.jobs.create(spec, owner="k")[0].id for _ in range(7)]
+    ids = [store.jobs.create(spec, owner=FIRST_USER)[0].id for _ in range(7)]
     seen: list[str] = []
     query = JobQuery(limit=3)
     while True:
         page = store.jobs.list(query)
         seen += [job.id for job in page.data]
-        store.jobs.create(spec, owner="k")
+        store.jobs.create(spec, owner=FIRST_USER)
         if not page.has_more:
             break
         query = dataclasses.replace(query, after=page.last_id)
@@ -98,23 +98,23 @@ def test_a_cursor_of_no_job_is_not_found(store: Store) -> None:
 
 
 def test_the_oldest_job_is_claimed_and_no_more_than_there_is_room_for(store: Store, spec: JobSpec) -> None:
-    first = store.jobs.create(spec, owner="k")[0]
-    second = store.jobs.create(spec, owner="k")[0]
-    attempt = store.attempts.claim(max_running=1)
+    first = store.jobs.create(spec, owner=FIRST_USER)[0]
+    second = store.jobs.create(spec, owner=FIRST_USER)[0]
+    attempt = store.queue.claim(max_running=1)
     assert attempt and attempt.job_id == first.id and attempt.submission_id == f"job-{first.id}-a1"
-    assert store.attempts.claim(max_running=1) is None and not store.attempts.may_claim(1)
+    assert store.queue.claim(max_running=1) is None and not store.queue.may_claim(1)
     store.attempts.finish(
         attempt, JobState.FAILED, error={"code": "x", "fault": "system", "message": "m", "param": None}
     )
-    assert store.attempts.claim(max_running=1) is None  # its devices may still be held
+    assert store.queue.claim(max_running=1) is None  # its devices may still be held
     store.attempts.settle(attempt)
-    again = store.attempts.claim(max_running=1)
+    again = store.queue.claim(max_running=1)
     assert again and again.job_id == second.id
 
 
 def test_events_are_taken_over_once_however_often_they_are_read(store: Store, spec: JobSpec) -> None:
-    job = store.jobs.create(spec, owner="k")[0]
-    attempt = store.attempts.claim(1)
+    job = store.jobs.create(spec, owner=FIRST_USER)[0]
+    attempt = store.queue.claim(1)
     assert attempt
     lines = [line(1, "phase", name="running"), line(2, "metrics", step=1, total_steps=4, step_seconds=0.5)]
     store.attempts.absorb(attempt, lines, 100)
@@ -123,27 +123,27 @@ def test_events_are_taken_over_once_however_often_they_are_read(store: Store, sp
     assert found.status == "running" and found.progress.step == 2 and found.progress.fraction == 0.5
     assert found.progress.eta_seconds == 1.0
     assert found.usage.compute_fraction == 0.5 and found.usage.device_seconds == 1.0
-    assert [event.type for event in store.jobs.events(job.id, after=3).data] == ["job.status", "metrics", "metrics"]
-    assert store.jobs.metrics(job.id, max_points=10).total == 2
+    assert [event.type for event in store.records.events(job.id, after=3).data] == ["job.status", "metrics", "metrics"]
+    assert store.records.metrics(job.id, max_points=10).total == 2
     assert store.attempts.open()[0].events_offset == 150
 
 
 def test_an_outcome_ends_the_job_and_its_attempt(store: Store, spec: JobSpec) -> None:
-    job = store.jobs.create(spec, owner="k")[0]
-    attempt = store.attempts.claim(1)
+    job = store.jobs.create(spec, owner=FIRST_USER)[0]
+    attempt = store.queue.claim(1)
     assert attempt
     error = {"code": "nan_loss", "fault": "user", "message": "the loss is NaN", "param": None}
     store.attempts.absorb(attempt, [line(1, "outcome", status="failed", error=error), line(2, "metrics", step=9)], 9)
     found = store.jobs.get(job.id)
     assert found.status == "failed" and found.error and found.error.code == "nan_loss"
-    assert store.jobs.events(job.id).data[-1].data["to"] == "failed"  # nothing after the end
+    assert store.records.events(job.id).data[-1].data["to"] == "failed"  # nothing after the end
     with pytest.raises(LostAttemptError):
         store.attempts.absorb(attempt, [line(3, "metrics", step=3)], 20)
 
 
 def test_a_writer_with_another_token_stands_down(store: Store, spec: JobSpec) -> None:
-    store.jobs.create(spec, owner="k")
-    attempt = store.attempts.claim(1)
+    store.jobs.create(spec, owner=FIRST_USER)
+    attempt = store.queue.claim(1)
     assert attempt
     stale = dataclasses.replace(attempt, token="of another time")
     for write in (
@@ -157,8 +157,8 @@ def test_a_writer_with_another_token_stands_down(store: Store, spec: JobSpec) ->
 
 
 def test_a_changed_plan_says_what_changed_and_a_window_how_good_its_forecast_was(store: Store, spec: JobSpec) -> None:
-    job = store.jobs.create(spec, owner="k")[0]
-    attempt = store.attempts.claim(1)
+    job = store.jobs.create(spec, owner=FIRST_USER)[0]
+    attempt = store.queue.claim(1)
     assert attempt
     change = {"migrated": True, "moved_heads": 4, "reason": "slower", "before": {"step_us": 9}, "after": {"step_us": 7}}
     plan = {"version": 2, "window": 3, "cycle": ["big"], "forecast": {"step_us": 7}, "devices": ["gpu-0"]}
@@ -166,19 +166,19 @@ def test_a_changed_plan_says_what_changed_and_a_window_how_good_its_forecast_was
     lines = [line(1, "window", **window), line(2, "plan.changed", **plan, change=change)]
     assert store.jobs.plans_in_use() == {}
     store.attempts.absorb(attempt, lines, 50)
-    seen = {event.type: event.data for event in store.jobs.events(job.id).data}
+    seen = {event.type: event.data for event in store.records.events(job.id).data}
     assert seen["window"] == window
     assert seen["plan.changed"]["change"] == change and "cycle" not in seen["plan.changed"]
-    assert store.jobs.plan(job.id)["cycle"] == ["big"] and list(store.jobs.plans_in_use()) == [job.id]
+    assert store.records.plan(job.id)["cycle"] == ["big"] and list(store.jobs.plans_in_use()) == [job.id]
     store.attempts.finish(attempt, JobState.SUCCEEDED)
     assert store.jobs.plans_in_use() == {}
 
 
 def test_documents_and_artifacts_are_kept_apart_from_history(store: Store, spec: JobSpec) -> None:
-    job = store.jobs.create(spec, owner="k")[0]
+    job = store.jobs.create(spec, owner=FIRST_USER)[0]
     with pytest.raises(NotFoundError, match="no plan yet"):
-        store.jobs.plan(job.id)
-    attempt = store.attempts.claim(1)
+        store.records.plan(job.id)
+    attempt = store.queue.claim(1)
     assert attempt
     plan = {"version": 3, "window": 1, "cycle": ["big"], "forecast": {"step_us": 2_000_000}, "compute_fraction": 0.6}
     store.attempts.absorb(
@@ -190,55 +190,55 @@ def test_documents_and_artifacts_are_kept_apart_from_history(store: Store, spec:
         ],
         1,
     )
-    assert store.jobs.plan(job.id) == plan and store.jobs.ledger(job.id) == {"rows": []}
-    assert [artifact.name for artifact in store.jobs.artifacts(job.id)] == ["a/b.bin"]
-    event = next(event for event in store.jobs.events(job.id).data if event.type == "plan.created")
+    assert store.records.plan(job.id) == plan and store.records.ledger(job.id) == {"rows": []}
+    assert [artifact.name for artifact in store.records.artifacts(job.id)] == ["a/b.bin"]
+    event = next(event for event in store.records.events(job.id).data if event.type == "plan.created")
     assert "cycle" not in event.data and event.data["step_seconds"] == 2.0
 
 
 @pytest.mark.parametrize("total", [1, 7, 20, 21, 45])
 def test_metrics_are_thinned_and_the_newest_is_kept(store: Store, spec: JobSpec, total: int) -> None:
-    job = store.jobs.create(spec, owner="k")[0]
-    attempt = store.attempts.claim(1)
+    job = store.jobs.create(spec, owner=FIRST_USER)[0]
+    attempt = store.queue.claim(1)
     assert attempt
     store.attempts.absorb(attempt, [line(i, "metrics", step=i) for i in range(1, total + 1)], 1)
-    page = store.jobs.metrics(job.id, max_points=20)
+    page = store.records.metrics(job.id, max_points=20)
     steps = [row["step"] for row in page.data]
     assert page.total == total and len(steps) <= 20 and steps[-1] == total and steps == sorted(steps)
 
 
 def test_cancel_is_at_once_while_waiting_and_harmless_twice(store: Store, spec: JobSpec) -> None:
-    waiting = store.jobs.create(spec, owner="k")[0]
-    assert store.jobs.cancel(waiting.id).status == "cancelled"
-    assert store.jobs.cancel(waiting.id).status == "cancelled"
-    running = store.jobs.create(spec, owner="k")[0]
-    attempt = store.attempts.claim(1)
+    waiting = store.jobs.create(spec, owner=FIRST_USER)[0]
+    assert store.actions.cancel(waiting.id).status == "cancelled"
+    assert store.actions.cancel(waiting.id).status == "cancelled"
+    running = store.jobs.create(spec, owner=FIRST_USER)[0]
+    attempt = store.queue.claim(1)
     assert attempt
-    assert store.jobs.cancel(running.id).status == "cancelling"
-    assert store.jobs.cancel(running.id).status == "cancelling"
+    assert store.actions.cancel(running.id).status == "cancelling"
+    assert store.actions.cancel(running.id).status == "cancelling"
     store.attempts.finish(attempt, JobState.CANCELLED)
-    done = store.jobs.create(spec, owner="k")[0]
+    done = store.jobs.create(spec, owner=FIRST_USER)[0]
     store.attempts.settle(attempt)
-    attempt = store.attempts.claim(1)
+    attempt = store.queue.claim(1)
     assert attempt
     store.attempts.finish(attempt, JobState.SUCCEEDED)
     with pytest.raises(ConflictError):
-        store.jobs.cancel(done.id)
+        store.actions.cancel(done.id)
 
 
 def test_a_failure_of_a_run_that_is_being_cancelled_is_the_cancel(store: Store, spec: JobSpec) -> None:
-    job = store.jobs.create(spec, owner="k")[0]
-    attempt = store.attempts.claim(1)
+    job = store.jobs.create(spec, owner=FIRST_USER)[0]
+    attempt = store.queue.claim(1)
     assert attempt
-    store.jobs.cancel(job.id)
+    store.actions.cancel(job.id)
     store.attempts.absorb(attempt, [line(1, "outcome", status="failed", error={"code": "stopped"})], 1)
     assert store.jobs.get(job.id).status == "cancelling"
 
 
 def test_keys_are_known_by_their_hash_alone(store: Store, home: Path) -> None:
-    store.keys.ensure("d2ft_secret", "first")
-    store.keys.ensure("d2ft_secret", "first")
-    assert store.keys.owner_of("d2ft_secret") and store.keys.owner_of("d2ft_other") is None
+    store.access.ensure("d2ft_secret", "first")
+    store.access.ensure("d2ft_secret", "first")
+    assert store.access.caller("d2ft_secret") and store.access.caller("d2ft_other") is None
     held = b"".join(path.read_bytes() for path in home.glob("d2ft.db*"))
     assert b"d2ft_secret" not in held
 
@@ -246,7 +246,7 @@ def test_keys_are_known_by_their_hash_alone(store: Store, home: Path) -> None:
 def test_commits_ring_for_the_jobs_they_touched(store: Store, spec: JobSpec) -> None:
     rung: list[str] = []
     store.on_change(rung.append)
-    job = store.jobs.create(spec, owner="k")[0]
+    job = store.jobs.create(spec, owner=FIRST_USER)[0]
     store.jobs.get(job.id)
     assert rung == [job.id]
 
@@ -263,7 +263,7 @@ class StoreMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.store = Store("sqlite://")
-        self.job_id = self.store.jobs.create(JobSpec(steps=3), owner="k")[0].id
+        self.job_id = self.store.jobs.create(JobSpec(steps=3), owner=FIRST_USER)[0].id
         self.seq = 0
         self.ended: str | None = None
 
@@ -273,7 +273,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule()
     def claim(self) -> None:
-        self.store.attempts.claim(1)
+        self.store.queue.claim(1)
 
     @precondition(lambda self: self.attempt is not None)
     @rule(name=st.sampled_from(["planning", "starting", "running", "finalizing"]), replay=st.booleans())
@@ -290,7 +290,7 @@ class StoreMachine(RuleBasedStateMachine):
     @rule()
     def cancel(self) -> None:
         try:
-            self.store.jobs.cancel(self.job_id)
+            self.store.actions.cancel(self.job_id)
         except ConflictError:
             assert self.store.jobs.get(self.job_id).status in ("succeeded", "failed")
 
@@ -301,7 +301,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     @invariant()
     def history_is_whole_and_legal(self) -> None:
-        events = self.store.jobs.events(self.job_id).data
+        events = self.store.records.events(self.job_id).data
         assert [event.seq for event in events] == list(range(1, len(events) + 1))
         moves = [(event.data["from"], event.data["to"]) for event in events if event.type == "job.status"]
         state = "validating"

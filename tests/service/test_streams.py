@@ -52,7 +52,7 @@ def test_a_stream_sends_what_happens_while_it_is_open(api: TestClient, submit: C
 
     def later() -> None:
         time.sleep(0.2)
-        api.app.state.world.store.jobs.cancel(job_id)  # type: ignore[attr-defined]
+        api.app.state.world.store.actions.cancel(job_id)  # type: ignore[attr-defined]
 
     thread = threading.Thread(target=later)
     thread.start()
@@ -63,8 +63,8 @@ def test_a_stream_sends_what_happens_while_it_is_open(api: TestClient, submit: C
 
 
 def test_long_histories_are_streamed_whole(store: Store, spec: JobSpec) -> None:
-    job = store.jobs.create(spec, owner="k")[0]
-    attempt = store.attempts.claim(1)
+    job = store.jobs.create(spec, owner=FIRST_USER)[0]
+    attempt = store.queue.claim(1)
     assert attempt
     lines = [{"seq": i, "at": 1.0, "type": "metrics", "data": {"step": i}} for i in range(1, 700)]
     store.attempts.absorb(attempt, [*lines, {"seq": 700, "type": "outcome", "data": {"status": "succeeded"}}], 1)
@@ -84,7 +84,7 @@ def test_no_more_streams_than_allowed(api: TestClient, submit: Callable[..., str
 
 
 def test_a_reader_that_leaves_leaves_nothing_behind(store: Store, spec: JobSpec, tmp_path: Path) -> None:
-    job = store.jobs.create(spec, owner="k")[0]
+    job = store.jobs.create(spec, owner=FIRST_USER)[0]
     bells = Bells(2)
 
     async def leave() -> None:
@@ -100,8 +100,8 @@ def test_a_reader_that_leaves_leaves_nothing_behind(store: Store, spec: JobSpec,
 
 @pytest.mark.parametrize("after", [0, 1, 2])
 def test_resuming_anywhere_loses_and_repeats_nothing(store: Store, spec: JobSpec, after: int) -> None:
-    job = store.jobs.create(spec, owner="k")[0]
-    store.jobs.cancel(job.id)
+    job = store.jobs.create(spec, owner=FIRST_USER)[0]
+    store.actions.cancel(job.id)
 
     async def read() -> str:
         return b"".join([part async for part in stream_events(store, Bells(2), job.id, after)]).decode()

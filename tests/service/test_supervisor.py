@@ -43,7 +43,7 @@ class Bench:
         asyncio.run(look())
 
     def submit(self, **spec: object) -> str:
-        return self.store.jobs.create(JobSpec.model_validate(spec), owner="k")[0].id
+        return self.store.jobs.create(JobSpec.model_validate(spec), owner=FIRST_USER)[0].id
 
     def job(self, job_id: str) -> Job:
         return self.store.jobs.get(job_id)
@@ -166,7 +166,7 @@ def test_a_run_that_goes_on_while_the_api_is_down_loses_nothing(bench: Bench) ->
     bench.ray.set_status(sid(job_id), "SUCCEEDED")
     bench.looks()
     assert bench.job(job_id).status == "succeeded"
-    assert [row["step"] for row in bench.store.jobs.metrics(job_id, max_points=100).data] == list(range(1, 51))
+    assert [row["step"] for row in bench.store.records.metrics(job_id, max_points=100).data] == list(range(1, 51))
     assert bench.ray.submits == [sid(job_id)]
 
 
@@ -219,7 +219,7 @@ def test_what_json_cannot_carry_is_written_out(bench: Bench) -> None:
 def test_cancel_stops_the_driver_and_is_done_when_it_is_gone(bench: Bench) -> None:
     job_id = bench.submit()
     bench.looks()
-    bench.store.jobs.cancel(job_id)
+    bench.store.actions.cancel(job_id)
     bench.looks()
     assert bench.ray.stops == [sid(job_id)] and bench.job(job_id).status == "cancelling"
     bench.looks(2)
@@ -228,9 +228,9 @@ def test_cancel_stops_the_driver_and_is_done_when_it_is_gone(bench: Bench) -> No
 
 def test_cancel_before_ray_has_heard_of_the_job_needs_no_stop(bench: Bench) -> None:
     job_id = bench.submit()
-    attempt = bench.store.attempts.claim(1)
+    attempt = bench.store.queue.claim(1)
     assert attempt
-    bench.store.jobs.cancel(job_id)
+    bench.store.actions.cancel(job_id)
     bench.looks(2)
     assert bench.job(job_id).status == "cancelled" and bench.ray.submits == []
 
@@ -238,7 +238,7 @@ def test_cancel_before_ray_has_heard_of_the_job_needs_no_stop(bench: Bench) -> N
 def test_a_run_that_finished_before_the_stop_reached_it_has_succeeded(bench: Bench) -> None:
     job_id = bench.submit()
     bench.looks()
-    bench.store.jobs.cancel(job_id)
+    bench.store.actions.cancel(job_id)
     with bench.events(job_id) as events:
         events.emit("outcome", status="succeeded", error=None)
     bench.looks()
@@ -251,7 +251,7 @@ def test_without_ray_jobs_wait_and_say_why_once(bench: Bench) -> None:
     bench.looks(3)
     job = bench.job(job_id)
     assert job.status == "queued" and job.status_reason and "does not answer" in job.status_reason
-    assert len(bench.store.jobs.events(job_id).data) == 3
+    assert len(bench.store.records.events(job_id).data) == 3
     bench.ray.down = False
     bench.looks()
     assert bench.job(job_id).status == "starting" and bench.job(job_id).status_reason is None
@@ -365,8 +365,8 @@ def test_gpus_are_used_where_the_cluster_has_them(bench: Bench, monkeypatch: pyt
     ],
 )
 def test_what_is_decided(store: Store, state: str, job_state: JobState, status: str | None, step: Step) -> None:
-    store.jobs.create(JobSpec(), owner="k")
-    claimed = store.attempts.claim(1)
+    store.jobs.create(JobSpec(), owner=FIRST_USER)
+    claimed = store.queue.claim(1)
     assert claimed
     attempt = dataclasses.replace(claimed, state=state, job_state=job_state, ended_at=99.0)
     ray_job = None if status is None else RayJob(attempt.submission_id, status, "", {})

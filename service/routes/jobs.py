@@ -1,0 +1,144 @@
+"""Jobs: made, listed, read, and asked to end, pause, go on or begin again."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Annotated, Literal
+
+from fastapi import APIRouter, Header, Query, Request, Response
+
+from scheduler.errors import UserError
+from service.checks import check_model, check_paths, needs_catalogue
+from service.errors import InvalidRequestError, Issue
+from service.lifecycle import JobState
+from service.routes.world import PROBLEM, ByCaller, InWorld, Limit, World
+from service.schemas import Job, Page
+from service.store import Caller, JobQuery
+from service.telemetry import current_trace
+from workers.contract import JobSpec
+
+IdempotencyKey = Annotated[str | None, Header(alias="Idempotency-Key", min_length=1, max_length=255)]
+Moment = Annotated[float | None, Query(ge=0, le=2**40, description="Unix seconds")]
+MAX_FILTERS = 8
+
+router = APIRouter(tags=["jobs"], responses=PROBLEM)
+
+
+@router.post("", status_code=201, response_model=Job)
+async def create_job(
+    spec: JobSpec, world: InWorld, caller: ByCaller, response: Response, idempotency_key: IdempotencyKey = None
+) -> Job:
+    """Put a job into the queue; with an Idempotency-Key that was used within 24 hours, give that answer again."""
+    owner, jobs = caller.user_id, world.store.jobs
+    known = None
+    if idempotency_key is not None:
+        known = await asyncio.to_thread(lambda: jobs.replay(spec, owner=owner, idempotency_key=idempotency_key))
+    if known is None:
+        await _check(world, spec)
+        trace = current_trace()
+        made, fresh = await asyncio.to_thread(
+            lambda: jobs.create(spec, owner=owner, idempotency_key=idempotency_key, trace=trace)
+        )
+    else:
+        made, fresh = known, False
+    response.headers["Location"] = f"/v1/jobs/{made.id}"
+    if not fresh:
+        response.headers["Idempotency-Replayed"] = "true"
+    return made
+
+
+@router.get("", response_model=Page[Job])
+def list_jobs(
+    request: Request,
+    world: InWorld,
+    caller: ByCaller,
+    after: Annotated[str | None, Query(max_length=80)] = None,
+    limit: Limit = 20,
+    order: Literal["asc", "desc"] = "desc",
+    status: Annotated[list[JobState] | None, Query(description="One or more states")] = None,
+    model: Annotated[str | None, Query(max_length=200)] = None,
+    search: Annotated[
+        str | None, Query(max_length=200, description="Part of id, name, model, dataset or metadata, in any case")
+    ] = None,
+    owner: Annotated[str | None, Query(max_length=80, description="A user's name; administrators only")] = None,
+    created_after: Moment = None,
+    created_before: Moment = None,
+) -> Page[Job]:
+    """Jobs by age, newest first; `metadata[KEY]=VALUE` narrows to those that have it."""
+    query = JobQuery(
+        after=after,
+        limit=limit,
+        order=order,
+        status=tuple(status or ()),
+        model=model,
+        search=search,
+        owner=_narrowed(world, caller, owner),
+        created_after=created_after,
+        created_before=created_before,
+        metadata=_metadata(request),
+    )
+    return world.store.jobs.list(query, world.standings.now())
+
+
+@router.get("/{job_id}", response_model=Job)
+def get_job(job_id: str, world: InWorld, caller: ByCaller) -> Job:
+    """One job."""
+    return world.store.jobs.get(job_id, owner=caller.reach, standing=world.standings.now())
+
+
+@router.post("/{job_id}/cancel", response_model=Job)
+def cancel_job(job_id: str, world: InWorld, caller: ByCaller) -> Job:
+    """End a job; harmless when asked again."""
+    return world.store.actions.cancel(job_id, owner=caller.reach)
+
+
+@router.post("/{job_id}/pause", response_model=Job)
+def pause_job(job_id: str, world: InWorld, caller: ByCaller) -> Job:
+    """Have a job keep what it has learnt and give its devices back; harmless when asked again."""
+    return world.store.actions.pause(job_id, owner=caller.reach)
+
+
+@router.post("/{job_id}/resume", response_model=Job)
+def resume_job(job_id: str, world: InWorld, caller: ByCaller) -> Job:
+    """Put a paused job into the queue again; it goes on from its newest checkpoint."""
+    return world.store.actions.resume(job_id, owner=caller.reach)
+
+
+@router.post("/{job_id}/retry", response_model=Job)
+def retry_job(job_id: str, world: InWorld, caller: ByCaller) -> Job:
+    """Give a job that failed or was cancelled another attempt, under the same id."""
+    return world.store.actions.retry(job_id, owner=caller.reach)
+
+
+async def _check(world: World, spec: JobSpec) -> None:
+    """Raise InvalidRequestError with everything that is wrong with the job's model, weights and dataset."""
+    issues = []
+    if needs_catalogue(spec):
+        issues += check_model(spec.model, await world.catalogue.models())
+    if spec.weights is not None or spec.dataset != "digits":
+        issues += await asyncio.to_thread(check_paths, spec, world.settings.all_roots)
+    if issues:
+        raise InvalidRequestError(issues)
+
+
+def _narrowed(world: World, caller: Caller, owner: str | None) -> str | None:
+    """Whose jobs are listed: an administrator may ask for anybody's, others get their own."""
+    if owner is None:
+        return caller.reach
+    try:
+        asked = world.store.access.user_named(owner).id
+    except UserError:
+        asked = ""
+    return asked if caller.is_admin or asked == caller.user_id else ""
+
+
+def _metadata(request: Request) -> dict[str, str]:
+    """The filters `metadata[KEY]=VALUE`; FastAPI has no word for them."""
+    found = {
+        name[9:-1]: value
+        for name, value in request.query_params.items()
+        if name.startswith("metadata[") and name.endswith("]")
+    }
+    if len(found) > MAX_FILTERS:
+        raise InvalidRequestError([Issue("metadata", f"Filter by at most {MAX_FILTERS} entries of metadata.")])
+    return found

@@ -1,0 +1,96 @@
+"""What a run printed: the driver's log and each rank's, by byte offsets, however large they are."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Annotated
+
+from fastapi import APIRouter, Query, Response
+from fastapi.responses import StreamingResponse
+
+from service.errors import NotFoundError
+from service.routes.world import PROBLEM, ByCaller, InWorld, World
+from service.store import Caller
+
+DRIVER = "driver"
+MAX_BYTES = 1 << 20
+FOLLOW_S = 0.5
+PLAIN = "text/plain; charset=utf-8"
+_HEADERS = {"X-Accel-Buffering": "no"}
+
+router = APIRouter(tags=["jobs"], responses=PROBLEM)
+Offset = Annotated[int, Query(le=2**53, description="Bytes to pass over; negative counts from the end")]
+Rank = Annotated[int | None, Query(ge=0, lt=10_000, description="A worker's log instead of the driver's")]
+
+
+@router.get(
+    "/{job_id}/logs",
+    response_class=Response,
+    responses={200: {"content": {"text/plain": {}}, "description": "A part of the log, or with `follow` a stream"}},
+)
+async def read_logs(
+    job_id: str,
+    world: InWorld,
+    caller: ByCaller,
+    attempt: Annotated[int | None, Query(ge=1, lt=2**31)] = None,
+    rank: Rank = None,
+    offset: Offset = 0,
+    limit: Annotated[int, Query(ge=1, le=MAX_BYTES)] = MAX_BYTES,
+    follow: bool = False,
+) -> Response:
+    """Bytes of a log from `offset` on, at most `limit`: `X-Log-Offset` is where to go on, `X-Log-Size` its length.
+
+    With `follow`, all from `offset` on and what is written until the attempt has ended.
+    """
+    records = world.store.records
+    number, submission_id = await asyncio.to_thread(lambda: records.submission_id(job_id, attempt, owner=caller.reach))
+    path = world.settings.attempt_dir(job_id, number) / "logs" / f"{DRIVER if rank is None else f'rank{rank}'}.log"
+    if follow:
+        world.streams.room.check(caller.user_id)
+        stream = _follow(world, caller, job_id, number, path, offset)
+        return StreamingResponse(stream, media_type=PLAIN, headers=_HEADERS)
+    found = await asyncio.to_thread(_read, path, offset, limit)
+    if found is None and rank is not None:
+        raise NotFoundError(f"There is no log of rank {rank}.", code="log_not_found", param="rank")
+    if found is None:
+        printed = (await world.ray.logs(submission_id) or "").encode()
+        start = min(len(printed), offset if offset >= 0 else max(0, len(printed) + offset))
+        found = printed[start : start + limit], start, len(printed)
+    content, start, size = found
+    headers = {"X-Log-Offset": str(start + len(content)), "X-Log-Size": str(size)}
+    return Response(content, media_type=PLAIN, headers=headers)
+
+
+async def _follow(
+    world: World, caller: Caller, job_id: str, number: int, path: Path, offset: int
+) -> AsyncIterator[bytes]:
+    with world.streams.room.taken(caller.user_id):
+        while True:
+            # Whether it goes on is asked before the file is read: of a run that was over then, all is read now.
+            job = await asyncio.to_thread(world.store.jobs.get, job_id)
+            found = await asyncio.to_thread(_read, path, offset, MAX_BYTES)
+            if found is not None:
+                content, start, _ = found
+                offset = start + len(content)
+                if content:
+                    yield content
+                    continue
+            if job.is_final or job.attempt != number or job.status in ("paused", "queued"):
+                return
+            await asyncio.sleep(FOLLOW_S)
+
+
+def _read(path: Path, offset: int, limit: int) -> tuple[bytes, int, int] | None:
+    """(bytes, where they begin, size of the file), or None where there is no file."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+    except OSError:
+        return None
+    with os.fdopen(descriptor, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        start = min(size, offset if offset >= 0 else max(0, size + offset))
+        file.seek(start)
+        return file.read(min(limit, size - start)), start, size

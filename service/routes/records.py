@@ -1,0 +1,107 @@
+"""What belongs to a job: events, metrics, plan, ledger, artifacts, checkpoints."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+from pathlib import Path
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Header, Query, Request
+from fastapi.responses import FileResponse, StreamingResponse
+
+from service.errors import NotFoundError
+from service.routes.world import PROBLEM, ByCaller, InWorld, Limit
+from service.schemas import Artifact, Checkpoint, Event, LedgerView, MetricsPage, Page, PlanView
+from service.store.jobs import page
+
+MAX_POINTS = 2000
+SSE = "text/event-stream"
+
+router = APIRouter(tags=["jobs"], responses=PROBLEM)
+
+
+@router.get(
+    "/{job_id}/events",
+    response_model=Page[Event],
+    responses={200: {"content": {SSE: {}}, "description": "A page, or a live stream"}},
+)
+async def read_events(
+    job_id: str,
+    request: Request,
+    world: InWorld,
+    caller: ByCaller,
+    after: Annotated[int | None, Query(ge=0, lt=2**31)] = None,
+    limit: Limit = 100,
+    last_event_id: Annotated[str | None, Header(alias="Last-Event-ID")] = None,
+) -> Any:
+    """History from `after` on: a page, or with `Accept: text/event-stream` a stream that ends when the job has."""
+    records, reach = world.store.records, caller.reach
+    if SSE not in request.headers.get("accept", ""):
+        return await asyncio.to_thread(lambda: records.events(job_id, after=after or 0, limit=limit, owner=reach))
+    await asyncio.to_thread(lambda: world.store.jobs.get(job_id, owner=reach))
+    world.streams.room.check(caller.user_id)
+    # A browser that reconnects asks the same URL again: its header is the newer word.
+    start = max(after or 0, resume_point(last_event_id))
+    return StreamingResponse(
+        world.streams.follow(job_id, start, caller.user_id),
+        media_type=SSE,
+        headers={"X-Accel-Buffering": "no"},
+    )
+
+
+@router.get("/{job_id}/metrics", response_model=MetricsPage)
+def read_metrics(
+    job_id: str,
+    world: InWorld,
+    caller: ByCaller,
+    max_points: Annotated[int, Query(ge=1, le=MAX_POINTS)] = MAX_POINTS,
+) -> MetricsPage:
+    """What the steps measured, thinned evenly; the newest step is always among them."""
+    return world.store.records.metrics(job_id, max_points=max_points, owner=caller.reach)
+
+
+@router.get("/{job_id}/plan", response_model=PlanView)
+def read_plan(job_id: str, world: InWorld, caller: ByCaller) -> PlanView:
+    """The newest plan: placement, op tables, forecast."""
+    return PlanView(job_id=job_id, plan=world.store.records.plan(job_id, owner=caller.reach))
+
+
+@router.get("/{job_id}/ledger", response_model=LedgerView)
+def read_ledger(job_id: str, world: InWorld, caller: ByCaller) -> LedgerView:
+    """Predicted beside measured."""
+    return LedgerView(job_id=job_id, ledger=world.store.records.ledger(job_id, owner=caller.reach))
+
+
+@router.get("/{job_id}/checkpoints", response_model=Page[Checkpoint])
+def list_checkpoints(job_id: str, world: InWorld, caller: ByCaller) -> Page[Checkpoint]:
+    """The states from which the job can go on, newest first."""
+    found = world.store.records.checkpoints(job_id, owner=caller.reach)
+    return page(list(found), [checkpoint.name for checkpoint in found], more=False)
+
+
+@router.get("/{job_id}/artifacts", response_model=Page[Artifact])
+def list_artifacts(job_id: str, world: InWorld, caller: ByCaller) -> Page[Artifact]:
+    """The files a job produced."""
+    found = world.store.records.artifacts(job_id, owner=caller.reach)
+    return page(list(found), [artifact.name for artifact in found], more=False)
+
+
+@router.get("/{job_id}/artifacts/{name:path}", response_class=FileResponse)
+def download_artifact(job_id: str, name: str, world: InWorld, caller: ByCaller) -> FileResponse:
+    """One file, or with `Range` a part of it. `name` is looked up in the recorded list, never made into a path."""
+    artifact = world.store.records.artifact(job_id, name, owner=caller.reach)
+    home = (world.settings.home / "jobs" / job_id).resolve()
+    path = (home / artifact.path).resolve()
+    if not path.is_relative_to(home) or not path.is_file():
+        raise NotFoundError(f"The file of artifact '{artifact.name}' is gone.", code="artifact_gone", param="name")
+    headers = {}
+    if artifact.sha256:
+        headers["Repr-Digest"] = f"sha-256=:{base64.b64encode(bytes.fromhex(artifact.sha256)).decode()}:"
+    return FileResponse(path, filename=Path(artifact.name).name, headers=headers)
+
+
+def resume_point(last_event_id: str | None) -> int:
+    """The number in `Last-Event-ID`; 0 where it is none of ours."""
+    ours = last_event_id is not None and last_event_id.isascii() and last_event_id.isdecimal()
+    return int(last_event_id) if ours and last_event_id and len(last_event_id) < 10 else 0

@@ -1,0 +1,67 @@
+"""What the routes work with, and how they get at it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from fastapi import Depends, Query, Request
+
+from service.catalogue import Catalogue
+from service.errors import ForbiddenError
+from service.planners import Planners
+from service.ray_jobs import RayJobs
+from service.schemas import Problem
+from service.settings import Settings
+from service.standing import Standings
+from service.store import Attempt, Caller, Store
+from service.streams import Streams
+
+PROBLEM: dict[int | str, dict[str, Any]] = {"default": {"model": Problem, "description": "A problem (RFC 9457)"}}
+Limit = Annotated[int, Query(ge=1, le=100)]
+
+
+@dataclass(frozen=True)
+class World:
+    """The parts of the service; made by `create_app`."""
+
+    settings: Settings
+    store: Store
+    streams: Streams
+    standings: Standings
+    ray: RayJobs
+    catalogue: Catalogue
+    planners: Planners
+
+
+def _world(request: Request) -> World:
+    world = request.app.state.world
+    assert isinstance(world, World)
+    return world
+
+
+def _caller(request: Request) -> Caller:
+    """Who the door let in."""
+    caller = request.state.caller
+    assert isinstance(caller, Caller)
+    return caller
+
+
+def _admin(request: Request) -> Caller:
+    caller = _caller(request)
+    if not caller.is_admin:
+        raise ForbiddenError("Only an administrator may do this.", code="admin_only")
+    return caller
+
+
+def _attempt(request: Request) -> Attempt:
+    """The attempt whose token the door let in."""
+    attempt = request.state.attempt
+    assert isinstance(attempt, Attempt)
+    return attempt
+
+
+InWorld = Annotated[World, Depends(_world)]
+ByCaller = Annotated[Caller, Depends(_caller)]
+ByAdmin = Annotated[Caller, Depends(_admin)]
+ByRun = Annotated[Attempt, Depends(_attempt)]

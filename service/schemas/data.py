@@ -1,0 +1,79 @@
+"""Datasets that are registered, and models that can be trained."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from service.schemas.access import Name
+from service.schemas.base import Wire
+from workers.contract import Frozen
+
+
+class DatasetBody(Frozen):
+    """A dataset to register: a name for `dataset: "dataset:NAME"` in a job, and the folder behind it."""
+
+    name: Name
+    uri: Annotated[str, Field(min_length=1, max_length=4096)]
+
+
+class DatasetClass(Wire):
+    """One class and its images."""
+
+    name: str
+    num_train: int
+    num_test: int
+
+
+class Dataset(Wire):
+    """A registered image folder, as it was listed when it was registered or inspected last."""
+
+    id: str
+    object: Literal["dataset"] = "dataset"
+    owner: str | None = None
+    name: str
+    uri: str
+    num_classes: int
+    num_train: int
+    num_test: int
+    classes: list[DatasetClass] = Field(default_factory=list)
+    created_at: int
+
+
+class Sample(Wire):
+    """One image of a dataset, small: `thumbnail` is a data URI of a PNG; `error` says why there is none."""
+
+    split: str
+    label: str
+    file: str
+    width: int | None = None
+    height: int | None = None
+    thumbnail: str | None = None
+    error: str | None = None
+
+
+class SampleList(Wire):
+    """A few images of every class."""
+
+    object: Literal["list"] = "list"
+    data: list[Sample]
+
+
+class Model(Wire):
+    """A timm model that can be trained: its shape, and the memory that one worker would need for all of it.
+
+    `memory_bytes` is weights, gradients and AdamW's two moments in float32, without activations. Its weights are not
+    downloaded: a job names a local file.
+    """
+
+    id: str
+    object: Literal["model"] = "model"
+    params: int
+    blocks: int
+    heads: int
+    dim: int
+    img_size: int
+    patch_size: int
+    in_chans: int
+    memory_bytes: int

@@ -1,0 +1,148 @@
+"""Jobs and what belongs to one: events, metrics, plan, ledger, artifacts, checkpoints."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field
+
+from service.schemas.base import Wire
+from workers.contract import Frozen
+
+
+class JobError(Wire):
+    """Why a job failed. `fault` says whose it is: user, system or capacity."""
+
+    code: str
+    fault: str
+    message: str
+    param: str | None = None
+
+
+class Progress(Wire):
+    """How far the steps are. `fraction` is step / total_steps."""
+
+    step: int = 0
+    total_steps: int | None = None
+    fraction: float = 0.0
+    eta_seconds: float | None = None
+
+
+class Usage(Wire):
+    """What ran so far as a fraction of all-FULL, the mean over steps, and the seconds that workers were held."""
+
+    compute_fraction: float | None = None
+    bytes_fraction: float | None = None
+    device_seconds: float | None = None
+
+
+class Job(Wire):
+    """One job as the API shows it; times are Unix seconds.
+
+    `queue_position` counts from 1 while it waits, as of the service's last look at the queue.
+    """
+
+    id: str
+    object: Literal["job"] = "job"
+    owner: str | None = None
+    name: str | None = None
+    status: str
+    status_reason: str | None = None
+    attempt: int = 0
+    priority: int = 0
+    queue_position: int | None = None
+    estimated_start_at: int | None = None
+    model: str
+    dataset: str
+    method: dict[str, Any] = Field(default_factory=dict)
+    seed: int = 0
+    metadata: dict[str, str] = Field(default_factory=dict)
+    spec: dict[str, Any] = Field(default_factory=dict)
+    progress: Progress = Progress()
+    metrics: dict[str, Any] = Field(default_factory=dict)
+    usage: Usage = Usage()
+    estimate: dict[str, Any] | None = None
+    error: JobError | None = None
+    created_at: int
+    started_at: int | None = None
+    finished_at: int | None = None
+
+    @property
+    def is_final(self) -> bool:
+        return self.status in ("succeeded", "failed", "cancelled")
+
+
+class Event(Wire):
+    """One line of a job's history; `seq` counts from 1 within the job."""
+
+    id: str
+    object: Literal["job.event"] = "job.event"
+    seq: int
+    attempt: int = 0
+    created_at: float
+    level: str = "info"
+    type: str
+    message: str = ""
+    data: dict[str, Any] = Field(default_factory=dict)
+
+
+class Artifact(Wire):
+    """One file that a job produced."""
+
+    name: str
+    object: Literal["job.artifact"] = "job.artifact"
+    bytes: int | None = None
+    sha256: str | None = None
+    created_at: int
+
+
+class MetricsPage(Wire):
+    """The steps of a job, thinned evenly to at most `max_points`; `total` counts them all."""
+
+    object: Literal["list"] = "list"
+    data: list[dict[str, Any]]
+    total: int
+
+
+class PlanView(Wire):
+    """The newest plan of a job."""
+
+    object: Literal["plan"] = "plan"
+    job_id: str
+    plan: dict[str, Any]
+
+
+class LedgerView(Wire):
+    """The ledger of a job: predicted beside measured."""
+
+    object: Literal["ledger"] = "ledger"
+    job_id: str
+    ledger: dict[str, Any]
+
+
+class Checkpoint(Wire):
+    """A state from which the job can go on; `sha256` is that of its manifest, which has one of each file."""
+
+    name: str
+    object: Literal["job.checkpoint"] = "job.checkpoint"
+    attempt: int
+    step: int
+    bytes: int | None = None
+    sha256: str | None = None
+    created_at: int
+
+
+class RunEvents(Frozen):
+    """What a run posts: lines of its own event file as they stand there, `seq` the offset behind each."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    attempt: int
+    events: Annotated[list[dict[str, Any]], Field(max_length=1000)] = Field(default_factory=list)
+
+
+class RunAnswer(Wire):
+    """How far the service has the run's file, and what it wants of the run: pause, cancel or nothing."""
+
+    offset: int
+    want: str | None = None

@@ -1,0 +1,107 @@
+"""What users ask of a job that exists: cancel, pause, resume, retry. Each is harmless when asked again."""
+
+from __future__ import annotations
+
+import time
+
+from sqlalchemy.orm import Session
+
+from service.errors import ConflictError
+from service.lifecycle import PAUSABLE, RETRIED, JobState
+from service.schemas import Job
+from service.store.database import Database
+from service.store.jobs import job_row, owner_name
+from service.store.journal import move
+from service.store.views import job_view
+from service.tables import JobRow
+
+PAUSE, STOP = "pause", "stop"  # what a driver is asked: the latter where it has done nothing yet
+
+
+class Actions:
+    """The action shelf of the store; `owner` as in `Jobs`."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def cancel(self, job_id: str, *, owner: str | None = None) -> Job:
+        """Ask for the end of a job: at once while it waits, otherwise once its driver has let go.
+
+        Raises ConflictError when it has already succeeded or failed.
+        """
+        with self._database.write() as session:
+            row = job_row(session, job_id, owner, lock=True)
+            state = JobState(row.state)
+            if state in (JobState.SUCCEEDED, JobState.FAILED):
+                raise ConflictError(f"Job {job_id} has already {state}; it cannot be cancelled.", code="job_is_final")
+            row.requeue = False
+            if state in (JobState.QUEUED, JobState.PAUSED):
+                move(session, row, JobState.CANCELLED, message=f"cancelled while it was {state}")
+            elif state not in (JobState.CANCELLING, JobState.CANCELLED):
+                move(session, row, JobState.CANCELLING, message="cancel was asked for")
+            return _view(session, row)
+
+    def pause(self, job_id: str, *, owner: str | None = None) -> Job:
+        """Have a job give its devices back and keep what it has learnt; at once while it waits.
+
+        Raises ConflictError when it has ended, or is about to.
+        """
+        with self._database.write() as session:
+            row = job_row(session, job_id, owner, lock=True)
+            state = JobState(row.state)
+            row.requeue = False
+            if state is JobState.QUEUED:
+                move(session, row, JobState.PAUSED, message="paused before it started")
+            elif state in PAUSABLE:
+                begin_pause(session, row, "pause was asked for")
+            elif state not in (JobState.PAUSING, JobState.PAUSED):
+                raise ConflictError(f"Job {job_id} is {state}; it cannot be paused.", code="job_not_pausable")
+            return _view(session, row)
+
+    def resume(self, job_id: str, *, owner: str | None = None) -> Job:
+        """Put a paused job into the queue again. Raises ConflictError unless it is paused, or waits or runs already."""
+        with self._database.write() as session:
+            row = job_row(session, job_id, owner, lock=True)
+            state = JobState(row.state)
+            if state is JobState.PAUSED:
+                requeue(session, row, "resumed")
+            elif state is JobState.PAUSING:
+                row.requeue = True
+            elif state is not JobState.QUEUED and state not in PAUSABLE:
+                raise ConflictError(f"Job {job_id} is {state}; there is nothing to resume.", code="job_not_paused")
+            return _view(session, row)
+
+    def retry(self, job_id: str, *, owner: str | None = None) -> Job:
+        """Give a job that failed or was cancelled another attempt, under the same id, from its newest checkpoint.
+
+        Raises ConflictError when it has succeeded, or has not ended.
+        """
+        with self._database.write() as session:
+            row = job_row(session, job_id, owner, lock=True)
+            state = JobState(row.state)
+            if state not in RETRIED:
+                message = f"Job {job_id} is {state}; only what failed or was cancelled can be retried."
+                raise ConflictError(message, code="job_not_retryable")
+            row.error, row.finished_at = None, None
+            requeue(session, row, "another attempt was asked for")
+            return _view(session, row)
+
+
+def begin_pause(session: Session, row: JobRow, message: str, *, requeue: bool = False) -> None:
+    """Ask a job's driver to stop where it can go on; one that has not begun to train loses nothing by a plain end."""
+    row.want = PAUSE if row.state == JobState.RUNNING else STOP
+    row.requeue = requeue
+    move(session, row, JobState.PAUSING, message=message)
+
+
+def requeue(session: Session, row: JobRow, message: str) -> None:
+    """Have a job wait again; its time to wait begins anew."""
+    row.want, row.requeue = None, False
+    row.queued_at = time.time()
+    timeout_s = row.spec.get("queue_timeout_s")
+    row.queue_deadline = None if timeout_s is None else row.queued_at + timeout_s
+    move(session, row, JobState.QUEUED, message=message)
+
+
+def _view(session: Session, row: JobRow) -> Job:
+    return job_view(row, owner_name(session, row), None)

@@ -1,0 +1,192 @@
+"""The queue: which job starts next, what holds the others up, and what they may expect. `service.queueing` decides."""
+
+from __future__ import annotations
+
+import secrets
+import statistics
+import time
+from collections.abc import Callable, Mapping
+
+from sqlalchemy import Select, func, or_, select
+from sqlalchemy.orm import Session
+
+from service.lifecycle import HOLDING, JobState
+from service.queueing import (
+    DEFAULT_JOB_S,
+    Load,
+    Running,
+    Waiting,
+    decayed,
+    expected_waits,
+    start_order,
+    to_preempt,
+)
+from service.store.actions import begin_pause
+from service.store.attempts import CREATED, SETTLED, Attempt, attempt_view
+from service.store.database import Database
+from service.store.journal import explain, move
+from service.store.views import Standing
+from service.tables import AttemptRow, JobRow, UserRow
+
+Fits = Callable[[int], str | None]  # workers → why the cluster is too small for them, or None
+NUM_RECENT = 20  # ended jobs from whose length that of others is guessed
+
+
+class Queue:
+    """The queue shelf of the store. `default_running`: jobs of one user that run at once, where nothing is set."""
+
+    def __init__(self, database: Database, default_running: int | None) -> None:
+        self._database = database
+        self._default_running = default_running
+
+    def claim(self, max_running: int, fits: Fits = lambda workers: None) -> Attempt | None:
+        """Take the job whose turn it is and open its next attempt, unless that many are open already.
+
+        A job that the cluster is too small for is told so and passed over.
+        """
+        with self._database.write() as session:
+            if _num_open(session) >= max_running:
+                return None
+            loads = self._loads(session)
+            for waiting in start_order(_waiting(session), loads):
+                job = session.get(JobRow, waiting.job_id, with_for_update=True)
+                if job is None or job.state != JobState.QUEUED or loads.get(job.owner, Load()).is_full:
+                    continue
+                why = fits(waiting.workers)
+                explain(session, job, why)
+                if why is None:
+                    return _open_attempt(session, job)
+        return None
+
+    def may_claim(self, max_running: int) -> bool:
+        """Whether a job waits and there is room for it."""
+        with self._database.read() as session:
+            return _num_open(session) < max_running and session.scalar(_queued().limit(1)) is not None
+
+    def explain(self, reason: str | None) -> None:
+        """Say on every queued job why nothing starts; None takes it back."""
+        same = JobRow.status_reason.is_(None) if reason is None else JobRow.status_reason == reason
+        other = JobRow.status_reason.is_not(None) if reason is None else or_(JobRow.status_reason.is_(None), ~same)
+        with self._database.read() as session:
+            if session.scalar(_queued().where(other).limit(1)) is None:
+                return
+        with self._database.write() as session:
+            for job in session.scalars(_queued().where(other)):
+                explain(session, job, reason)
+
+    def expire(self) -> int:
+        """Fail the jobs that have waited longer than they would; how many there were."""
+        late = _queued().where(JobRow.queue_deadline < time.time())
+        with self._database.read() as session:
+            if session.scalar(late.limit(1)) is None:
+                return 0
+        with self._database.write() as session:
+            jobs = session.scalars(late.with_for_update()).all()
+            for job in jobs:
+                why = f" What it waited for: {job.status_reason}" if job.status_reason else ""
+                message = f"The job had not started after {job.spec['queue_timeout_s']:g} s.{why}"
+                error = {"code": "queue_timeout", "fault": "capacity", "message": message, "param": "queue_timeout_s"}
+                move(session, job, JobState.FAILED, error=error)
+            return len(jobs)
+
+    def preempt(self, max_running: int, at_least_s: float, fits: Fits = lambda workers: None) -> str | None:
+        """Ask the running job that is to make room for the first that waits to pause; its id, or None."""
+        with self._database.read() as session:
+            if session.scalar(_queued().limit(1)) is None or _num_open(session) < max_running:
+                return None
+        with self._database.write() as session:
+            loads = self._loads(session)
+            order = (job for job in start_order(_waiting(session), loads) if fits(job.workers) is None)
+            first = next((job for job in order if not loads.get(job.owner, Load()).is_full), None)
+            running = _running(session)
+            if any(job.requeue for job in session.scalars(select(JobRow).where(JobRow.state == JobState.PAUSING))):
+                return None  # one is making room already
+            chosen = to_preempt(first, running, slots=max_running, now=time.time(), at_least_s=at_least_s)
+            if chosen is None or first is None:
+                return None
+            job = session.get_one(JobRow, chosen, with_for_update=True)
+            begin_pause(session, job, f"makes room for {first.job_id}, which has a higher priority", requeue=True)
+            return chosen
+
+    def standing(self, max_running: int) -> Mapping[str, Standing]:
+        """Every queued job's place, and when it may be expected to start."""
+        with self._database.read() as session:
+            order = start_order(_waiting(session), self._loads(session))
+            waits = expected_waits(
+                len(order), _running(session), slots=max_running, typical_s=_typical_seconds(session)
+            )
+        now = time.time()
+        return {
+            job.job_id: Standing(place, now + wait)
+            for place, (job, wait) in enumerate(zip(order, waits, strict=True), 1)
+        }
+
+    def _loads(self, session: Session) -> dict[str, Load]:
+        holding = select(JobRow.owner, func.count()).where(JobRow.state.in_(HOLDING)).group_by(JobRow.owner)
+        running = dict(session.execute(holding).tuples().all())
+        now = time.time()
+        return {
+            user.id: Load(
+                share=user.share,
+                running=running.get(user.id, 0),
+                max_running=self._default_running if user.max_running is None else user.max_running,
+                usage_s=decayed(user.usage_s, now - user.usage_at),
+            )
+            for user in session.scalars(select(UserRow))
+        }
+
+
+def _queued() -> Select[JobRow]:
+    return select(JobRow).where(JobRow.state == JobState.QUEUED)
+
+
+def _waiting(session: Session) -> list[Waiting]:
+    wanted = select(
+        JobRow.id, JobRow.owner, JobRow.priority, JobRow.queued_at, JobRow.spec["workers"].as_integer()
+    ).where(JobRow.state == JobState.QUEUED)
+    return [Waiting(*row) for row in session.execute(wanted)]
+
+
+def _running(session: Session) -> list[Running]:
+    wanted = select(JobRow, AttemptRow.created_at).join(AttemptRow).where(AttemptRow.state != SETTLED)
+    return [
+        Running(job.id, job.priority, since, job.state == JobState.RUNNING, _eta_seconds(job))
+        for job, since in session.execute(wanted)
+    ]
+
+
+def _eta_seconds(job: JobRow) -> float | None:
+    live = job.live or {}
+    metrics, average = live.get("metrics") or {}, live.get("step_average")
+    if average is None or not isinstance(metrics.get("total_steps"), int | float):
+        return None
+    return float(average) * max(0.0, metrics["total_steps"] - (metrics.get("step") or 0))
+
+
+def _typical_seconds(session: Session) -> float:
+    wanted = select(JobRow.finished_at - JobRow.started_at).where(JobRow.state == JobState.SUCCEEDED)
+    found = session.scalars(wanted.order_by(JobRow.created_at.desc()).limit(NUM_RECENT))
+    seconds = [each for each in found if each is not None]
+    return statistics.median(seconds) if seconds else DEFAULT_JOB_S
+
+
+def _num_open(session: Session) -> int:
+    return session.scalar(select(func.count()).select_from(AttemptRow).where(AttemptRow.state != SETTLED)) or 0
+
+
+def _open_attempt(session: Session, job: JobRow) -> Attempt:
+    job.attempt += 1
+    job.started_at = job.started_at or time.time()
+    row = AttemptRow(
+        job_id=job.id,
+        n=job.attempt,
+        token=f"run_{secrets.token_urlsafe(32)}",
+        submission_id=f"job-{job.id}-a{job.attempt}",
+        state=CREATED,
+        events_offset=0,
+        created_at=time.time(),
+    )
+    session.add(row)
+    move(session, job, JobState.PLANNING, message=f"attempt {job.attempt} begins")
+    session.flush()
+    return attempt_view(session, row, job)
