@@ -18,7 +18,12 @@ reads on from there, so an outage of the reader loses nothing.
 | data.skipped | {"count", "files": first names} |
 | artifact.ready | {"name", "path", "bytes", "sha256"} |
 | ledger | the ledger as a dict |
-| outcome | {"status": "succeeded" / "failed", "error": {code, fault, message, param} or null}: the last line |
+| checkpoint.saved | {"step", "name": "step-00000042", "path", "bytes" of the folder, "sha256" of its manifest.json, |
+|  | "files": how many the manifest names} |
+| checkpoint.resumed | {"name", "step"}: training goes on after it; name null and step 0 where none is whole |
+| checkpoint.damaged | {"name", "why"}: this one is passed over |
+| outcome | {"status": "succeeded" / "paused" / "failed", "error": {code, fault, message, param} or null}: the last |
+|  | line |
 """
 
 from __future__ import annotations

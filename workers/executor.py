@@ -25,7 +25,7 @@ from scheduler.cost import TALLIED
 from scheduler.program import Instruction, MessageKey
 from workers.gates import Gates
 from workers.shard import Shard
-from workers.steps import Batch, StepPrograms, StepReport, TimingKey
+from workers.steps import WISH, Batch, StepPrograms, StepReport, TimingKey
 from workers.transport import Transport
 
 
@@ -61,7 +61,8 @@ class Executor:
     `means[block, part]` are the H × D mean outputs that skip_fill "mean" adds; with `measures_means` a forward pass
     finds those of this worker's heads. A pass without gradient hands its logits to `logits(micro_batch, logits_BC)`.
     With `autocast` the sub-layers compute in that type; messages stay in the shard's. `gates`, where there are any,
-    record what FULL heads are worth on steps that are due.
+    record what FULL heads are worth on steps that are due. While `wishes` is set, a step's tally tells all workers that
+    this one wants them to stop behind it.
     """
 
     def __init__(
@@ -80,6 +81,7 @@ class Executor:
         self.measures_means = False
         self.logits: Callable[[int, Tensor], None] | None = None
         self.gates: Gates | None = None
+        self.wishes = False
         self._recording: Gates | None = None
         self._state = _StepState(Batch({}, {}), 1)
         self._do = {
@@ -130,6 +132,7 @@ class Executor:
         return StepReport(
             loss=loss,
             correct=int(correct),
+            stop=correct % 1 > 0,
             grad_norm=squares**0.5,
             wall_s=time.perf_counter() - begin,
             wait_s=kind_s["recv"],
@@ -313,7 +316,10 @@ class Executor:
 
     @torch.no_grad()
     def _tally(self, state: _StepState) -> Tensor:
-        """[gradient norm² of what this worker speaks for, loss, correct answers, loss of every image]."""
+        """[gradient norm² of what this worker speaks for, loss, correct answers, loss of every image].
+
+        Answers are whole: a fraction behind them is the wish to stop.
+        """
         if state.tally is None:
             self.shard.collect()
             params = [p for _, p in self.shard.head_parameters()] + [p for _, p in self.shard.classifier()]
@@ -323,7 +329,7 @@ class Executor:
             tally = torch.zeros(state.num_tallied, dtype=torch.float64, device=self.shard.device)
             if grads:
                 tally[0] = torch.stack(torch._foreach_norm(grads)).double().square().sum()
-            tally[1], tally[2] = state.loss, state.correct
+            tally[1], tally[2] = state.loss, state.correct + WISH * self.wishes
             for m, losses_B in state.losses.items():
                 begin = TALLIED + m * len(losses_B)
                 tally[begin : begin + len(losses_B)] = losses_B

@@ -9,10 +9,12 @@ The images of a step are the same as without sorting, and its order is fixed whe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
 
 from workers.order import AugmentKey, IndexArray, MicroBatches
 
@@ -41,3 +43,15 @@ class HardestFirst:
         indices = self._fixed.pop(step)
         for m in running:
             self.loss_N[indices[m]] = losses_MB[m]
+
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps: the losses, and the order of the step that is fetched ahead, for it is fixed."""
+        fixed = {f"fixed.{step}": torch.from_numpy(np.stack(indices)) for step, indices in self._fixed.items()}
+        return {"loss_N": torch.from_numpy(self.loss_N.copy()), **fixed}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from `state`."""
+        self.loss_N = state["loss_N"].numpy().copy()
+        for name, indices_MB in state.items():
+            if name != "loss_N":
+                self._fixed[int(name.removeprefix("fixed."))] = list(indices_MB.numpy().copy())

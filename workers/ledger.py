@@ -8,11 +8,10 @@ that the run rehearsed before training, and again after heads have moved.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from scheduler.domain import Forecast, Plan
+from scheduler.domain import Plan
 
 
 @dataclass
@@ -52,14 +51,21 @@ class Row:
     all_full: float | None
 
 
-@dataclass(frozen=True)
+@dataclass
 class Predicted:
-    """What was forecast of one step."""
+    """Sums over steps of what was forecast: of their own op tables, and of all-FULL steps in their place."""
 
-    step: Forecast
-    all_full: Forecast
-    flops: int
-    sent_bytes: int
+    steps: int = 0
+    flops: int = 0
+    sent_bytes: int = 0
+    full_flops: int = 0
+    full_bytes: int = 0
+    step_s: float = 0.0
+    busy_s: float = 0.0
+    idle_share: float = 0.0
+
+    def per_step(self, name: str) -> float | None:
+        return float(getattr(self, name)) / self.steps if self.steps else None
 
 
 @dataclass(frozen=True)
@@ -91,7 +97,7 @@ class Ledger:
 
     rehearsal: Measured = field(default_factory=Measured)
     training: Measured = field(default_factory=Measured)
-    predicted: list[Predicted] = field(default_factory=list)
+    predicted: Predicted = field(default_factory=Predicted)
     windows: list[WindowSeen] = field(default_factory=list)
     migrations: list[dict[str, Any]] = field(default_factory=list)
     accuracy_before: float | None = None
@@ -101,35 +107,43 @@ class Ledger:
 
     def planned(self, plan: Plan, flops: int, sent_bytes: int) -> None:
         """A step ran under `plan`: FLOPs and bytes of its own op table, times as the mean over the plan's cycle."""
-        self.predicted.append(Predicted(plan.forecast, plan.all_full, flops, sent_bytes))
+        told, step, full = self.predicted, plan.forecast, plan.all_full
+        told.steps += 1
+        told.flops += flops
+        told.sent_bytes += sent_bytes
+        told.full_flops += full.flops
+        told.full_bytes += full.total_bytes
+        told.step_s += step.step_us / 1e6
+        told.busy_s += sum(step.busy_us) / 1e6
+        told.idle_share += step.idle_share
 
     def rows(self) -> list[Row]:
         mine, full, told = self.training, self.rehearsal, self.predicted
 
-        def row(name: str, unit: str, predicted: float | None, key: str, scale: float = 1.0) -> Row:
-            return Row(name, unit, predicted, mine.per_step(key) * scale, full.per_step(key) * scale)
+        def row(name: str, unit: str, predicted: str, key: str, scale: float = 1.0) -> Row:
+            before = told.per_step(predicted)
+            return Row(name, unit, before and before * scale, mine.per_step(key) * scale, full.per_step(key) * scale)
 
-        flops, sent = _mean(p.flops for p in told), _mean(p.sent_bytes for p in told)
         return [
             Row(
                 "compute fraction",
                 "fraction",
-                _over(flops, _mean(p.all_full.flops for p in told)),
+                _over(told.flops, told.full_flops),
                 _over(mine.per_step("flops"), full.per_step("flops")),
                 1.0,
             ),
             Row(
                 "bytes fraction",
                 "fraction",
-                _over(sent, _mean(p.all_full.total_bytes for p in told)),
+                _over(told.sent_bytes, told.full_bytes),
                 _over(mine.per_step("sent_bytes"), full.per_step("sent_bytes")),
                 1.0,
             ),
-            row("step seconds", "s", _mean(p.step.step_us / 1e6 for p in told), "wall_s"),
-            row("idle share", "fraction", _mean(p.step.idle_share for p in told), "idle_share"),
-            row("processor seconds per step", "s", _mean(sum(p.step.busy_us) / 1e6 for p in told), "cpu_s"),
-            row("traffic per step", "MB", sent and sent / 1e6, "sent_bytes", 1e-6),
-            row("compute per step", "GFLOP", flops and flops / 1e9, "flops", 1e-9),
+            row("step seconds", "s", "step_s", "wall_s"),
+            row("idle share", "fraction", "idle_share", "idle_share"),
+            row("processor seconds per step", "s", "busy_s", "cpu_s"),
+            row("traffic per step", "MB", "sent_bytes", "sent_bytes", 1e-6),
+            row("compute per step", "GFLOP", "flops", "flops", 1e-9),
             self._forecast_row(),
         ]
 
@@ -155,11 +169,21 @@ class Ledger:
             "checkpoint": self.checkpoint,
         }
 
+    def sums(self) -> dict[str, Any]:
+        """All that a run which goes on from here has to know, as JSON."""
+        return asdict(self)
 
-def _over(above: float | None, below: float | None) -> float | None:
-    return above / below if above is not None and below else None
+    @classmethod
+    def from_sums(cls, sums: dict[str, Any]) -> Ledger:
+        """The ledger behind `sums`."""
+        told = {
+            "rehearsal": Measured(**sums["rehearsal"]),
+            "training": Measured(**sums["training"]),
+            "predicted": Predicted(**sums["predicted"]),
+            "windows": [WindowSeen(**seen) for seen in sums["windows"]],
+        }
+        return cls(**{**sums, **told})
 
 
-def _mean(values: Iterable[float]) -> float | None:
-    items = list(values)
-    return sum(items) / len(items) if items else None
+def _over(above: float, below: float) -> float | None:
+    return above / below if below else None

@@ -11,7 +11,7 @@ Axes: L blocks, H heads, B images, T steps, M micro-batches.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
 
 from scheduler.domain import ModelShape, StepShape
 from scheduler.scores import BY_SAMPLE, merge, refresh
@@ -52,6 +53,7 @@ class LiveWorth:
         self._images: GroupWorths | None = None
         self._recorded: Recorded | None = None
         self._worth_LH: npt.NDArray[np.float64] = np.ones(self.grid)
+        self._forward_LH: npt.NDArray[np.float64] = np.ones(self.grid)
 
     def score(self, model: VisionTransformer, data: Dataset, run_dir: Path) -> dict[str, Any]:
         """Score this worker's share of the images: the first ones of an order of their own. What to announce.
@@ -77,9 +79,27 @@ class LiveWorth:
             self._images = GroupWorths(self.transport, data.num_train, self.grid, self.kind, run_dir, self.device)
             self._images.learn_scored(order, batches, kept)
         mine = {"backward": backward_LH.tolist(), "forward": forward_LH.tolist(), "samples": samples}
-        scored = gather_json(self.transport, {"backward": mine["backward"], "samples": samples}, self.device)
+        scored = gather_json(self.transport, mine, self.device)
         self._worth_LH = merge((of["backward"], of["samples"]) for of in scored)
+        self._forward_LH = merge((of["forward"], of["samples"]) for of in scored)
         return mine
+
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps of the worths; single images' at rank 0."""
+        table = {} if self._images is None or self._images.table is None else self._images.table.state()
+        means = {"backward": torch.from_numpy(self._worth_LH), "forward": torch.from_numpy(self._forward_LH)}
+        return {**means, **{f"images.{name}": tensor for name, tensor in table.items()}}
+
+    def restore(self, state: Mapping[str, Tensor], num_train: int, run_dir: Path) -> dict[str, Any]:
+        """Go on from `state`, in the place of `score`; what to announce: of every worker the same."""
+        self._worth_LH, self._forward_LH = state["backward"].numpy().copy(), state["forward"].numpy().copy()
+        if self.by_sample:
+            self._images = GroupWorths(self.transport, num_train, self.grid, self.kind, run_dir, self.device)
+            if self._images.table is not None:
+                self._images.table.restore(
+                    {name.removeprefix("images."): t for name, t in state.items() if name.startswith("images.")}
+                )
+        return {"backward": self._worth_LH.tolist(), "forward": self._forward_LH.tolist(), "samples": 1}
 
     def take(self) -> Any:
         """What this worker's gates recorded in a window, to be gathered; None where nothing records."""

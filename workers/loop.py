@@ -2,7 +2,7 @@
 
 The driver waits until the cluster can hold the workers, finds or starts the scheduler actor, and hands a Ray Train
 group to `Session`. It runs alike as a Ray job of our service and under plain `ray job submit`. What happened is in the
-run's event file, whose last line is the outcome; the exit status is 0 for succeeded, 1 for failed.
+run's event file, whose last line is the outcome; the exit status is 0 for succeeded and paused, 1 for failed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from scheduler import actor
 from scheduler.domain import DeviceProfile, Plan
 from scheduler.errors import CapacityError, D2ftError, SystemFault, from_dict
 from workers import logs
+from workers.checkpoint import Vault
 from workers.contract import JobSpec, RunContext
 from workers.events import EventLog
 from workers.poster import posting
@@ -41,6 +42,7 @@ from workers.transport import Nccl, Shared
 from workers.windows import Planned, Report
 
 FAILURES_DIR = "failures"
+PAUSED_FILE = "paused.json"  # what rank 0 leaves for the driver when the group has stopped at a checkpoint
 POLL_S = 0.05
 PLAN_TIMEOUT_S = 300.0
 FORGET_TIMEOUT_S = 10.0
@@ -54,13 +56,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     context = read_context(argv)
     with logs.kept(logs.log_path(context.run_dir, "driver")) as say:
         _LOG.info("job %s, attempt %d", context.job_id, context.attempt)
+        paused = Path(context.run_dir) / PAUSED_FILE
+        paused.unlink(missing_ok=True)
         ray.init(namespace=actor.NAMESPACE, log_to_driver=True, logging_level=logging.WARNING)
         _emit(context, "phase", name="starting")
         error = _attempt(context)
         told = error.to_dict() if error else None
-        message = str(told["message"]) if told else "succeeded"
+        status = "failed" if error else "paused" if paused.exists() else "succeeded"
+        message = str(told["message"]) if told else status
         with posting(context):
-            _emit(context, "outcome", message, status="failed" if error else "succeeded", error=told)
+            _emit(context, "outcome", message, status=status, error=told)
         if error is not None:
             say(f"d2ft: job {context.job_id} failed: {message}")
     return 0 if error is None else 1
@@ -155,9 +160,12 @@ def wait_for_capacity(context: RunContext) -> None:
 
 def _trainer(context: RunContext) -> TorchTrainer:
     backend = "nccl" if context.use_gpu else "gloo"
+
+    def work() -> None:
+        run_worker(context)
+
     return TorchTrainer(
-        run_worker,
-        train_loop_config={"context": context.model_dump_json()},
+        work,  # not by `train_loop_config`, which Ray shows on its dashboard: the context has a token
         torch_config=TorchConfig(backend=backend, timeout_s=COLLECTIVE_TIMEOUT_S),
         scaling_config=ScalingConfig(
             num_workers=context.spec.workers, use_gpu=context.use_gpu, resources_per_worker=_resources(context)
@@ -175,9 +183,8 @@ def _resources(context: RunContext) -> dict[str, float]:
     return {**gpu, **context.resources_per_worker}
 
 
-def run_worker(config: dict[str, Any]) -> None:
+def run_worker(context: RunContext) -> None:
     """The body of one Ray Train worker."""
-    context = RunContext.model_validate_json(config["context"])
     with logs.kept(logs.log_path(context.run_dir, f"rank{ray.train.get_context().get_world_rank()}")):
         _work(context)
 
@@ -200,14 +207,24 @@ def _work(context: RunContext) -> None:
     planner = ActorPlanner(context, rank, ranks.get_world_size())
     with posting(context) if rank == 0 else contextlib.nullcontext():
         log = EventLog(context.run_dir) if rank == 0 else None
+        session = Session(context.spec, context.run_dir, transport, planner, log, place, vault_of(context))
         try:
-            Session(context.spec, context.run_dir, transport, planner, log, place).run()
+            session.run()
+            if rank == 0 and session.saved is not None:
+                (Path(context.run_dir) / PAUSED_FILE).write_text(json.dumps(asdict(session.saved)))
         except Exception as error:
             _record_failure(Path(context.run_dir), rank, error)
             raise
         finally:
             if log is not None:
                 log.close()
+
+
+def vault_of(context: RunContext) -> Vault:
+    """Where the job's checkpoints go, next to what Ray Train keeps, and where this attempt looks for one."""
+    directory = Path(context.storage_path) / "checkpoints" / context.job_id
+    resume_from = None if context.resume_from is None else Path(context.resume_from)
+    return Vault(directory, context.job_id, context.attempt, resume_from)
 
 
 @dataclass
@@ -229,7 +246,7 @@ class ActorPlanner:
             raise from_dict(answer["error"])
 
     def plan(self, window: int, report: Report | None) -> Planned:
-        if report is not None:
+        if report is not None and "placement" in report:
             # Should the actor lose its memory, it must not choose another placement than the one in use.
             self._announcement["placement"] = report["placement"]
         deadline = time.monotonic() + PLAN_TIMEOUT_S

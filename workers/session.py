@@ -5,7 +5,9 @@
     score     worth of heads, on other images each         train      windows of steps, a plan before each
     plan      announce, get the placement                  export     gather heads at rank 0, write plain timm weights
 
-Every worker runs the same phases in the same order; what they exchange goes through the transport or the planner.
+Every worker runs the same phases in the same order; what they exchange goes through the transport or the planner. With
+a vault a run can be paused: training stops between two steps, and a checkpoint takes the place of the export. One that
+goes on from a checkpoint loads it in `prepare`, and neither scores nor evaluates what was before.
 """
 
 from __future__ import annotations
@@ -23,7 +25,9 @@ import torch
 from scheduler.cost import Costs, residual_bytes
 from scheduler.domain import StepShape
 from workers.artifact import write_result
+from workers.checkpoint import Checkpoint, Saved, Vault, check_same_job, newest_whole, save
 from workers.contract import JobSpec
+from workers.control import PAUSE, asked
 from workers.data import open_dataset
 from workers.events import EventLog
 from workers.executor import Executor
@@ -31,12 +35,14 @@ from workers.forward import ForwardPasses
 from workers.gather import gather_json, gather_state
 from workers.ledger import Ledger
 from workers.liveworth import LiveWorth
+from workers.manifest import Manifest, fingerprint
 from workers.model import build_model, model_input
 from workers.optimiser import Adam
 from workers.order import MicroBatches
 from workers.partition import model_shape
 from workers.profiling import profile_device
 from workers.shard import Shard
+from workers.spans import Span
 from workers.transport import Transport
 from workers.windows import Engine, Planned, Planner, Windows
 
@@ -52,7 +58,10 @@ class Place:
 
 
 class Session:
-    """Runs one job on one worker of a group. `log` is given to rank 0 alone."""
+    """Runs one job on one worker of a group. `log` is given to rank 0 alone.
+
+    `saved` is the checkpoint that a paused run ended with.
+    """
 
     def __init__(
         self,
@@ -62,6 +71,7 @@ class Session:
         planner: Planner,
         log: EventLog | None,
         place: Place,
+        vault: Vault | None = None,
     ) -> None:
         self.spec, self.run_dir, self.transport, self.planner, self.log, self.place = (
             spec,
@@ -75,20 +85,28 @@ class Session:
         self.device = torch.device(place.device)
         self.autocast = torch.bfloat16 if self.device.type == "cuda" and torch.cuda.is_bf16_supported() else None
         self.ledger = Ledger()
+        self.vault = vault
+        self.saved: Saved | None = None
+        self._found: Checkpoint | None = None
 
     def run(self) -> dict[str, Any]:
-        """The whole job; returns the ledger (the same on every rank but for who wrote the checkpoint)."""
+        """The whole job, or up to a pause; returns the ledger (the same on every rank but for who wrote the result)."""
         with self._phase("prepare"):
             self._prepare()
+            self._find()
         planned = self._announce_and_plan()
         windows = self._settle(planned)
         self._emit("phase", name="running")
-        with self._phase("evaluate before"):
-            self.ledger.accuracy_before = self._evaluate("before")
+        if self._found is None:
+            with self._phase("evaluate before"):
+                self.ledger.accuracy_before = self._evaluate("before")
         with self._phase("rehearse"):
             report = windows.rehearse(planned)
         with self._phase("train"):
-            windows.train(planned, report)
+            rest = windows.train(planned, report)
+        if rest is not None:
+            self.saved = self._save(windows, rest)
+            return self.ledger.to_dict()
         self._emit("phase", name="finalizing")
         with self._phase("evaluate after"):
             self.ledger.accuracy_after = self._evaluate("after")
@@ -122,6 +140,21 @@ class Session:
                 files=self.data.skipped[:20],
             )
 
+    def _find(self) -> None:
+        """Look for a checkpoint to go on from, and take over its weights and its ledger."""
+        if self.vault is None or self.vault.resume_from is None:
+            return
+        found = newest_whole(self.vault.resume_from, self.transport, self._emit, self.device)
+        if found is None:
+            message = f"no whole checkpoint in {self.vault.resume_from}; training starts from the beginning"
+            self._emit("checkpoint.resumed", message, level="warning", name=None, step=0)
+            return
+        told = found.manifest
+        check_same_job(told, fingerprint(self.spec), self.data.num_train)
+        found.load_weights(self.model.state_dict(), self.shape)
+        self.ledger, self._found = Ledger.from_sums(told.ledger), found
+        self._emit("checkpoint.resumed", f"training goes on after step {told.step}", name=told.name, step=told.step)
+
     def _announce_and_plan(self) -> Planned:
         with self._phase("profile"):
             self.profile = profile_device(
@@ -130,7 +163,10 @@ class Session:
             )  # fmt: skip
         with self._phase("score"):
             self.worth = LiveWorth(self.spec, self.shape, self.step_shape, self.transport, self.device)
-            scores = self.worth.score(self.model, self.data, self.run_dir)
+            if self._found is None:
+                scores = self.worth.score(self.model, self.data, self.run_dir)
+            else:
+                scores = self.worth.restore(self._found.group("worth"), self.data.num_train, self.run_dir)
         self._emit("phase", name="planning")
         with self._phase("plan"):
             self.planner.announce(
@@ -142,7 +178,8 @@ class Session:
                     "request": plan_request(self.spec),
                 }
             )
-            return self.planner.plan(0, None)
+            done = None if self._found is None else self._found.manifest.step / self.total_steps
+            return self.planner.plan(0, None if done is None else {"progress": done})
 
     def _settle(self, planned: Planned) -> Windows:
         """Cut the model under the plan's placement and let go of the whole one."""
@@ -161,10 +198,18 @@ class Session:
             f"plan {plan.version}: {plan.compute_fraction:.2f} of the compute, {plan.bytes_fraction:.2f} of the bytes",
             **plan.to_dict(),
         )
-        return Windows(
+        windows = Windows(
             self.spec, self.engine, self.profile, self.data, self.order, self.total_steps, self.worth, self.planner,
-            self.ledger, self._emit,
+            self.ledger, self._emit, self._wishes_to_stop,
         )  # fmt: skip
+        if self._found is not None:
+            told = self._found.manifest
+            adam.step = told.adam_step
+            adam.rebuild(
+                shard, self._found.optimiser_state([name for name, _ in shard.named_parameters()], self.device)
+            )
+            windows.go_on(told.step, self._found.group("hardest"), self._found.group("means"), told.held)
+        return windows
 
     def _evaluate(self, when: str) -> float:
         accuracy, loss = self.engine.passes.evaluate(self.data)
@@ -177,6 +222,34 @@ class Session:
             num_images=self.data.num_test,
         )
         return accuracy
+
+    def _wishes_to_stop(self) -> bool:
+        """Only rank 0 looks; the others hear of it with the step's tallies."""
+        return self.rank == 0 and self.vault is not None and asked(self.run_dir) == PAUSE
+
+    def _save(self, windows: Windows, rest: Span) -> Saved:
+        """Write a checkpoint between two steps, `rest` being what is left of the window; collective."""
+        assert self.vault is not None and windows.plan_in_use is not None
+        shard, adam = self.engine.shard, self.engine.adam
+        manifest = Manifest(
+            job_id=self.vault.job_id,
+            fingerprint=fingerprint(self.spec),
+            step=rest.first,
+            total_steps=self.total_steps,
+            adam_step=adam.step,
+            workers=self.transport.size,
+            seed=self.spec.seed,
+            num_train=self.data.num_train,
+            window={"number": rest.number, "begin": rest.begin, "end": rest.end},
+            owners=shard.placement.owner_LH.tolist(),
+            held=windows.plan_in_use.policy.get("held"),
+            ledger=self.ledger.sums(),
+        )
+        saved = save(
+            self.vault, manifest, shard, adam, self.transport, {**windows.state(), "worth": self.worth.state()}
+        )
+        self._emit("checkpoint.saved", f"checkpoint after step {saved.step}", **asdict(saved))
+        return saved
 
     def _export(self) -> None:
         """Gather every worker's part at rank 0, which writes the result folder."""
@@ -204,7 +277,7 @@ class Session:
     def _phase(self, name: str) -> Iterator[None]:
         begin = time.perf_counter()
         yield
-        self.ledger.phases[name] = time.perf_counter() - begin
+        self.ledger.phases[name] = self.ledger.phases.get(name, 0.0) + time.perf_counter() - begin
 
 
 def plan_request(spec: JobSpec) -> dict[str, Any]:

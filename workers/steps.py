@@ -17,20 +17,22 @@ from scheduler.simulate import program_flops
 from workers.transport import Parcel
 
 TimingKey = tuple[str, str, int, int]
+WISH = 2.0**-10  # a worker's wish to stop, beside whole numbers; those of 256 workers do not make one
 
 
 @dataclass(frozen=True)
 class StepReport:
     """What one worker measured in one step. Loss and counts are sums over all workers once the tallies are in.
 
-    `losses_MB` has every image's loss, 0 where a micro-batch sat out; `wait_s` is time blocked in receives; `kind_s`
-    seconds per instruction kind; `sent_bytes` per destination; `timings_us` how long each instruction took, under its
-    `timing_keys`; none when the step was not `timed`. A step on CUDA that is not has `kind_s` of what the processor
-    did, not the device.
+    `stop` says that a worker wishes to, the same on all. `losses_MB` has every image's loss, 0 where a micro-batch sat
+    out; `wait_s` is time blocked in receives; `kind_s` seconds per instruction kind; `sent_bytes` per destination;
+    `timings_us` how long each instruction took, under its `timing_keys`; none when the step was not `timed`. A step on
+    CUDA that is not has `kind_s` of what the processor did, not the device.
     """
 
     loss: float
     correct: int
+    stop: bool
     grad_norm: float
     wall_s: float
     wait_s: float

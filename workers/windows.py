@@ -4,7 +4,8 @@
     window n    steps ─► timings folded into the profile ─► gathered by all ─► report ─► planner ─► plan of window n + 1
                                                                      another placement? ─► migrate, rehearse one step
 
-Windows end where a phase of the schedule does. All workers see the same gathered values, so they hand the same report
+Windows end where a phase of the schedule does, and where training stops on a wish; what goes on from there begins with
+the rest of that window. All workers see the same gathered values, so they hand the same report
 to the planner and get the same plan.
 """
 
@@ -14,11 +15,12 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from scheduler.compiler import compile_step
 from scheduler.cost import Costs
@@ -38,6 +40,7 @@ from workers.migration import migrate
 from workers.optimiser import Adam
 from workers.order import MicroBatches
 from workers.shard import Shard
+from workers.spans import Span, spans_from, window_spans
 from workers.steps import Batch, StepPrograms, StepReport
 from workers.transport import Transport, all_sum
 
@@ -63,7 +66,10 @@ class Planner(Protocol):
         """Say who this worker is and what it measured; repeating it is harmless."""
 
     def plan(self, window: int, report: Report | None) -> Planned:
-        """The plan of a window; waits until all have announced. All workers give the same report (None at first)."""
+        """The plan of a window; waits until all have announced. All workers give the same report.
+
+        There is none at first, but for the `progress` of a run that goes on from a checkpoint.
+        """
 
 
 @dataclass
@@ -93,7 +99,10 @@ class _Seen:
 
 
 class Windows:
-    """Runs all windows of a job on one worker; methods are collective. `emit(type, message, **data)` tells the log."""
+    """Runs all windows of a job on one worker; methods are collective. `emit(type, message, **data)` tells the log.
+
+    `wishes` says, before every step, whether this worker wants training to stop behind it.
+    """
 
     def __init__(
         self,
@@ -107,60 +116,91 @@ class Windows:
         planner: Planner,
         ledger: Ledger,
         emit: Callable[..., None],
+        wishes: Callable[[], bool] = lambda: False,
     ) -> None:
         self.spec, self.engine, self.profile, self.data, self.order = spec, engine, profile, data, order
         self.total_steps, self.worth, self.planner, self.ledger, self.emit = total_steps, worth, planner, ledger, emit
+        self.wishes = wishes
+        self.plan_in_use: Plan | None = None
+        self._held: Any = None  # heads that a plan before the first one here held FULL
         self.spans = window_spans(total_steps, spec.window, [phase.share for phase in spec.method.schedule])
         self.device = engine.shard.device
         self.hardest = HardestFirst(order) if spec.method.sorts_images else None
         self._full = Measured()  # all-FULL steps under the placement in use
 
-    def rehearse(self, planned: Planned) -> Report:
-        """Window 0: all-FULL steps on training data, without update; what to tell the planner afterwards."""
-        seen = self._all_full(REHEARSED_STEPS, warm_up=1)
-        return self._close(0, planned.plan, planned.plan.all_full.step_us, seen)
+    def go_on(self, step: int, hardest: Mapping[str, Tensor], means: Mapping[str, Tensor], held: Any) -> None:
+        """Begin at a step in the middle, with what `state` said there and the heads that were held FULL."""
+        self.spans, self._held = spans_from(self.spans, step), held
+        if self.hardest is not None:
+            self.hardest.restore(hardest)
+        for name, mean_HD in means.items():
+            block, _, part = name.partition(".")
+            self.engine.executor.means[int(block), part] = mean_HD.to(self.device)
 
-    def train(self, planned: Planned, report: Report) -> None:
-        """All windows of training, each under its own plan."""
+    def state(self) -> dict[str, dict[str, Tensor]]:
+        """What has to be known between two steps, besides weights and AdamW's state, to go on as if nothing was."""
+        means = {f"{block}.{part}": mean_HD for (block, part), mean_HD in self.engine.executor.means.items()}
+        return {"hardest": {} if self.hardest is None else self.hardest.state(), "means": means}
+
+    def rehearse(self, planned: Planned) -> Report:
+        """All-FULL steps on training data, without update; what to tell the planner afterwards."""
+        seen = self._all_full(REHEARSED_STEPS, warm_up=1)
+        report = self._close(0, planned.plan, planned.plan.all_full.step_us, seen, self.spans[0])
+        if self._held is not None:
+            report["policy"] = {**report["policy"], "held": self._held}
+        return report
+
+    def train(self, planned: Planned, report: Report) -> Span | None:
+        """All windows of training, each under its own plan. The rest of the span that a wish stopped; None at the end.
+
+        A wish at the last step comes too late.
+        """
         engine = self.engine
         engine.executor.gates = self.worth.gates
-        for window, (begin, end) in enumerate(self.spans, 1):
-            before, planned = planned, self.planner.plan(window, report)
-            self._change(before.plan, planned, begin)
-            plan = planned.plan
-            if plan.skip_fill == "mean":
-                images_BCHW, _ = self.data.train_batch(self.order.indices(begin)[0])
+        for span, following in zip(self.spans, [*self.spans[1:], None], strict=True):
+            before, planned = planned, self.planner.plan(span.number, report)
+            self._change(before.plan, planned, span.first)
+            plan = self.plan_in_use = planned.plan
+            if plan.skip_fill == "mean" and span.first == span.begin:
+                images_BCHW, _ = self.data.train_batch(self.order.indices(span.begin)[0])
                 engine.executor.means = engine.passes.measure_means(images_BCHW.to(self.device))
             engine.executor.update = engine.adam
-            seen = self._steps(plan, begin, end)
+            seen, rest = self._steps(plan, span)
             engine.executor.update = None
             self.ledger.training.add(self._over_workers(seen.measured))
-            self.ledger.rehearsal.add(self._full.of_steps(end - begin))
-            report = self._close(window, plan, plan.forecast.step_us, seen)
+            self.ledger.rehearsal.add(self._full.of_steps(len(seen.reports)))
+            report = self._close(span.number, plan, plan.forecast.step_us, seen, following)
+            if rest is not None:
+                return rest
+        return None
 
-    def _steps(self, plan: Plan, begin: int, end: int) -> _Seen:
+    def _steps(self, plan: Plan, span: Span) -> tuple[_Seen, Span | None]:
+        """Run a span's steps; with what was seen, what is left of it if a wish stopped them."""
         compiled = self._compile(plan)
         tolls = [self._toll(plan, ops_LHM) for ops_LHM in plan.cycle]
-        seen, on_cuda = _Seen(), self.device.type == "cuda"
+        seen, on_cuda, executor = _Seen(), self.device.type == "cuda", self.engine.executor
 
         def needs(step: int) -> Needs | None:
-            return _needs(compiled[(step - begin) % len(compiled)]) if step < end else None
+            return _needs(compiled[(step - span.begin) % len(compiled)]) if step < span.end else None
 
         with Prefetcher(self.data, self.hardest or self.order, needs) as batches:
-            for step in range(begin, end):
-                which = (step - begin) % len(compiled)
+            for step in range(span.first, span.end):
+                which = (step - span.begin) % len(compiled)
                 learning_rate = self.engine.adam.learning_rate
-                timed = begin < step <= begin + TIMED_STEPS if on_cuda else None
-                report = self.engine.executor.run(compiled[which], self._batch(batches, step), step=step, timed=timed)
+                timed = span.first < step <= span.first + TIMED_STEPS if on_cuda else None
+                executor.wishes = self.wishes()
+                report = executor.run(compiled[which], self._batch(batches, step), step=step, timed=timed)
                 _check_finite(report, step)
                 if self.hardest is not None:
                     self.hardest.learn(step, report.losses_MB, compiled[which].running)
                 seen.add(report)
                 self.ledger.planned(plan, *tolls[which])
                 self._emit_metrics(report, step, learning_rate, plan, len(compiled[which].running), *tolls[which])
-        return seen
+                if report.stop and step + 1 < self.total_steps:
+                    return seen, replace(span, first=step + 1)
+        return seen, None
 
-    def _close(self, window: int, plan: Plan, forecast_us: int, seen: _Seen) -> Report:
+    def _close(self, window: int, plan: Plan, forecast_us: int, seen: _Seen, following: Span | None) -> Report:
         """Fold what was timed, gather it, and say how good the forecast was; the report for the next plan."""
         self.profile = fold(self.profile, seen.observed, time.time())
         step_s, busy_s = (statistics.median(column) for column in zip(*seen.reports, strict=True))
@@ -176,12 +216,14 @@ class Windows:
         )
         self.ledger.windows.append(told)
         self.emit("window", f"window {window}: {told.error:+.0%} of the forecast", **told.to_dict())
-        begin, end = self.spans[window] if window < len(self.spans) else (self.total_steps, self.total_steps)
+        begin, end, first = (self.total_steps,) * 3
+        if following is not None:
+            begin, end, first = following.begin, following.end, following.first
         return {
             "profiles": {str(rank): of["profile"] for rank, of in enumerate(everyone)},
             **self.worth.report(self.order, begin, end),
-            "progress": begin / self.total_steps,
-            "steps_left": self.total_steps - begin,
+            "progress": first / self.total_steps,
+            "steps_left": self.total_steps - first,
             "measured": {"step_us": round(1e6 * told.step_seconds_median), "forecast_us": forecast_us},
             "policy": plan.policy,
             "placement": plan.placement.to_dict(),
@@ -267,18 +309,6 @@ class Windows:
         totals = all_sum(self.engine.transport, torch.tensor(values, dtype=torch.float64, device=self.device))
         flops, sent_bytes, cpu_s, idle = totals.tolist()
         return Measured(mine.steps, flops, sent_bytes, mine.wall_s, cpu_s, idle / self.engine.transport.size)
-
-
-def window_spans(total_steps: int, window: int, shares: list[float]) -> list[tuple[int, int]]:
-    """(first step, end) of every window: `window` steps long, or shorter before a phase of the schedule ends."""
-    # The first step at or behind a phase's end belongs to the next phase, as `PlanRequest.at` has it.
-    ends = [math.ceil((sum(shares[: i + 1]) - 1e-9) * total_steps) for i in range(len(shares) - 1)]
-    spans, begin = [], 0
-    for border in (*ends, total_steps):
-        while begin < border:
-            spans.append((begin, min(begin + window, border)))
-            begin = spans[-1][1]
-    return spans
 
 
 def changed(before: Plan, planned: Planned, migration: dict[str, Any] | None) -> dict[str, Any]:

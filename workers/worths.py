@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -94,6 +94,17 @@ class WorthTable:
             rows_MBLH = np.where(known, self._rows_NLH[indices_MB], mean_LH)
             steps.append(np.moveaxis(rows_MBLH.mean(1), 0, -1))
         return normalise(np.stack(steps), (1, 2)).astype(np.float32)
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """What a checkpoint keeps; the rows are not copied."""
+        arrays = {"rows": self._rows_NLH, "known": self._known_N, "total": self._total_LH}
+        return {name: torch.from_numpy(np.asarray(array)) for name, array in arrays.items()}
+
+    def restore(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Go on from `state`, of whatever precision its rows are."""
+        self._rows_NLH[:] = state["rows"].numpy()
+        self._known_N[:] = state["known"].numpy()
+        self._total_LH[:] = state["total"].numpy()
 
 
 class GroupWorths:

@@ -89,7 +89,7 @@ class ScriptedPlanner:
         self.profiles = [DeviceProfile.from_dict(p) for p in gather_json(self.transport, announcement["profile"])]
 
     def plan(self, window, report):
-        if report is not None:
+        if report is not None and "profiles" in report:
             self.reports.append(json.loads(json.dumps(report)))
             self.profiles = [DeviceProfile.from_dict(report["profiles"][str(r)]) for r in range(self.transport.size)]
         costs = Costs(self.shape, self.step, self.profiles)

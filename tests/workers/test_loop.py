@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,6 +21,7 @@ from scheduler.scores import make_scores
 from tests.scheduler.test_program import SHAPE, costs_of
 from workers import loop
 from workers.contract import JobSpec, RunContext
+from workers.events import read_events
 
 
 def context_of(tmp_path, **spec):
@@ -71,6 +74,34 @@ def test_the_root_cause_is_the_first_failure_that_is_not_an_echo(tmp_path):
 def test_out_of_memory_is_a_matter_of_capacity(tmp_path):
     loop._record_failure(tmp_path, 0, torch.OutOfMemoryError("CUDA out of memory"))
     assert loop.root_cause(tmp_path).to_dict()["code"] == "out_of_memory"
+
+
+@pytest.mark.parametrize(
+    ("ended", "status", "code"), [("all", "succeeded", 0), ("pause", "paused", 0), ("no", "failed", 1)]
+)
+def test_the_last_line_of_a_run_is_its_outcome(tmp_path, monkeypatch, capfd, ended, status, code):
+    def attempt(context):
+        if ended == "pause":
+            (tmp_path / loop.PAUSED_FILE).write_text("{}")
+        return SystemFault("all is lost", code="lost") if ended == "no" else None
+
+    (tmp_path / loop.PAUSED_FILE).write_text("{}")  # of an earlier attempt in the same directory
+    monkeypatch.setattr(ray, "init", lambda **_: os.write(1, b"what Ray has to say\n"))
+    monkeypatch.setattr(loop, "_attempt", attempt)
+    (tmp_path / "context.json").write_text(context_of(tmp_path).model_dump_json())
+    assert loop.main(["--context", str(tmp_path / "context.json")]) == code
+    *_, (_, event) = read_events(tmp_path / "events.jsonl", 0)
+    error = SystemFault("all is lost", code="lost").to_dict() if ended == "no" else None
+    assert event["type"] == "outcome" and event["data"] == {"status": status, "error": error}
+    out, err = capfd.readouterr()
+    assert out == "" and err == ("d2ft: job job failed: all is lost\n" if ended == "no" else "")
+    assert "what Ray has to say" in (tmp_path / "logs" / "driver.log").read_text()
+
+
+def test_checkpoints_lie_beside_rays_own_files_by_job(tmp_path):
+    vault = loop.vault_of(context_of(tmp_path).model_copy(update={"attempt": 3, "resume_from": "/elsewhere"}))
+    assert vault.directory == tmp_path / "checkpoints" / "job" and vault.attempt == 3
+    assert vault.resume_from == Path("/elsewhere") and loop.vault_of(context_of(tmp_path)).resume_from is None
 
 
 class FakeActor:

@@ -20,7 +20,7 @@ from workers.events import EventLog, read_events
 from workers.ledger import Ledger, WindowSeen
 from workers.model import build_model
 from workers.session import Place, Session
-from workers.windows import window_spans
+from workers.spans import spans_from, window_spans
 
 EVEN = [[0, 0, 0, 1, 1, 1]] * 6
 SPLIT = [[0, 0, 1, 1, 1, 1]] * 3 + [[0] * 6] + [[1] * 6] * 2
@@ -47,20 +47,33 @@ def one_model_at_a_time(monkeypatch):
 def test_windows_cover_all_steps_and_never_cross_a_phase(total, window, cuts):
     shares = np.diff([0, *cuts, 100]) / 100
     spans = window_spans(total, window, shares.tolist())
-    assert [begin for begin, _ in spans] == [0, *(end for _, end in spans[:-1])] and spans[-1][1] == total
-    assert all(0 < end - begin <= window for begin, end in spans)
+    assert [span.begin for span in spans] == [0, *(span.end for span in spans[:-1])] and spans[-1].end == total
+    assert all(0 < span.end - span.begin <= window and span.first == span.begin for span in spans)
+    assert [span.number for span in spans] == list(range(1, len(spans) + 1))
 
     def phase(step):
         return int(np.searchsorted(np.cumsum(shares), step / total + 1e-9, side="right"))
 
-    for begin, end in spans:
-        assert phase(begin) == phase(end - 1)
+    for span in spans:
+        assert phase(span.begin) == phase(span.end - 1)
 
 
 def test_a_schedule_of_halves_cuts_in_the_middle():
-    assert window_spans(10, 4, [0.5, 0.5]) == [(0, 4), (4, 5), (5, 9), (9, 10)]
-    assert window_spans(10, 100, []) == [(0, 10)]
-    assert window_spans(10, 100, [0.25, 0.75]) == [(0, 3), (3, 10)]
+    def borders(*args):
+        return [(span.begin, span.end) for span in window_spans(*args)]
+
+    assert borders(10, 4, [0.5, 0.5]) == [(0, 4), (4, 5), (5, 9), (9, 10)]
+    assert borders(10, 100, []) == [(0, 10)]
+    assert borders(10, 100, [0.25, 0.75]) == [(0, 3), (3, 10)]
+
+
+@given(total=st.integers(1, 60), window=st.integers(1, 20), data=st.data())
+def test_what_is_left_keeps_its_borders_and_numbers_and_begins_where_it_was_stopped(total, window, data):
+    spans = window_spans(total, window, [0.3, 0.7])
+    step = data.draw(st.integers(0, total))
+    left = spans_from(spans, step)
+    assert [(s.number, s.begin, s.end) for s in left] == [(s.number, s.begin, s.end) for s in spans if s.end > step]
+    assert [i for s in left for i in range(s.first, s.end)] == list(range(step, total))
 
 
 def job(tmp_path, owners, size=2, cycle=None, **fields):
