@@ -78,7 +78,8 @@ def _users(plans: Mapping[str, dict[str, Any]]) -> dict[str, list[str]]:
     """Device → the jobs that use it: a plan of the workers' own says by `devices` which one each rank has."""
     users: dict[str, list[str]] = {}
     for job_id, plan in plans.items():
-        for device_id in dict.fromkeys(map(str, plan.get("devices") or ())):
+        named = plan.get("devices")
+        for device_id in dict.fromkeys(map(str, named if isinstance(named, list) else ())):
             users.setdefault(device_id, []).append(job_id)
     return users
 

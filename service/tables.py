@@ -132,7 +132,7 @@ class AttemptRow(Base):
 
     job_id: Mapped[str] = mapped_column(String(40), ForeignKey("jobs.id"), primary_key=True)
     n: Mapped[int] = mapped_column(Integer, primary_key=True)
-    token: Mapped[str] = mapped_column(String(64))
+    token: Mapped[str] = mapped_column(String(40))
     submission_id: Mapped[str] = mapped_column(String(80), unique=True)
     state: Mapped[str] = mapped_column(String(16))
     events_offset: Mapped[int] = mapped_column(BigInteger, default=0)

@@ -4,35 +4,50 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from service.meters import Meters
 from service.store.absorb import RunEvent
 from service.store.access import Access, Caller
 from service.store.actions import Actions
 from service.store.attempts import Attempt, Attempts
+from service.store.census import Census
 from service.store.database import Database
+from service.store.datasets import DatasetQuery, Datasets
 from service.store.jobs import JobQuery, Jobs
 from service.store.leases import Leases
 from service.store.queue import Queue
 from service.store.records import Records, StoredArtifact
 from service.store.views import Standing
+from service.store.webhooks import Webhooks
 
-__all__ = ["Attempt", "Caller", "JobQuery", "RunEvent", "Standing", "Store", "StoredArtifact"]
+__all__ = ["Attempt", "Caller", "DatasetQuery", "JobQuery", "RunEvent", "Standing", "Store", "StoredArtifact"]
 
 
 class Store:
     """Shelves over one database.
 
-    For those who ask: `jobs`, `actions`, `records`, `access`. For the supervisor: `queue`, `attempts`, `leases`.
+    For those who ask: `jobs`, `actions`, `records`, `access`, `datasets`, `webhooks`. For the supervisor: `queue`,
+    `attempts`, `leases`. For who watches the service: `census`.
     """
 
-    def __init__(self, url: str, *, max_queued: int = 10_000, max_running_each: int | None = None) -> None:
-        self._database = Database(url)
+    def __init__(
+        self,
+        url: str,
+        *,
+        max_queued: int = 10_000,
+        max_running_each: int | None = None,
+        meters: Meters | None = None,
+    ) -> None:
+        self._database = Database(url, meters)
         self.jobs = Jobs(self._database, max_queued)
         self.actions = Actions(self._database)
         self.records = Records(self._database)
         self.access = Access(self._database)
+        self.webhooks = Webhooks(self._database)
+        self.datasets = Datasets(self._database)
         self.queue = Queue(self._database, max_running_each)
         self.attempts = Attempts(self._database)
         self.leases = Leases(self._database)
+        self.census = Census(self._database)
 
     def on_change(self, ring: Callable[[str], None]) -> None:
         """Have `ring` called with the job's id after every commit that touched it, on the committing thread."""

@@ -1,10 +1,15 @@
-"""What a line of the run's own file (`workers.events`) does to its job: one short function per type."""
+"""What a line of the run's own file (`workers.events`) does to its job: one short function per type.
+
+A run is not trusted to say only what makes sense: a line whose data is not what its type asks for is kept as history
+and moves nothing.
+"""
 
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import Annotated, Any, Literal, TypeVar
 
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from sqlalchemy.orm import Session
 
 from service.lifecycle import PHASES, JobState, may_move
@@ -13,6 +18,42 @@ from service.store.views import fold_metrics
 from service.tables import ArtifactRow, CheckpointRow, JobRow, MetricRow
 
 RunEvent = dict[str, Any]  # one line, as workers.events describes it; `seq` is its place in the file
+Step = Annotated[int, Field(ge=0, lt=2**31, strict=True)]
+Bytes = Annotated[int, Field(ge=0, lt=2**62, strict=True)]
+Sha256 = Annotated[str, Field(pattern=r"^([0-9a-fA-F]{2})*$", max_length=64)]
+Said = TypeVar("Said", bound="_Data")
+
+
+class _Data(BaseModel):
+    model_config = ConfigDict(extra="ignore")
+
+
+class _Metrics(_Data):
+    step: Step
+
+
+class _Artifact(_Data):
+    name: Annotated[str, Field(min_length=1, max_length=255)]
+    path: Annotated[str, Field(min_length=1, max_length=4096)]
+    bytes: Bytes | None = None
+    sha256: Sha256 | None = None
+
+
+class _Checkpoint(_Artifact):
+    name: Annotated[str, Field(min_length=1, max_length=80)]
+    step: Step
+
+
+class _Error(_Data):
+    code: Annotated[str, Field(max_length=80)] = "driver_failed"
+    fault: Literal["user", "system", "capacity"] = "system"
+    message: Annotated[str, Field(max_length=20_000)] = "the run failed"
+    param: Annotated[str, Field(max_length=200)] | None = None
+
+
+class _Outcome(_Data):
+    status: Literal["succeeded", "failed", "paused"]
+    error: _Error | None = None
 
 
 def absorb_event(session: Session, job: JobRow, event: RunEvent) -> None:
@@ -37,7 +78,7 @@ def _append(session: Session, job: JobRow, event: RunEvent, data: dict[str, Any]
 
 def _shown(event: RunEvent) -> dict[str, Any]:
     """The event's data for the history; of a plan its forecast and what changed, the op tables are at `/plan`."""
-    data: dict[str, Any] = event.get("data") or {}
+    data = _data(event)
     if event["type"] not in ("plan.created", "plan.changed"):
         return data
     return {**_estimate(data), **({"change": data["change"]} if data.get("change") else {})}
@@ -49,99 +90,91 @@ def _keep(session: Session, job: JobRow, event: RunEvent) -> bool:
 
 def _absorb_phase(session: Session, job: JobRow, event: RunEvent) -> bool:
     """Move the job to the phase its driver announces. True when the move's own event says it all."""
-    name = (event.get("data") or {}).get("name")
-    if name not in PHASES or not may_move(JobState(job.state), JobState(name)):
+    name = _data(event).get("name")
+    if not isinstance(name, str) or name not in PHASES or not may_move(JobState(job.state), JobState(name)):
         return False
     move(session, job, JobState(name), message=event.get("message") or None, run_seq=event["seq"], at=event.get("at"))
     return True
 
 
 def _absorb_metrics(session: Session, job: JobRow, event: RunEvent) -> bool:
-    values = event.get("data") or {}
-    if isinstance(values.get("step"), int):
-        session.merge(MetricRow(job_id=job.id, step=values["step"], values=values))
-        job.live = fold_metrics(job.live, values)
+    said = _read(_Metrics, event)
+    if said is not None:
+        session.merge(MetricRow(job_id=job.id, step=said.step, values=_data(event)))
+        job.live = fold_metrics(job.live, _data(event))
     return False
 
 
 def _absorb_plan(session: Session, job: JobRow, event: RunEvent) -> bool:
-    job.plan = event.get("data") or {}
+    job.plan = _data(event)
     job.estimate = _estimate(job.plan)
     return False
 
 
 def _absorb_ledger(session: Session, job: JobRow, event: RunEvent) -> bool:
-    job.ledger = event.get("data") or {}
+    job.ledger = _data(event)
     return False
 
 
 def _absorb_artifact(session: Session, job: JobRow, event: RunEvent) -> bool:
-    data = event.get("data") or {}
-    if isinstance(data.get("name"), str) and isinstance(data.get("path"), str):
-        session.merge(
-            ArtifactRow(
-                job_id=job.id,
-                name=data["name"][:255],
-                path=data["path"],
-                bytes=data.get("bytes"),
-                sha256=data.get("sha256"),
-                created_at=event.get("at") or time.time(),
-            )
-        )
+    said = _read(_Artifact, event)
+    if said is not None:
+        session.merge(ArtifactRow(job_id=job.id, created_at=event.get("at") or time.time(), **said.model_dump()))
     return False
 
 
 def _absorb_checkpoint(session: Session, job: JobRow, event: RunEvent) -> bool:
-    data = event.get("data") or {}
-    if isinstance(data.get("name"), str) and isinstance(data.get("path"), str) and isinstance(data.get("step"), int):
-        session.merge(
-            CheckpointRow(
-                job_id=job.id,
-                name=data["name"][:80],
-                attempt=job.attempt,
-                step=data["step"],
-                path=data["path"],
-                bytes=data.get("bytes"),
-                sha256=data.get("sha256"),
-                created_at=event.get("at") or time.time(),
-            )
-        )
+    said = _read(_Checkpoint, event)
+    if said is not None:
+        about = {"job_id": job.id, "attempt": job.attempt, "created_at": event.get("at") or time.time()}
+        session.merge(CheckpointRow(**about, **said.model_dump()))
     return False
 
 
 def _absorb_outcome(session: Session, job: JobRow, event: RunEvent) -> bool:
-    """The run's last word. One that fails while it is being cancelled was cancelled: it failed of the stop."""
-    data = event.get("data") or {}
+    """The run's last word. One that fails while it is being stopped failed of the stop."""
+    said = _read(_Outcome, event)
     told: dict[str, Any] = {"message": event.get("message") or None, "run_seq": event["seq"], "at": event.get("at")}
-    if data.get("status") == "succeeded":
+    if said is None:
+        return False
+    if said.status == "succeeded" and may_move(JobState(job.state), JobState.SUCCEEDED):
         move(session, job, JobState.SUCCEEDED, **told)
         return True
-    if data.get("status") == "paused" and job.state == JobState.PAUSING:
+    if said.status == "paused" and job.state == JobState.PAUSING:
         move(session, job, JobState.PAUSED, **told)
         return True
-    if job.state == JobState.CANCELLING or data.get("status") == "paused":
+    stopped = job.state == JobState.CANCELLING or (job.state == JobState.PAUSING and job.want == "stop")
+    if said.status != "failed" or stopped:
         return False
-    error = {
-        "code": "driver_failed",
-        "fault": "system",
-        "message": "the run failed",
-        "param": None,
-        **(data.get("error") or {}),
-    }
+    error = (said.error or _Error()).model_dump()
     move(session, job, JobState.FAILED, error=error, run_seq=event["seq"], at=event.get("at"))
     return True
 
 
 def _estimate(plan: dict[str, Any]) -> dict[str, Any]:
-    forecast = plan.get("forecast") or {}
+    forecast = plan.get("forecast")
+    forecast = forecast if isinstance(forecast, dict) else {}
+    step_us = forecast.get("step_us")
     return {
         "plan_version": plan.get("version"),
         "window": plan.get("window"),
         "compute_fraction": plan.get("compute_fraction"),
         "bytes_fraction": plan.get("bytes_fraction"),
-        "step_seconds": forecast["step_us"] / 1e6 if "step_us" in forecast else None,
+        "step_seconds": step_us / 1e6 if isinstance(step_us, int | float) else None,
         "idle_share": forecast.get("idle_share"),
     }
+
+
+def _data(event: RunEvent) -> dict[str, Any]:
+    return event.get("data") or {}
+
+
+def _read(kind: type[Said], event: RunEvent) -> Said | None:
+    """The event's data as its type has it, or None where it is something else."""
+    try:
+        return kind.model_validate(_data(event))
+    except ValidationError:
+        return None
 
 
 _ABSORBERS = {

@@ -23,6 +23,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.orm import Session
 
 from service.errors import UnavailableError
+from service.meters import Meters
 
 BUSY_TIMEOUT_MS = 10_000
 _MIGRATION_LOCK = 0xD2F7
@@ -33,23 +34,25 @@ _CHANGED = "d2ft_changed"
 class Database:
     """One engine and its two kinds of transaction; tells `on_change` which jobs a committed one touched."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, meters: Meters | None = None) -> None:
         self.engine = _make_engine(url)
         self._writer = self.engine.execution_options(**{_WRITES: True})
         self.is_sqlite = self.engine.dialect.name == "sqlite"
         self._turn: AbstractContextManager[Any] = threading.Lock() if self.is_sqlite else nullcontext()
+        self._meters = meters or Meters()
         self.on_change: Callable[[str], None] = lambda job_id: None
         migrate(self.engine)
 
     @contextmanager
     def read(self) -> Iterator[Session]:
-        with _named_outage(), Session(self.engine) as session:
+        with self._meters.transaction("read"), _named_outage(), Session(self.engine) as session:
             yield session
 
     @contextmanager
     def write(self) -> Iterator[Session]:
         """A transaction that commits at the end, or not at all."""
-        with _named_outage(), self._turn, Session(self._writer) as session, session.begin():
+        metered = self._meters.transaction("write")
+        with metered, _named_outage(), self._turn, Session(self._writer) as session, session.begin():
             yield session
             changed: set[str] = session.info.setdefault(_CHANGED, set())
         for job_id in changed:

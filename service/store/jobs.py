@@ -98,12 +98,6 @@ class Jobs:
             wanted = select(JobRow.id).where(JobRow.owner == owner, JobRow.id.in_(job_ids))
             return set(session.scalars(wanted))
 
-    def counts(self) -> dict[str, int]:
-        """How many jobs are in each state."""
-        with self._database.read() as session:
-            counted = session.execute(select(JobRow.state, func.count()).group_by(JobRow.state))
-            return {state: count for state, count in counted}  # noqa: C416 - rows are no pairs to a type checker
-
     def _create(self, spec: JobSpec, owner: str, key: str | None, trace: str | None) -> tuple[Job, bool]:
         with self._database.write() as session:
             known = None if key is None else _keyed(session, owner, key)

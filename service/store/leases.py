@@ -6,6 +6,8 @@ no danger, since every write of an attempt is fenced by its token; it only saves
 
 from __future__ import annotations
 
+import time
+
 from sqlalchemy import Double, cast, extract, func, select
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
@@ -48,5 +50,5 @@ class Leases:
 
     def _now(self, session: Session) -> float:
         if self._database.is_sqlite:
-            return float(session.scalar(select(func.unixepoch("now", "subsec"))) or 0.0)
+            return time.time()  # its clock is this machine's
         return float(session.scalar(select(cast(extract("epoch", func.clock_timestamp()), Double))) or 0.0)

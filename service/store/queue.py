@@ -48,7 +48,10 @@ class Queue:
             if _num_open(session) >= max_running:
                 return None
             loads = self._loads(session)
+            held = set(session.scalars(select(AttemptRow.job_id).where(AttemptRow.state != SETTLED)))
             for waiting in start_order(_waiting(session), loads):
+                if waiting.job_id in held:
+                    continue  # its last attempt has not let go yet
                 job = session.get(JobRow, waiting.job_id, with_for_update=True)
                 if job is None or job.state != JobState.QUEUED or loads.get(job.owner, Load()).is_full:
                     continue
@@ -123,7 +126,7 @@ class Queue:
 
     def _loads(self, session: Session) -> dict[str, Load]:
         holding = select(JobRow.owner, func.count()).where(JobRow.state.in_(HOLDING)).group_by(JobRow.owner)
-        running = dict(session.execute(holding).tuples().all())
+        running = {owner: count for owner, count in session.execute(holding)}  # noqa: C416 - rows are no pairs to a type checker
         now = time.time()
         return {
             user.id: Load(
@@ -180,7 +183,7 @@ def _open_attempt(session: Session, job: JobRow) -> Attempt:
     row = AttemptRow(
         job_id=job.id,
         n=job.attempt,
-        token=f"run_{secrets.token_urlsafe(32)}",
+        token=f"run_{secrets.token_urlsafe(24)}",
         submission_id=f"job-{job.id}-a{job.attempt}",
         state=CREATED,
         events_offset=0,

@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import logging
+import secrets
 import shlex
 import socket
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,8 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
+import pgserver
 import pytest
 import uvicorn
+from sqlalchemy import create_engine, make_url
 from starlette.testclient import TestClient
 
 from scheduler.book import Book
@@ -127,10 +131,41 @@ def ray() -> FakeRay:
     return FakeRay()
 
 
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[str]:
+    """A real PostgreSQL for the whole session; yields the URL of its maintenance database.
+
+    Not under pytest's own directory: another session closes that to the server's user.
+    """
+    with tempfile.TemporaryDirectory(prefix="d2ft-postgres-", ignore_cleanup_errors=True) as data:
+        server = pgserver.get_server(data)
+        yield server.get_uri().replace("postgresql://", "postgresql+psycopg://")
+        server.cleanup()
+
+
 @pytest.fixture
-def store(home: Path) -> Iterator[Store]:
-    home.mkdir()
-    store = Store(f"sqlite:///{home / 'd2ft.db'}")
+def database(postgres: str) -> Iterator[str]:
+    """An empty database of its own; yields its URL."""
+    name = f"d2ft_{secrets.token_hex(6)}"
+    engine = create_engine(postgres, isolation_level="AUTOCOMMIT")
+    with engine.connect() as connection:
+        connection.exec_driver_sql(f"CREATE DATABASE {name}")
+    yield make_url(postgres).set(database=name).render_as_string(hide_password=False)
+    with engine.connect() as connection:
+        connection.exec_driver_sql(f"DROP DATABASE {name} WITH (FORCE)")
+    engine.dispose()
+
+
+@pytest.fixture
+def store_url(home: Path) -> str:
+    """SQLite in home; a file that is to run on PostgreSQL, too, has a `store_url` of its own."""
+    home.mkdir(exist_ok=True)
+    return f"sqlite:///{home / 'd2ft.db'}"
+
+
+@pytest.fixture
+def store(store_url: str) -> Iterator[Store]:
+    store = Store(store_url)
     yield store
     store.close()
 

@@ -17,25 +17,33 @@ from sqlalchemy import create_engine
 
 from service.errors import ConflictError, InvalidRequestError, Issue, LostAttemptError, NotFoundError
 from service.lifecycle import JobState, may_move
+from service.schemas import UserBody
 from service.store import JobQuery, Store
+from service.store.access import FIRST_USER
 from service.tables import Base
 from workers.contract import JobSpec
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def store_url(request: pytest.FixtureRequest, store_url: str) -> str:
+    """The same tests on both."""
+    return str(request.getfixturevalue("database")) if request.param == "postgres" else store_url
 
 
 def line(seq: int, type: str, message: str = "", **data: object) -> dict[str, object]:
     return {"seq": seq, "at": 1.0, "type": type, "level": "info", "message": message, "data": data}
 
 
-def test_the_migrations_make_the_tables_that_the_code_maps(store: Store, home: Path) -> None:
-    engine = create_engine(f"sqlite:///{home / 'd2ft.db'}")
+def test_the_migrations_make_the_tables_that_the_code_maps(store: Store, store_url: str) -> None:
+    engine = create_engine(store_url)
     with engine.connect() as connection:
         assert compare_metadata(MigrationContext.configure(connection), Base.metadata) == []
     engine.dispose()
 
 
-def test_a_store_opens_again_with_what_it_held(store: Store, home: Path, spec: JobSpec) -> None:
+def test_a_store_opens_again_with_what_it_held(store: Store, store_url: str, spec: JobSpec) -> None:
     job, _ = store.jobs.create(spec, owner=FIRST_USER)
-    again = Store(f"sqlite:///{home / 'd2ft.db'}")
+    again = Store(store_url)
     assert again.jobs.get(job.id) == job
     again.close()
 
@@ -52,8 +60,25 @@ def test_one_key_makes_one_job(store: Store, spec: JobSpec) -> None:
     first, _ = store.jobs.create(spec, owner=FIRST_USER, idempotency_key="a")
     second, fresh = store.jobs.create(spec, owner=FIRST_USER, idempotency_key="a")
     assert second.id == first.id and not fresh
-    other, fresh = store.jobs.create(spec, owner="someone else", idempotency_key="a")
+    assert second == first, "the first answer again, word for word"
+    someone = store.access.make_user(UserBody(name="someone")).id
+    other, fresh = store.jobs.create(spec, owner=someone, idempotency_key="a")
     assert fresh and other.id != first.id
+
+
+def test_a_replay_is_the_first_answer_whatever_became_of_the_job(store: Store, spec: JobSpec) -> None:
+    first, _ = store.jobs.create(spec, owner=FIRST_USER, idempotency_key="a")
+    store.actions.cancel(first.id)
+    assert store.jobs.create(spec, owner=FIRST_USER, idempotency_key="a") == (first, False)
+    assert store.jobs.replay(spec, owner=FIRST_USER, idempotency_key="a") == first
+
+
+def test_a_key_may_be_used_anew_after_a_day(store: Store, spec: JobSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, _ = store.jobs.create(spec, owner=FIRST_USER, idempotency_key="a")
+    monkeypatch.setattr("service.store.jobs.IDEMPOTENCY_S", 0.0)
+    assert store.jobs.replay(spec, owner=FIRST_USER, idempotency_key="a") is None
+    second, fresh = store.jobs.create(spec, owner=FIRST_USER, idempotency_key="a")
+    assert fresh and second.id != first.id
 
 
 def test_one_key_with_another_body_is_refused(store: Store, spec: JobSpec) -> None:
@@ -89,7 +114,7 @@ def test_pages_cover_all_jobs_once_while_more_arrive(store: Store, spec: JobSpec
         query = dataclasses.replace(query, after=page.last_id)
     assert seen == ids[::-1]
     assert [job.id for job in store.jobs.list(JobQuery(order="asc", limit=2)).data] == ids[:2]
-    assert store.jobs.list(JobQuery(status="running")).data == []
+    assert store.jobs.list(JobQuery(status=("running",))).data == []
 
 
 def test_a_cursor_of_no_job_is_not_found(store: Store) -> None:
@@ -294,6 +319,31 @@ class StoreMachine(RuleBasedStateMachine):
         except ConflictError:
             assert self.store.jobs.get(self.job_id).status in ("succeeded", "failed")
 
+    @rule(action=st.sampled_from(["pause", "resume", "retry"]))
+    def ask(self, action: str) -> None:
+        before = self.store.jobs.get(self.job_id).status
+        try:
+            after = getattr(self.store.actions, action)(self.job_id).status
+        except ConflictError:
+            assert self.store.jobs.get(self.job_id).status == before
+            return
+        assert before not in ("succeeded", "cancelling"), "what is over, or nearly, is left alone"
+        if action == "retry":
+            assert before in ("failed", "cancelled") and after == "queued"
+            self.ended = None
+
+    @precondition(lambda self: self.attempt is not None)
+    @rule()
+    def the_run_pauses(self) -> None:
+        self.seq += 1
+        self._write([line(self.seq, "checkpoint.saved", name=f"step-{self.seq}", path="/x", step=self.seq)])
+        self.seq += 1
+        self._write([line(self.seq, "outcome", status="paused")])
+
+    @rule()
+    def preempt(self) -> None:
+        self.store.queue.preempt(1, 0.0)
+
     @precondition(lambda self: self.attempt is not None and self.attempt.state == "ended")
     @rule()
     def settle(self) -> None:
@@ -306,10 +356,15 @@ class StoreMachine(RuleBasedStateMachine):
         moves = [(event.data["from"], event.data["to"]) for event in events if event.type == "job.status"]
         state = "validating"
         for old, new in moves:
-            assert old == state and may_move(JobState(old), JobState(new))
+            retried = old in ("failed", "cancelled") and new == "queued"
+            assert old == state and (may_move(JobState(old), JobState(new)) or retried)
             state = new
         job = self.store.jobs.get(self.job_id)
         assert job.status == state
+        open_attempts = self.store.attempts.open()
+        assert len(open_attempts) <= 1, "two attempts of one job"
+        working = state in ("planning", "starting", "running", "finalizing", "pausing", "cancelling")
+        assert working == any(attempt.state in ("created", "submitted") for attempt in open_attempts)
         assert self.ended in (None, state), "an end was left"
         self.ended = state if job.is_final else None
 

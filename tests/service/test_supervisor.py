@@ -14,6 +14,7 @@ from service.ray_jobs import RayJob, RayJobs
 from service.schemas import Job
 from service.settings import Settings
 from service.store import Attempt, Store
+from service.store.access import FIRST_USER
 from service.supervisor import Step, Supervisor, decide
 from service.tail import read_batch
 from tests.service.conftest import FakeRay
@@ -92,7 +93,7 @@ def test_a_run_is_followed_to_its_success_and_settled(bench: Bench) -> None:
     bench.ray.set_status(sid(job_id), "SUCCEEDED")
     bench.looks()
     assert bench.store.attempts.open() == []
-    assert "last words" in (bench.settings.attempt_dir(job_id, 1) / "driver.log").read_text()
+    assert "last words" in (bench.settings.attempt_dir(job_id, 1) / "logs" / "driver.log").read_text()
 
 
 def test_the_next_job_waits_until_the_devices_are_free(bench: Bench) -> None:
@@ -332,11 +333,95 @@ def test_the_loop_outlives_whatever_a_look_raises(bench: Bench, monkeypatch: pyt
     asyncio.run(asyncio.wait_for(run(), 5))
 
 
-def test_gpus_are_used_where_the_cluster_has_them(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    async def has_gpu(self: RayJobs) -> bool:
-        return True
+def test_a_run_is_asked_to_pause_and_goes_on_from_its_checkpoint(bench: Bench) -> None:
+    job_id = bench.submit(steps=8)
+    bench.looks()
+    with bench.events(job_id) as events:
+        events.emit("phase", name="running")
+        bench.looks()
+        bench.store.actions.pause(job_id)
+        bench.looks()
+        control = bench.settings.attempt_dir(job_id, 1) / "control.json"
+        assert json.loads(control.read_text()) == {"want": "pause"} and bench.ray.stops == []
+        events.emit("checkpoint.saved", name="step-00000003", path="/c/3", step=3, bytes=9, sha256="00")
+        events.emit("outcome", status="paused", error=None)
+    bench.ray.set_status(sid(job_id), "SUCCEEDED")
+    bench.looks(2)
+    assert bench.job(job_id).status == "paused" and bench.store.attempts.open() == []
+    bench.store.actions.resume(job_id)
+    bench.looks()
+    context = json.loads((bench.settings.attempt_dir(job_id, 2) / "context.json").read_text())
+    assert context["resume_from"] == str(bench.settings.storage / "checkpoints" / job_id)
+    first = json.loads((bench.settings.attempt_dir(job_id, 1) / "context.json").read_text())
+    assert first["resume_from"] is None and first["post_token"] != context["post_token"]
 
-    monkeypatch.setattr(RayJobs, "has_gpu", has_gpu)
+
+def test_a_run_that_has_not_begun_is_stopped_to_be_paused(bench: Bench) -> None:
+    job_id = bench.submit()
+    bench.looks()
+    bench.store.actions.pause(job_id)
+    bench.looks(2)
+    assert bench.ray.stops == [sid(job_id)] and bench.job(job_id).status == "paused"
+
+
+def test_a_run_that_dies_while_it_pauses_is_paused_and_says_so(bench: Bench) -> None:
+    job_id = bench.submit()
+    bench.looks()
+    with bench.events(job_id) as events:
+        events.emit("phase", name="running")
+    bench.looks()
+    bench.store.actions.pause(job_id)
+    bench.ray.set_status(sid(job_id), "FAILED")
+    bench.looks()
+    assert bench.job(job_id).status == "paused"
+    assert "without a word" in bench.store.records.events(job_id).data[-1].message
+
+
+def test_a_lower_job_makes_room_and_goes_on_afterwards(bench: Bench) -> None:
+    bench.settings = bench.settings.model_copy(update={"preempt_after_s": 0.0})
+    low, high = bench.submit(priority=-5), ""
+    bench.looks()
+    with bench.events(low) as events:
+        events.emit("phase", name="running")
+        bench.looks()
+        high = bench.submit()
+        bench.looks(2)
+        assert bench.job(low).status == "pausing"
+        events.emit("outcome", status="paused", error=None)
+    bench.ray.set_status(sid(low), "SUCCEEDED")
+    bench.looks(2)
+    assert bench.job(low).status == "queued" and bench.job(high).status == "starting"
+    bench.ray.set_status(sid(high), "SUCCEEDED")
+    with bench.events(high) as events:
+        events.emit("outcome", status="succeeded", error=None)
+    bench.looks(3)
+    assert list(bench.ray.jobs) == [sid(low), sid(high), sid(low, 2)]
+
+
+def test_a_job_larger_than_the_cluster_waits_and_says_what_it_needs(bench: Bench) -> None:
+    large, small = bench.submit(workers=100), bench.submit(workers=4)
+    bench.looks(3)
+    assert bench.job(small).status == "starting"
+    assert bench.job(large).status_reason == (
+        "100 workers need 50 CPU, and the whole cluster has 2; waits for more nodes."
+    )
+
+
+def test_of_two_supervisors_on_one_store_one_looks(bench: Bench) -> None:
+    async def run() -> None:
+        jobs = RayJobs("http://ray", "token", bench.ray.transport())
+        first, second = (Supervisor(bench.settings, bench.store, jobs) for _ in range(2))
+        assert await first._leads() and not await second._leads() and await first._leads()
+        await jobs.close()
+
+    asyncio.run(run())
+
+
+def test_gpus_are_used_where_the_cluster_has_them(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def resources(self: RayJobs) -> dict[str, float]:
+        return {"CPU": 2.0, "GPU": 2.0}
+
+    monkeypatch.setattr(RayJobs, "resources", resources)
     bench.settings = bench.settings.model_copy(update={"use_gpu": None})
     job_id = bench.submit()
     bench.looks()
@@ -359,6 +444,9 @@ def test_gpus_are_used_where_the_cluster_has_them(bench: Bench, monkeypatch: pyt
         ("submitted", JobState.RUNNING, None, Step.DIED),
         ("submitted", JobState.CANCELLING, "RUNNING", Step.STOP),
         ("submitted", JobState.CANCELLING, "STOPPED", Step.CANCELLED),
+        ("submitted", JobState.PAUSING, "RUNNING", Step.ASK_PAUSE),
+        ("submitted", JobState.PAUSING, "SUCCEEDED", Step.PAUSED),
+        ("created", JobState.PAUSING, None, Step.PAUSED),
         ("ended", JobState.SUCCEEDED, "RUNNING", Step.WAIT),
         ("ended", JobState.SUCCEEDED, "SUCCEEDED", Step.SETTLE),
         ("ended", JobState.FAILED, None, Step.SETTLE),
@@ -371,5 +459,8 @@ def test_what_is_decided(store: Store, state: str, job_state: JobState, status: 
     attempt = dataclasses.replace(claimed, state=state, job_state=job_state, ended_at=99.0)
     ray_job = None if status is None else RayJob(attempt.submission_id, status, "", {})
     assert decide(attempt, ray_job, now=100.0, settle_s=30.0) is step
+    if step is Step.ASK_PAUSE:
+        idle = dataclasses.replace(attempt, want="stop")
+        assert decide(idle, ray_job, now=100.0, settle_s=30.0) is Step.STOP
     if (state, status) == ("ended", "RUNNING"):
         assert decide(attempt, ray_job, now=200.0, settle_s=30.0) is Step.STOP
