@@ -29,6 +29,7 @@ from service.standing import Standings
 from service.store import Store
 from service.streams import Room, Streams
 from service.supervisor import Supervisor
+from service.thumbnails import Thumbnails
 
 GRACE_S = 3
 NO_RAY = "http://127.0.0.1:9"  # the discard port: nothing answers, and jobs stay queued
@@ -45,7 +46,8 @@ def create_app(
     store.on_change(streams.ring)
     ray = RayJobs(settings.ray_address or NO_RAY, read_secret(settings.token_file), ray_transport)
     standings = Standings(store, settings.max_running)
-    world = World(settings, store, streams, standings, ray, Catalogue(settings), Planners(settings))
+    children = Catalogue(settings), Planners(settings), Thumbnails(settings)
+    world = World(settings, store, streams, standings, ray, *children)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:

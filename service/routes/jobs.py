@@ -9,6 +9,7 @@ from fastapi import APIRouter, Header, Query, Request, Response
 
 from scheduler.errors import UserError
 from service.checks import check_model, check_paths, needs_catalogue
+from service.datasets import resolved
 from service.errors import InvalidRequestError, Issue
 from service.lifecycle import JobState
 from service.routes.world import PROBLEM, ByCaller, InWorld, Limit, World
@@ -30,6 +31,7 @@ async def create_job(
 ) -> Job:
     """Put a job into the queue; with an Idempotency-Key that was used within 24 hours, give that answer again."""
     owner, jobs = caller.user_id, world.store.jobs
+    spec = await asyncio.to_thread(resolved, spec, world.store, caller)
     known = None
     if idempotency_key is not None:
         known = await asyncio.to_thread(lambda: jobs.replay(spec, owner=owner, idempotency_key=idempotency_key))

@@ -16,6 +16,7 @@ from service.settings import Settings
 from service.standing import Standings
 from service.store import Attempt, Caller, Store
 from service.streams import Streams
+from service.thumbnails import Thumbnails
 
 PROBLEM: dict[int | str, dict[str, Any]] = {"default": {"model": Problem, "description": "A problem (RFC 9457)"}}
 Limit = Annotated[int, Query(ge=1, le=100)]
@@ -32,6 +33,7 @@ class World:
     ray: RayJobs
     catalogue: Catalogue
     planners: Planners
+    thumbnails: Thumbnails
 
 
 def _world(request: Request) -> World:

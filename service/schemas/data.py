@@ -27,7 +27,10 @@ class DatasetClass(Wire):
 
 
 class Dataset(Wire):
-    """A registered image folder, as it was listed when it was registered or inspected last."""
+    """A registered image folder, as it was listed when it was registered or inspected last.
+
+    `classes` is left away in lists of datasets.
+    """
 
     id: str
     object: Literal["dataset"] = "dataset"
@@ -39,6 +42,7 @@ class Dataset(Wire):
     num_test: int
     classes: list[DatasetClass] = Field(default_factory=list)
     created_at: int
+    inspected_at: int
 
 
 class Sample(Wire):

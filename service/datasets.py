@@ -1,0 +1,113 @@
+"""Registered datasets: what a folder holds, a few of its images, and the folder behind a job's `dataset:NAME`.
+
+Names of files and classes are whatever somebody wrote: they are shown as Unicode, and nothing else is done to them.
+Whoever draws them must escape them.
+"""
+
+from __future__ import annotations
+
+import difflib
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from scheduler.errors import UserError
+from service.errors import ConflictError, InvalidRequestError, Issue
+from service.schemas import Dataset, DatasetBody, Sample, SampleList
+from service.store import Caller, Store
+from service.thumbnails import Thumbnails
+from workers.contract import JobSpec
+from workers.folder import FolderLayout, check_inside, parse_uri, scan_classes
+
+SCHEME = "dataset:"
+Split = Literal["train", "test"]
+
+
+def describe(body: DatasetBody, roots: Sequence[Path]) -> dict[str, Any]:
+    """What the store notes of a folder that is to be registered. Raises UserError about the field `uri`."""
+    try:
+        return _summary(_layout(body.uri, roots))
+    except UserError as error:
+        raise UserError(_shown(error.message), code=error.code, param="uri", remedy=error.remedy) from None
+
+
+def describe_again(dataset: Dataset, roots: Sequence[Path]) -> dict[str, Any]:
+    """The same of one that is registered. Raises ConflictError where it is no dataset any more."""
+    return _summary(_layout_now(dataset, roots))
+
+
+def choose(
+    dataset: Dataset, roots: Sequence[Path], *, split: Split, per_class: int, limit: int
+) -> tuple[Path, list[tuple[str, str]]]:
+    """(the folder, (class, file) of the images to show). Raises ConflictError as above.
+
+    Spread evenly over each class, since neighbours are often alike; every class gets one before any gets a second.
+    """
+    layout = _layout_now(dataset, roots)
+    files = layout.train_files if split == "train" else layout.test_files
+    spread = {name: _spread(files.get(name, ()), per_class) for name in layout.classes}
+    rounds = [(turn, name, found[turn]) for name, found in spread.items() for turn in range(len(found))]
+    chosen = sorted(sorted(rounds)[:limit], key=lambda each: (each[1], each[0]))
+    return layout.root, [(name, file) for _, name, file in chosen]
+
+
+async def show(thumbnails: Thumbnails, root: Path, split: Split, chosen: Sequence[tuple[str, str]]) -> SampleList:
+    """The chosen images with their thumbnails."""
+    answers = await thumbnails.make(root, [file for _, file in chosen]) if chosen else []
+    return SampleList(data=[_sample(split, *each, told) for each, told in zip(chosen, answers, strict=True)])
+
+
+def resolved(spec: JobSpec, store: Store, caller: Caller) -> JobSpec:
+    """The job with the folder in place of `dataset:NAME`. Raises InvalidRequestError where the caller has no such."""
+    if not spec.dataset.startswith(SCHEME):
+        return spec
+    name = spec.dataset.removeprefix(SCHEME)
+    known = store.datasets.uris(caller.user_id)
+    if name in known:
+        return spec.model_copy(update={"dataset": known[name]})
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    hint = f"Did you mean {', '.join(near)}?" if near else "Register its folder first: POST /v1/datasets."
+    message = f"You have no dataset named '{name[:100]}'. {hint}"
+    raise InvalidRequestError([Issue("dataset", message, "dataset_not_registered")])
+
+
+def _layout(uri: str, roots: Sequence[Path]) -> FolderLayout:
+    return scan_classes(check_inside(parse_uri(uri), roots))
+
+
+def _layout_now(dataset: Dataset, roots: Sequence[Path]) -> FolderLayout:
+    try:
+        return _layout(dataset.uri, roots)
+    except UserError as error:
+        raise ConflictError(_shown(error.message), code=error.code, remedy=error.remedy) from None
+
+
+def _summary(layout: FolderLayout) -> dict[str, Any]:
+    classes = [
+        {
+            "name": _shown(name),
+            "num_train": len(layout.train_files[name]),
+            "num_test": len(layout.test_files.get(name, ())),
+        }
+        for name in layout.classes
+    ]
+    return {"classes": classes, "inspected_at": int(time.time())}
+
+
+def _spread(files: Sequence[str], count: int) -> list[str]:
+    count = min(count, len(files))
+    return [files[turn * len(files) // count] for turn in range(count)]
+
+
+def _sample(split: Split, label: str, file: str, told: Mapping[str, Any]) -> Sample:
+    said: dict[str, Any] = {"split": split, "label": _shown(label), "file": _shown(file)}
+    if "error" in told:
+        return Sample(**said, error=_shown(told["error"]))
+    thumbnail = f"data:image/png;base64,{told['png']}"
+    return Sample(**said, width=told["width"], height=told["height"], thumbnail=thumbnail)
+
+
+def _shown(text: str) -> str:
+    """Text from the file system as Unicode: a byte of a name that is none becomes a question mark in a diamond."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")

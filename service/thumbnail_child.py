@@ -1,0 +1,127 @@
+"""The process in which thumbnails are made: files that anyone may have written are decoded where little can break.
+
+One request on stdin, a line of JSON {"root", "files", "side", "max_pixels", "seconds"}; on stdout one line for each
+file, in their order: {"width", "height", "png"} with the PNG in base64, or {"error"}. The process bounds its own
+memory and time, may write no file, and ends with the last line. No numpy: it has to be up in a tenth of a second.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import resource
+import stat
+import sys
+import warnings
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import psutil
+from PIL import Image, UnidentifiedImageError, WebPImagePlugin
+
+from scheduler.errors import UserError
+from workers.folder import check_inside
+
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP")  # those that training reads
+SPARE_BYTES = 256 << 20
+BYTES_PER_PIXEL = 16  # what a WebP needs while it is decoded, its file apart; any other format needs less
+_FOLDER = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_FILE = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
+assert WebPImagePlugin  # imported so that Pillow need not load all its formats to find this one
+
+
+def main() -> None:
+    """Answer one request."""
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    request = json.loads(sys.stdin.readline())
+    Image.preinit()
+    confine(int(request["max_pixels"]), int(request["seconds"]))
+    for name in request["files"]:
+        answers.write(json.dumps(_answer(Path(request["root"]), name, int(request["side"]))) + "\n")
+        answers.flush()
+
+
+def confine(max_pixels: int, seconds: int) -> None:
+    """Bound what this process may use from here on, by what an image of `max_pixels` needs."""
+    _limit(resource.RLIMIT_AS, psutil.Process().memory_info().vms + SPARE_BYTES + BYTES_PER_PIXEL * max_pixels)
+    _limit(resource.RLIMIT_CPU, seconds)
+    _limit(resource.RLIMIT_FSIZE, 0)
+    _limit(resource.RLIMIT_CORE, 0)
+    Image.MAX_IMAGE_PIXELS = max_pixels
+    # Pillow looks at the header before it decodes, and only warns of what is not twice too large.
+    warnings.simplefilter("error", Image.DecompressionBombWarning)
+
+
+def open_inside(root: Path, name: str) -> int:
+    """A descriptor of a regular file in `root`, links resolved.
+
+    The resolved path is walked from the top without following a link: one that was put there since is refused, too.
+    Raises UserError "outside_roots", OSError, ValueError for what is no regular file.
+    """
+    path = check_inside(root / name, [root])
+    folder = os.open(path.anchor, _FOLDER)
+    try:
+        for part in path.parts[1:-1]:
+            above, folder = folder, os.open(part, _FOLDER, dir_fd=folder)
+            os.close(above)
+        file = os.open(path.name, _FILE, dir_fd=folder)
+    finally:
+        os.close(folder)
+    if not stat.S_ISREG(os.fstat(file).st_mode):
+        os.close(file)
+        raise ValueError("it is not a regular file")  # a pipe could be waited for without end
+    return file
+
+
+def _answer(root: Path, name: str, side: int) -> dict[str, Any]:
+    try:
+        return _thumbnail(root, name, side)
+    # Pillow's decoders raise whatever a broken file leads them to.
+    except Exception as error:
+        return {"error": _told(error)}
+
+
+def _thumbnail(root: Path, name: str, side: int) -> dict[str, Any]:
+    png = BytesIO()
+    with os.fdopen(open_inside(root, name), "rb") as file, Image.open(file, formats=FORMATS) as image:
+        width, height = image.size
+        small = _plain(image)
+        small.thumbnail((side, side))  # a JPEG is decoded at an eighth of its size where that is enough
+        small.info = {}  # else its colour profile, of any size, goes into the PNG
+        small.save(png, "PNG")
+    return {"width": width, "height": height, "png": base64.b64encode(png.getvalue()).decode()}
+
+
+def _plain(image: Image.Image) -> Image.Image:
+    """Grey or RGB, by the same steps as in training."""
+    if image.mode in ("L", "RGB"):
+        return image
+    return (image.convert("RGBA") if "transparency" in image.info else image).convert("RGB")
+
+
+def _told(error: Exception) -> str:
+    """What a user is told; Pillow's own words name our file descriptors."""
+    if isinstance(error, UserError):
+        return "The link leads out of the dataset's folder."
+    if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
+        return f"The image has more than {Image.MAX_IMAGE_PIXELS} pixels."
+    if isinstance(error, UnidentifiedImageError):
+        return f"The file is no image of the formats {', '.join(FORMATS)}."
+    if isinstance(error, MemoryError):
+        return "Decoding the image takes more memory than it may."
+    if isinstance(error, OSError) and error.strerror:
+        return f"The file cannot be opened: {error.strerror}."
+    return f"The image cannot be decoded: {str(error)[:200] or type(error).__name__}."
+
+
+def _limit(kind: int, value: int) -> None:
+    hard = resource.getrlimit(kind)[1]
+    value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+    resource.setrlimit(kind, (value, value))
+
+
+if __name__ == "__main__":
+    main()
