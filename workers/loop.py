@@ -66,6 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         message = str(told["message"]) if told else status
         with posting(context):
             _emit(context, "outcome", message, status=status, error=told)
+        ray.shutdown()  # it prints what the workers said, and the last word is to be ours
         if error is not None:
             say(f"d2ft: job {context.job_id} failed: {message}")
     return 0 if error is None else 1

@@ -7,6 +7,8 @@
 The file is written first and is the truth; a thread reads it, so that training never waits for a network. The first
 post brings no events and asks how far the server is: whoever died before, nothing is lost and nothing comes twice. What
 fails is tried again for as long as the run lives, unless the server says that this attempt no longer owns its job.
+
+Of wishes only "pause" is acted on here: to cancel a run, the service stops its Ray job.
 """
 
 from __future__ import annotations

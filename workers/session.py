@@ -12,6 +12,7 @@ goes on from a checkpoint loads it in `prepare`, and neither scores nor evaluate
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Iterator
@@ -45,6 +46,8 @@ from workers.shard import Shard
 from workers.spans import Span
 from workers.transport import Transport
 from workers.windows import Engine, Planned, Planner, Windows
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -105,7 +108,8 @@ class Session:
         with self._phase("train"):
             rest = windows.train(planned, report)
         if rest is not None:
-            self.saved = self._save(windows, rest)
+            with self._phase("checkpoint"):
+                self.saved = self._save(windows, rest)
             return self.ledger.to_dict()
         self._emit("phase", name="finalizing")
         with self._phase("evaluate after"):
@@ -277,7 +281,9 @@ class Session:
     def _phase(self, name: str) -> Iterator[None]:
         begin = time.perf_counter()
         yield
-        self.ledger.phases[name] = self.ledger.phases.get(name, 0.0) + time.perf_counter() - begin
+        seconds = time.perf_counter() - begin
+        _LOG.info("%s took %.2f s", name, seconds)
+        self.ledger.phases[name] = self.ledger.phases.get(name, 0.0) + seconds
 
 
 def plan_request(spec: JobSpec) -> dict[str, Any]:
