@@ -20,7 +20,8 @@ from fastapi import FastAPI
 from service import problems
 from service.auth import Door
 from service.catalogue import Catalogue
-from service.home import ensure_key, make_home, read_secret
+from service.home import ensure_key, ensure_master_secret, make_home, read_secret
+from service.outbound import Outbound
 from service.planners import Planners
 from service.ray_jobs import RayJobs
 from service.routes import World, routers
@@ -30,6 +31,7 @@ from service.store import Store
 from service.streams import Room, Streams
 from service.supervisor import Supervisor
 from service.thumbnails import Thumbnails
+from service.webhooks import Sender, Signer
 
 GRACE_S = 3
 NO_RAY = "http://127.0.0.1:9"  # the discard port: nothing answers, and jobs stay queued
@@ -47,18 +49,23 @@ def create_app(
     ray = RayJobs(settings.ray_address or NO_RAY, read_secret(settings.token_file), ray_transport)
     standings = Standings(store, settings.max_running)
     children = Catalogue(settings), Planners(settings), Thumbnails(settings)
-    world = World(settings, store, streams, standings, ray, *children)
+    hooks = Signer(ensure_master_secret(settings.home)), Outbound(settings.webhook_networks)
+    world = World(settings, store, streams, standings, ray, *children, *hooks)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         streams.attach()
         world.catalogue.start()
-        supervising = asyncio.create_task(Supervisor(settings, store, ray).run()) if supervise else None
+        loops = [Supervisor(settings, store, ray).run()] if supervise else []
+        loops += [Sender(store, *hooks).run()] if settings.webhooks else []
+        running = [asyncio.create_task(loop) for loop in loops]
         yield
-        if supervising is not None:
-            supervising.cancel()
+        for task in running:
+            task.cancel()
+        for task in running:
             with suppress(asyncio.CancelledError):
-                await supervising
+                await task
+        world.outbound.close()
         await world.planners.close()
         await world.catalogue.close()
         await ray.close()

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 KEY_FILE = "key"
+SECRET_FILE = "secret"
 SERVER_FILE = "server.json"
 _PRIVATE = 0o600
 
@@ -22,6 +23,11 @@ def make_home(home: Path) -> None:
 def ensure_key(home: Path) -> str:
     """The API key, made at the first call."""
     return _ensure_secret(home / KEY_FILE, "d2ft_" + secrets.token_urlsafe(32))
+
+
+def ensure_master_secret(home: Path) -> str:
+    """From which the secrets of webhooks follow; made at the first call. Another one makes all of theirs invalid."""
+    return _ensure_secret(home / SECRET_FILE, secrets.token_hex(32))
 
 
 def ensure_ray_token(path: Path) -> str:

@@ -9,6 +9,7 @@ from fastapi import Depends, Query, Request
 
 from service.catalogue import Catalogue
 from service.errors import ForbiddenError
+from service.outbound import Outbound
 from service.planners import Planners
 from service.ray_jobs import RayJobs
 from service.schemas import Problem
@@ -17,6 +18,7 @@ from service.standing import Standings
 from service.store import Attempt, Caller, Store
 from service.streams import Streams
 from service.thumbnails import Thumbnails
+from service.webhooks import Signer
 
 PROBLEM: dict[int | str, dict[str, Any]] = {"default": {"model": Problem, "description": "A problem (RFC 9457)"}}
 Limit = Annotated[int, Query(ge=1, le=100)]
@@ -34,6 +36,8 @@ class World:
     catalogue: Catalogue
     planners: Planners
     thumbnails: Thumbnails
+    signer: Signer
+    outbound: Outbound
 
 
 def _world(request: Request) -> World:

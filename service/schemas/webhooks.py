@@ -28,13 +28,14 @@ class Webhook(Wire):
     object: Literal["webhook"] = "webhook"
     url: str
     types: list[str]
+    user: str | None = None
     created_at: int
     disabled_at: int | None = None
     secret: str | None = Field(default=None, repr=False)
 
 
 class Delivery(Wire):
-    """One message to a webhook. `state`: pending, sent or failed."""
+    """One message to a webhook. `state`: pending (tried again at `next_at`), sent, or failed (given up)."""
 
     id: str
     object: Literal["webhook.delivery"] = "webhook.delivery"
@@ -44,4 +45,5 @@ class Delivery(Wire):
     tries: int
     last_error: str | None = None
     created_at: int
+    next_at: int | None = None
     sent_at: int | None = None

@@ -186,9 +186,7 @@ def _fails_always(session: Session, webhook_id: str) -> bool:
 def _test_message(webhook_id: str) -> DeliveryRow:
     id, now = f"evt_{ULID()}", time.time()
     body = {"id": id, "object": "event", "created_at": int(now), "type": "webhook.test", "data": {"id": webhook_id}}
-    return DeliveryRow(
-        id=id, webhook_id=webhook_id, body=body, state=PENDING, tries=0, next_at=now, created_at=now
-    )  # fmt: skip
+    return DeliveryRow(id=id, webhook_id=webhook_id, body=body, state=PENDING, tries=0, next_at=now, created_at=now)
 
 
 def _view(session: Session, row: WebhookRow) -> Webhook:
