@@ -1,7 +1,6 @@
 """The command line: `d2ft`. Data goes to stdout, talk to stderr; exit codes are in `exits`."""
 
-from service.cli import plans
 from service.cli.commands import main
 from service.cli.frame import app
 
-__all__ = ["app", "main", "plans"]
+__all__ = ["app", "main"]

@@ -5,7 +5,7 @@
 | 0 | done; the job succeeded |
 | 1 | the job failed or was cancelled, or a part of the service failed |
 | 2 | the command or the request is wrong |
-| 3 | no such job, artifact or plan |
+| 3 | no such job, artifact, plan, user, … |
 | 4 | the key is missing or wrong |
 | 5 | the service cannot be reached or is not ready |
 | 6 | conflict: the port is taken, the job has ended, a limit is reached |
@@ -27,7 +27,7 @@ from service.client import (
     ApiTimeoutError,
     ApiUnreachableError,
 )
-from service.errors import ConflictError
+from service.errors import ConflictError, NotFoundError
 
 
 class Exit(enum.IntEnum):
@@ -52,6 +52,7 @@ _CODES: tuple[tuple[type[D2ftError], Exit], ...] = (
     (ApiConflictError, Exit.CONFLICT),
     (ApiInvalidError, Exit.USAGE),
     (ConflictError, Exit.CONFLICT),
+    (NotFoundError, Exit.NOT_FOUND),
     (UserError, Exit.USAGE),
 )
 

@@ -26,7 +26,7 @@ from service.cli.frame import (
     Seed,
     Strategy,
     Url,
-    app,
+    command,
     connected,
 )
 from service.cli.request import preview_body
@@ -36,7 +36,7 @@ from service.schemas import Device, Preview
 _HEAD = re.compile(r"b(\d+)\.h(\d+)")
 
 
-@app.command()
+@command()
 def plan(
     job: Annotated[str | None, typer.Argument(metavar="[JOB]", help="Show this job's newest plan.")] = None,
     device: Annotated[
@@ -75,7 +75,7 @@ def plan(
             talk.put_json(found) if json_ else _show(found, why or [], reasons)
 
 
-@app.command()
+@command()
 def devices(url: Url = None, json_: Json = False) -> None:
     """List the devices that jobs have measured."""
     with connected(url) as client:

@@ -15,6 +15,8 @@ import typer
 # flag → where it goes in the body
 _PLACES = {
     "name": ("name",),
+    "priority": ("priority",),
+    "queue_timeout": ("queue_timeout_s",),
     "model": ("model",),
     "img_size": ("img_size",),
     "images_per_class": ("images_per_class",),
@@ -46,9 +48,11 @@ def job_body(flags: Mapping[str, Any]) -> dict[str, Any]:
     if flags.get("weights"):
         body["weights"] = str(Path(flags["weights"]).expanduser().absolute())
     if flags.get("dataset"):
-        body["dataset"] = _dataset_uri(flags["dataset"])
+        body["dataset"] = dataset_uri(flags["dataset"])
     if flags.get("model_arg"):
         body["model_args"] = {**body.get("model_args", {}), **dict(map(_model_arg, flags["model_arg"]))}
+    if flags.get("label"):
+        body["metadata"] = {**body.get("metadata", {}), **flags["label"]}
     _put_share(body, flags)
     return body
 
@@ -114,9 +118,9 @@ def _model_arg(text: str) -> tuple[str, Any]:
         return name, value
 
 
-def _dataset_uri(text: str) -> str:
-    """A plain path becomes an address; anything with a scheme, and "digits", goes as it is."""
-    if text == "digits" or "://" in text:
+def dataset_uri(text: str) -> str:
+    """A plain path becomes an address; anything with a scheme, "digits" and "dataset:NAME" go as they are."""
+    if text == "digits" or text.startswith("dataset:") or "://" in text:
         return text
     return "folder://" + quote(os.path.abspath(Path(text).expanduser()))  # noqa: PTH100 - resolves .. without links
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 import time
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,12 @@ from service.schemas import Artifact, Event, Job
 out = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
 err = Console(highlight=False, markup=False, emoji=False, soft_wrap=True, stderr=True)
 
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069]")
+# C0 and C1 but tab and newline, what is invisible or turns the direction, half characters, tags
+_CONTROL = re.compile(
+    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ud800-\udfff"
+    r"\U000e0000-\U000e007f]"
+)
+_quiet = False
 _ID_WIDTH = 32  # an id that is cut cannot be copied
 _WIDE = 200  # no terminal to fit into
 _STYLES = {"succeeded": "green", "failed": "red", "cancelled": "yellow", "cancelling": "yellow", "running": "cyan"}
@@ -34,8 +41,26 @@ def line(text: str) -> str:
     return clean(text).replace("\n", " ").replace("\t", " ")
 
 
+def set_manner(*, quiet: bool, no_color: bool) -> None:
+    """How this process talks from now on; NO_COLOR in the environment has its say in any case."""
+    global _quiet
+    _quiet = quiet
+    if no_color:
+        out.no_color = err.no_color = True
+
+
+def is_quiet() -> bool:
+    return _quiet
+
+
 def say(text: str) -> None:
-    """Talk, on stderr."""
+    """Talk, on stderr; nothing where the user wants quiet."""
+    if not _quiet:
+        complain(text)
+
+
+def complain(text: str) -> None:
+    """What has to be said, on stderr."""
     err.print(clean(text))
 
 
@@ -44,9 +69,25 @@ def put(text: str) -> None:
     out.print(clean(text))
 
 
+def put_styled(word: str, style: str, rest: str) -> None:
+    """A line of data that begins with a coloured word."""
+    out.print(Text(clean(word), style).append(clean(rest), style="default"))
+
+
+def put_text(text: str) -> None:
+    """A piece of a text, as it is but for what would harm the terminal."""
+    sys.stdout.write(clean(text))
+    sys.stdout.flush()
+
+
 def put_json(value: Any) -> None:
     """One JSON document in one line, as the API sends it."""
-    print(json.dumps(value.model_dump(mode="json") if isinstance(value, BaseModel) else value))
+    print(json.dumps(value.model_dump(mode="json") if isinstance(value, BaseModel) else value), flush=True)
+
+
+def put_json_list(values: Iterable[BaseModel]) -> None:
+    """A list as the API sends one."""
+    put_json({"object": "list", "data": [value.model_dump(mode="json") for value in values]})
 
 
 def put_job(job: Job) -> None:
@@ -57,7 +98,11 @@ def put_job(job: Job) -> None:
         "status": f"{job.status}{f' ({job.status_reason})' if job.status_reason else ''}",
         "model": job.model,
         "dataset": job.dataset,
+        "owner": job.owner or "",
         "attempt": str(job.attempt),
+        "priority": str(job.priority) if job.priority else "",
+        "queue": _queue_text(job),
+        "labels": " ".join(f"{key}={line(value)}" for key, value in job.metadata.items()),
         "progress": progress_text(job),
         "compute": percent(job.usage.compute_fraction),
         "bytes": percent(job.usage.bytes_fraction),
@@ -80,6 +125,21 @@ def put_jobs(jobs: list[Job]) -> None:
 def put_event(event: Event) -> None:
     at = time.strftime("%H:%M:%S", time.localtime(event.created_at))
     put(f"{event.seq:>5}  {at}  {event.level:8}{event.type:16}{line(event.message or json.dumps(event.data))}")
+
+
+def put_rows(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """A table of anything; None is left empty."""
+    table = make_table(*columns)
+    for row in rows:
+        table.add_row(*("" if cell is None else line(str(cell)) for cell in row))
+    put_table(table)
+
+
+def put_fields(rows: dict[str, Any]) -> None:
+    """Label and value, one a line; what is empty is left away."""
+    for label, value in rows.items():
+        if value not in (None, "", []):
+            put(f"{label:12}{line(str(value))}")
 
 
 def put_artifacts(artifacts: list[Artifact]) -> None:
@@ -155,6 +215,19 @@ def put_table(table: Table) -> None:
         out.print(table)
     else:
         Console(width=_WIDE, highlight=False, emoji=False).print(table)
+
+
+def moment(at: float | None) -> str | None:
+    return None if at is None else time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(at))
+
+
+def _queue_text(job: Job) -> str:
+    if job.queue_position is None:
+        return ""
+    start = (
+        "" if job.estimated_start_at is None else f", starts in about {duration(job.estimated_start_at - time.time())}"
+    )
+    return f"place {job.queue_position}{start}"
 
 
 def _figure(row: dict[str, Any], key: str) -> str:

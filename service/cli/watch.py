@@ -17,7 +17,7 @@ LINE_EVERY_S = 5.0
 
 
 class JobView:
-    """What is known of a job from its events, drawn as they come."""
+    """What is known of a job from its events, drawn as they come; nothing where the user wants quiet."""
 
     def __init__(self, job: Job) -> None:
         self._job = job
@@ -25,7 +25,7 @@ class JobView:
         self._accuracy: float | None = None
         self._status = job.status
         self._next_line = 0.0
-        self._bar = _bar() if talk.err.is_terminal else None
+        self._bar = _bar() if talk.err.is_terminal and not talk.is_quiet() else None
         self._row = self._bar.add_task("", total=None, status=job.status, figures="") if self._bar else None
 
     @property
@@ -109,7 +109,7 @@ def _show_end(client: Client, job: Job) -> None:
     talk.put(f"{job.id}  {job.status}")
     if job.error:
         field = f" [{job.error.param}]" if job.error.param else ""
-        talk.say(f"{job.error.code}{field} ({job.error.fault}): {job.error.message}")
+        talk.complain(f"{job.error.code}{field} ({job.error.fault}): {job.error.message}")
     try:
         talk.put_ledger(client.ledger(job.id))
     except ApiNotFoundError:

@@ -187,9 +187,8 @@ def test_a_client_that_goes_away_frees_its_place(fake_planner: None, server: str
 def test_the_client_says_busy_after_its_retries(
     fake_planner: None, server: str, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("service.client.RETRIES", 0)
     monkeypatch.setattr("service.planners.Planners.what_if", _refuse)
-    with Client(server, read_secret(home / "key")) as client, pytest.raises(ApiBusyError):
+    with Client(server, read_secret(home / "key"), retries=0) as client, pytest.raises(ApiBusyError):
         client.plans(PreviewBody(devices=["fast"]))
 
 

@@ -1,0 +1,198 @@
+"""Commands about jobs: made, watched, listed, and asked to end, pause, go on or begin again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+
+from service.cli import talk
+from service.cli.frame import (
+    Bytes,
+    Compute,
+    Grain,
+    Hold,
+    ImgSize,
+    JobId,
+    Json,
+    Labels,
+    MicroBatches,
+    MicroBatchSize,
+    Model,
+    ModelArg,
+    PlacementMode,
+    Ratios,
+    Schedule,
+    Score,
+    Seed,
+    Strategy,
+    Url,
+    command,
+    connected,
+    pairs,
+)
+from service.cli.request import job_body
+from service.cli.watch import watch_job
+from service.client import ApiUnreachableError, Client, JobFilter, JobHandle
+from service.client.calls import new_key
+from service.schemas import Job
+
+
+@command()
+def submit(
+    model: Model = None,
+    weights: Annotated[str | None, typer.Option(help="A .safetensors file on the server's machine.")] = None,
+    img_size: ImgSize = None,
+    model_arg: ModelArg = None,
+    dataset: Annotated[
+        str | None, typer.Option(help="digits, a folder, folder:///path, or dataset:NAME of a registered one.")
+    ] = None,
+    images_per_class: Annotated[int | None, typer.Option(help="Use only so many of each class.")] = None,
+    ratios: Ratios = None,
+    compute: Compute = None,
+    bytes_: Bytes = None,
+    schedule: Schedule = None,
+    strategy: Strategy = None,
+    hold: Hold = None,
+    grain: Grain = None,
+    score: Score = None,
+    skip_fill: Annotated[str | None, typer.Option(help="zero, mean or rescale.")] = None,
+    workers: Annotated[int | None, typer.Option(help="How many workers share the heads.")] = None,
+    micro_batches: MicroBatches = None,
+    micro_batch_size: MicroBatchSize = None,
+    epochs: Annotated[float | None, typer.Option(help="Passes over the training images.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimiser steps, instead of epochs.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
+    window: Annotated[int | None, typer.Option(help="Steps that one plan covers.")] = None,
+    seed: Seed = None,
+    placement: PlacementMode = None,
+    name: Annotated[str | None, typer.Option(help="A name for people.")] = None,
+    label: Labels = None,
+    priority: Annotated[int | None, typer.Option(help="Of the jobs that wait, higher ones go first (0).")] = None,
+    queue_timeout: Annotated[float | None, typer.Option(help="Fail if not started after so many seconds.")] = None,
+    idempotency_key: Annotated[str | None, typer.Option(help="Sent again with the same key: the same job.")] = None,
+    spec: Annotated[
+        str | None, typer.Option(help="JSON file of the whole request, - for stdin; flags go over it.")
+    ] = None,
+    watch_: Annotated[bool, typer.Option("--watch", help="Follow it to its end.")] = False,
+    url: Url = None,
+    json_: Json = False,
+) -> None:
+    """Put a job into the queue; prints its id."""
+    flags = {**locals(), "bytes": bytes_, "label": pairs(label, "--label")}
+    body = job_body(flags)
+    with connected(url) as client:
+        job = _submitted(client, body, idempotency_key)
+        if job.replayed:
+            talk.say("This key had made it before.")
+        if watch_:
+            talk.say(f"{job.id} is {job.status}")
+            raise typer.Exit(watch_job(client, job.id, as_json=json_))
+    if json_:
+        talk.put_json(job.job)
+    else:
+        talk.put(job.id)
+        talk.say(f"Follow it with: d2ft watch {job.id}")
+
+
+@command()
+def watch(
+    job: JobId,
+    timeout: Annotated[float | None, typer.Option(help="Give up after so many seconds (exit code 7).")] = None,
+    url: Url = None,
+    json_: Json = False,
+) -> None:
+    """Follow a job to its end; Ctrl-C lets go of it."""
+    with connected(url) as client:
+        raise typer.Exit(watch_job(client, job, as_json=json_, timeout_s=timeout))
+
+
+@command()
+def get(job: JobId, url: Url = None, json_: Json = False) -> None:
+    """Show one job."""
+    with connected(url) as client:
+        found = client.get(job)
+    talk.put_json(found) if json_ else talk.put_job(found)
+
+
+@command("list")
+def list_(
+    limit: Annotated[int, typer.Option(min=1, max=100, help="How many.")] = 20,
+    after: Annotated[str | None, typer.Option(help="Go on after this job.")] = None,
+    all_: Annotated[bool, typer.Option("--all", help="All of them, page by page.")] = False,
+    status: Annotated[list[str] | None, typer.Option(help="Only jobs in this state; may be repeated.")] = None,
+    model: Annotated[str | None, typer.Option(help="Only jobs of this model.")] = None,
+    search: Annotated[
+        str | None, typer.Option(help="Only jobs with this in id, name, model, dataset or labels.")
+    ] = None,
+    label: Labels = None,
+    owner: Annotated[str | None, typer.Option(help="Only jobs of this user; for administrators.")] = None,
+    url: Url = None,
+    json_: Json = False,
+) -> None:
+    """List jobs, newest first."""
+    wanted: JobFilter = {
+        "status": status,
+        "model": model,
+        "search": search,
+        "owner": owner,
+        "metadata": pairs(label, "--label"),
+    }
+    with connected(url) as client:
+        if all_:
+            found = client.jobs(**wanted)
+            _put_lines(found) if json_ else talk.put_jobs(list(found))
+            return
+        page = client.list(after=after, limit=limit, **wanted)
+    if json_:
+        talk.put_json(page)
+        return
+    talk.put_jobs(page.data)
+    if page.has_more:
+        talk.say(f"There are more: d2ft list --after {page.last_id}, or --all")
+
+
+@command()
+def cancel(job: JobId, url: Url = None, json_: Json = False) -> None:
+    """End a job."""
+    _act(url, json_, lambda client: client.cancel(job))
+
+
+@command()
+def pause(job: JobId, url: Url = None, json_: Json = False) -> None:
+    """Have a job keep what it has learnt and give its devices back."""
+    _act(url, json_, lambda client: client.pause(job))
+
+
+@command()
+def resume(job: JobId, url: Url = None, json_: Json = False) -> None:
+    """Put a paused job into the queue again."""
+    _act(url, json_, lambda client: client.resume(job))
+
+
+@command()
+def retry(job: JobId, url: Url = None, json_: Json = False) -> None:
+    """Give a job that failed or was cancelled another attempt."""
+    _act(url, json_, lambda client: client.retry(job))
+
+
+def _act(url: str | None, json_: bool, action: Callable[[Client], Job]) -> None:
+    with connected(url) as client:
+        found = action(client)
+    talk.put_json(found) if json_ else talk.put(f"{found.id}  {found.status}")
+
+
+def _submitted(client: Client, body: dict[str, Any], given: str | None) -> JobHandle:
+    """The job. Where the answer was lost, says how to ask for it again without making a second one."""
+    key = given or new_key()
+    try:
+        return client.submit(body, idempotency_key=key)
+    except (ApiUnreachableError, KeyboardInterrupt):
+        talk.say(f"Whether the job was made is not known; ask the same again with: --idempotency-key {key}")
+        raise
+
+
+def _put_lines(jobs: Any) -> None:
+    for job in jobs:
+        talk.put_json(job)
