@@ -1,8 +1,8 @@
 """The door of the API: what every request must pass before any route sees it.
 
 It stands in front of the whole application, routes that do not exist included, and lets nothing in but what `PUBLIC`
-names: a route added tomorrow is closed until somebody opens it. In order: a request id, the host's name, the origin of
-a change, the key and its scope, the size and speed of the body.
+names: a route added tomorrow is closed until somebody opens it. In order: a request id, the host's name, the origin,
+the key and its scope, and of a change the body (`bodies`).
 
 A run posts its events with the token of its attempt, which opens `RUN_PATH` and nothing else.
 """
@@ -18,15 +18,17 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from ulid import ULID
 
 from scheduler.errors import D2ftError
-from service.errors import ForbiddenError, SlowBodyError, TooLargeError, UnauthorisedError
+from service.bodies import read_whole
+from service.errors import ForbiddenError, UnauthorisedError
 from service.problems import problem_response
 from service.settings import Settings
 from service.store import Attempt, Caller, Store
 
-PUBLIC = frozenset({("GET", "/healthz"), ("HEAD", "/healthz"), ("GET", "/readyz"), ("HEAD", "/readyz")})
+PUBLIC = frozenset({("GET", "/healthz"), ("GET", "/readyz")})
 RUN_PATH = "/v1/runs/events"
 ADMIN_PATHS = ("/v1/users", "/users")
 _SAFE = frozenset({"GET", "HEAD", "OPTIONS"})
+_HOST = re.compile(r"(?:\[([0-9a-f:.]+)\]|([^\s:@/?#\[\]]+))(?::\d*)?")
 
 
 class Door:
@@ -36,13 +38,15 @@ class Door:
         self._app = app
         self._settings = settings
         self._store = store
+        self._names = frozenset(name.lower() for name in settings.host_names)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
         elif scope["type"] == "http":
             await self._admit(scope, receive, send)
-        # Anything else (a websocket) is not spoken here: no answer closes it.
+        else:  # nothing here speaks websocket: closed before it is open
+            await send({"type": "websocket.close", "code": 1008})
 
     async def _admit(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = Headers(scope=scope)
@@ -51,30 +55,22 @@ class Door:
         send = _tagged(send, state["request_id"])
         try:
             self._check_host(headers)
-            self._check_origin(scope["method"], headers)
+            _check_origin(headers)
             if (scope["method"], scope["path"]) not in PUBLIC:
                 await self._identify(scope, headers)
-            receive = await self._bounded(scope["method"], headers, receive)
+            if scope["method"] not in _SAFE:
+                receive = await read_whole(headers, receive, self._settings)
         except D2ftError as error:
+            state["refused"] = error.code
             await problem_response(scope, error)(scope, receive, send)
             return
         await self._app(scope, receive, send)
 
     def _check_host(self, headers: Headers) -> None:
         """A name that is not ours means a page that had its own name resolve to us."""
-        names = self._settings.host_names
-        if names and _host_name(headers.get("host", "")) not in names:
+        if self._names and _host_name(headers.get("host", "")) not in self._names:
             message = "This service does not answer to that host name."
             raise ForbiddenError(message, code="unknown_host", remedy="Add it to D2FT_ALLOWED_HOSTS.")
-
-    def _check_origin(self, method: str, headers: Headers) -> None:
-        """A browser says where a change comes from; programs do not, and the key is their proof."""
-        if method in _SAFE:
-            return
-        origin = headers.get("origin")
-        foreign = origin is not None and urlsplit(origin).netloc != headers.get("host")
-        if foreign or headers.get("sec-fetch-site") in ("cross-site", "same-site"):
-            raise ForbiddenError("Changes are not taken from other sites.", code="foreign_origin")
 
     async def _identify(self, scope: Scope, headers: Headers) -> None:
         """Note on the request who sends it. Raises UnauthorisedError, and ForbiddenError where the key is too weak."""
@@ -83,7 +79,8 @@ class Door:
         if scope["path"] == RUN_PATH:
             scope["state"]["attempt"] = await self._attempt(given)
             return
-        caller = await asyncio.to_thread(self._store.access.caller, given) if given else None
+        access = self._store.access
+        caller = (access.known(given) or await asyncio.to_thread(access.caller, given)) if given else None
         if caller is None:
             raise UnauthorisedError(
                 "A valid API key is needed.",
@@ -100,33 +97,13 @@ class Door:
             raise UnauthorisedError(message, code="run_unknown", remedy="The attempt has ended: stop posting.")
         return attempt
 
-    async def _bounded(self, method: str, headers: Headers, receive: Receive) -> Receive:
-        """Read the body up to the limit, then play it back to the route."""
-        if method in _SAFE:
-            return receive
-        limit, declared = self._settings.max_body_bytes, headers.get("content-length", "0")
-        if declared.isdigit() and int(declared) > limit:
-            raise _too_large(limit)
-        try:
-            async with asyncio.timeout(self._settings.body_timeout_s):
-                body = await _read_body(receive, limit)
-        except TimeoutError:
-            message = f"The body did not arrive within {self._settings.body_timeout_s:g} s."
-            raise SlowBodyError(message, code="body_too_slow", remedy="Send it faster, or in smaller parts.") from None
-        return _played_back(body, receive)
 
-
-async def _read_body(receive: Receive, limit: int) -> bytes:
-    parts: list[bytes] = []
-    size, more = 0, True
-    while more:
-        message = await receive()
-        parts.append(message.get("body", b""))
-        size += len(parts[-1])
-        more = message.get("more_body", False)
-        if size > limit:
-            raise _too_large(limit)
-    return b"".join(parts)
+def _check_origin(headers: Headers) -> None:
+    """A browser says from which site a request comes; programs do not, and the key is their proof."""
+    origin, fetch_site = headers.get("origin"), headers.get("sec-fetch-site", "none")
+    foreign = origin is not None and _netloc(origin) != headers.get("host", "").lower()
+    if foreign or fetch_site not in ("none", "same-origin"):
+        raise ForbiddenError("Requests are not taken from other sites.", code="foreign_origin")
 
 
 def _check_scope(method: str, path: str, caller: Caller) -> None:
@@ -138,20 +115,6 @@ def _check_scope(method: str, path: str, caller: Caller) -> None:
     elif needed not in caller.scopes and not caller.is_admin:
         message = f"This key may not do this: it lacks the scope '{needed}'."
         raise ForbiddenError(message, code="scope_missing", remedy="Make one that has it: POST /v1/keys.")
-
-
-def _too_large(limit: int) -> TooLargeError:
-    message = f"The body is larger than {limit} bytes."
-    return TooLargeError(message, code="body_too_large", remedy="Send less, or raise D2FT_MAX_BODY_BYTES.")
-
-
-def _played_back(body: bytes, receive: Receive) -> Receive:
-    rest: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
-
-    async def play() -> Message:
-        return rest.pop() if rest else await receive()
-
-    return play
 
 
 def _tagged(send: Send, request_id: str) -> Send:
@@ -171,7 +134,14 @@ def _request_id(given: str | None) -> str:
 
 
 def _host_name(host: str) -> str:
+    """The name in a Host header; "" where it has anything else than a name and a port."""
+    found = _HOST.fullmatch(host.lower())
+    return found.group(1) or found.group(2) if found else ""
+
+
+def _netloc(origin: str) -> str | None:
+    """Host and port of an origin; None where it has none, as "null", or cannot be read."""
     try:
-        return urlsplit(f"//{host}").hostname or ""
+        return urlsplit(origin.lower()).netloc or None
     except ValueError:
-        return ""
+        return None
