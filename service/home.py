@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -62,19 +63,29 @@ def forget_server(home: Path) -> None:
 
 def write_private(path: Path, text: str) -> None:
     """Replace a file at once, mode 0600: a reader sees the old text or the new, never half."""
+    _draft(path, text).replace(path)
+
+
+def _draft(path: Path, text: str) -> Path:
+    """A whole private file beside `path`."""
     draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, _PRIVATE)
     with os.fdopen(descriptor, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-    draft.replace(path)
+    return draft
 
 
 def _ensure_secret(path: Path, fresh: str) -> str:
+    """The secret in the file; of several processes that find none, one makes it and all have that."""
     found = read_secret(path)
     if found:
         path.chmod(_PRIVATE)
         return found
-    write_private(path, fresh + "\n")
-    return fresh
+    path.unlink(missing_ok=True)  # it was empty
+    draft = _draft(path, fresh + "\n")
+    with suppress(FileExistsError):
+        path.hardlink_to(draft)  # fails where another was faster
+    draft.unlink()
+    return read_secret(path) or fresh

@@ -30,19 +30,22 @@ async def create_job(
     spec: JobSpec, world: InWorld, caller: ByCaller, response: Response, idempotency_key: IdempotencyKey = None
 ) -> Job:
     """Put a job into the queue; with an Idempotency-Key that was used within 24 hours, give that answer again."""
-    owner, jobs = caller.user_id, world.store.jobs
-    spec = await asyncio.to_thread(resolved, spec, world.store, caller)
+    owner, jobs, trace = caller.user_id, world.store.jobs, current_trace()
     known = None
-    if idempotency_key is not None:
-        known = await asyncio.to_thread(lambda: jobs.replay(spec, owner=owner, idempotency_key=idempotency_key))
-    if known is None:
-        await _check(world, spec)
-        trace = current_trace()
-        made, fresh = await asyncio.to_thread(
+    if _names_files(spec):
+        spec = await asyncio.to_thread(resolved, spec, world.store, caller)
+        if idempotency_key is not None:
+            # What was accepted once is not looked at again: its files may be gone by now.
+            known = await asyncio.to_thread(lambda: jobs.replay(spec, owner=owner, idempotency_key=idempotency_key))
+        if known is None:
+            await _check(world, spec)
+    made, fresh = (
+        (known, False)
+        if known
+        else await asyncio.to_thread(
             lambda: jobs.create(spec, owner=owner, idempotency_key=idempotency_key, trace=trace)
         )
-    else:
-        made, fresh = known, False
+    )
     response.headers["Location"] = f"/v1/jobs/{made.id}"
     if not fresh:
         response.headers["Idempotency-Replayed"] = "true"
@@ -110,6 +113,11 @@ def resume_job(job_id: str, world: InWorld, caller: ByCaller) -> Job:
 def retry_job(job_id: str, world: InWorld, caller: ByCaller) -> Job:
     """Give a job that failed or was cancelled another attempt, under the same id."""
     return world.store.actions.retry(job_id, owner=caller.reach)
+
+
+def _names_files(spec: JobSpec) -> bool:
+    """Whether there is anything about the job that has to be looked up; the bundled model and data are at hand."""
+    return needs_catalogue(spec) or spec.weights is not None or spec.dataset != "digits"
 
 
 async def _check(world: World, spec: JobSpec) -> None:

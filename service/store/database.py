@@ -17,11 +17,13 @@ from typing import Any
 
 from alembic import command
 from alembic.config import Config
+from alembic.util import CommandError
 from sqlalchemy import Connection, Engine, create_engine, event, make_url
 from sqlalchemy.exc import InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.orm import Session
 
+from scheduler.errors import SystemFault
 from service.errors import UnavailableError
 from service.meters import Meters
 
@@ -77,14 +79,19 @@ def mark_changed(session: Session, job_id: str) -> None:
 
 
 def migrate(engine: Engine) -> None:
-    """Bring the tables to this version's shape; a store from a newer version is refused by Alembic by name."""
+    """Bring the tables to this version's shape. Raises SystemFault for a store that a newer version has changed."""
     config = Config()
     config.set_main_option("script_location", str(files("service") / "migrations").replace("%", "%%"))
     with _named_outage(), engine.execution_options(**{_WRITES: True}).begin() as connection:
         if engine.dialect.name == "postgresql":  # processes that start together change the tables one after another
             connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({_MIGRATION_LOCK})")
         config.attributes["connection"] = connection
-        command.upgrade(config, "head")
+        try:
+            command.upgrade(config, "head")
+        except CommandError as error:
+            message = f"The store was written by a newer version of this service: {error}."
+            remedy = "Use that version, or a copy of the database from before."
+            raise SystemFault(message, code="store_newer", remedy=remedy) from error
 
 
 def _make_engine(url: str) -> Engine:

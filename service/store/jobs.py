@@ -10,9 +10,9 @@ import json
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
-from sqlalchemy import Select, func, select, tuple_
+from sqlalchemy import Select, Table, func, insert, select, tuple_
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 from ulid import ULID
@@ -20,13 +20,17 @@ from ulid import ULID
 from service.errors import InvalidRequestError, Issue, NotFoundError, TooManyError
 from service.lifecycle import HOLDING, JobState
 from service.schemas import Job, Page
-from service.store.database import Database
-from service.store.journal import append, move
+from service.store.database import Database, mark_changed
+from service.store.journal import event_values
 from service.store.views import Standing, job_view
-from service.tables import JobRow, LabelRow, UserRow
+from service.tables import EventRow, JobRow, LabelRow, UserRow
 from workers.contract import JobSpec
 
 IDEMPOTENCY_S = 24 * 3600.0
+QUEUED_DATA = {"from": JobState.VALIDATING, "to": JobState.QUEUED}
+QUEUED_WORDS = f"{JobState.VALIDATING} → {JobState.QUEUED}"
+# Tables, not classes: the unit of work costs more than the statements, and every request pays it.
+_JOBS, _EVENTS, _LABELS = (cast(Table, row.__table__) for row in (JobRow, EventRow, LabelRow))
 NO_STANDING: Mapping[str, Standing] = {}
 
 
@@ -64,11 +68,15 @@ class Jobs:
         Raises InvalidRequestError when the key made one of another body or the priority is more than the user may
         have, TooManyError when the user has too many jobs waiting.
         """
+        row = _row(spec, owner, idempotency_key, trace)
         try:
-            return self._create(spec, owner, idempotency_key, trace)
+            return self._insert(row, spec), True
         except IntegrityError:
-            # Another process used the key at the same moment: what it made is there now.
-            return self._create(spec, owner, idempotency_key, trace)
+            # The key was used before, perhaps a moment ago by another process: what it made is there.
+            if idempotency_key is None:
+                raise
+        known = self._free_key(owner, idempotency_key, spec)
+        return (self._insert(row, spec), True) if known is None else (known, False)
 
     def replay(self, spec: JobSpec, *, owner: str, idempotency_key: str) -> Job | None:
         """The answer that this key got before, if any. Raises InvalidRequestError on another body."""
@@ -98,23 +106,33 @@ class Jobs:
             wanted = select(JobRow.id).where(JobRow.owner == owner, JobRow.id.in_(job_ids))
             return set(session.scalars(wanted))
 
-    def _create(self, spec: JobSpec, owner: str, key: str | None, trace: str | None) -> tuple[Job, bool]:
+    def _insert(self, row: dict[str, Any], spec: JobSpec) -> Job:
+        """Write the job and the beginning of its history as plain statements: the way that every request takes."""
+        job_id, at = row["id"], row["created_at"]
+        events = [
+            event_values(job_id, 1, "job.created", "the request passed its checks", at=at),
+            event_values(job_id, 2, "job.status", QUEUED_WORDS, data=QUEUED_DATA, at=at),
+        ]
+        labels = [{"job_id": job_id, "key": key, "value": value} for key, value in spec.metadata.items()]
         with self._database.write() as session:
-            known = None if key is None else _keyed(session, owner, key)
-            if known is not None and not _is_stale(known):
-                return _replayed(session, known, spec), False
-            if known is not None:
-                known.idempotency_key = None
-                session.flush()
-            user = session.get_one(UserRow, owner)
-            _check_quota(session, user, spec, self._max_queued)
-            row = _row(spec, owner, key, trace)
-            session.add(row)
-            session.flush()  # what follows refers to it
-            session.add_all(LabelRow(job_id=row.id, key=key, value=value) for key, value in spec.metadata.items())
-            append(session, row, "job.created", "the request passed its checks")
-            move(session, row, JobState.QUEUED)
-            return job_view(row, user.name, None), True
+            name = _admitted(session, row["owner"], spec, self._max_queued)
+            session.execute(insert(_JOBS), row)
+            session.execute(insert(_EVENTS), events)
+            if labels:
+                session.execute(insert(_LABELS), labels)
+            mark_changed(session, job_id)
+        return job_view(JobRow(**row), name, None)
+
+    def _free_key(self, owner: str, key: str, spec: JobSpec) -> Job | None:
+        """What the key made, or None where that is so long ago that the key is free for another."""
+        with self._database.write() as session:
+            known = _keyed(session, owner, key)
+            if known is None:
+                return None
+            if not _is_stale(known):
+                return _replayed(session, known, spec)
+            known.idempotency_key = None
+            return None
 
 
 def job_row(session: Session, job_id: str, owner: str | None = None, *, lock: bool = False) -> JobRow:
@@ -135,27 +153,28 @@ def owner_name(session: Session, row: JobRow) -> str | None:
     return user.name if user else None
 
 
-def _row(spec: JobSpec, owner: str, key: str | None, trace: str | None) -> JobRow:
+def _row(spec: JobSpec, owner: str, key: str | None, trace: str | None) -> dict[str, Any]:
+    """The columns of a new job."""
     now, job_id = time.time(), f"ftjob_{ULID()}"
     said = (job_id, spec.name, spec.model, spec.dataset, *spec.metadata.values())
-    return JobRow(
-        id=job_id,
-        owner=owner,
-        idempotency_key=key,
-        fingerprint=_fingerprint(spec),
-        spec=spec.model_dump(mode="json"),
-        model=spec.model,
-        search="\n".join(part.lower() for part in said if part),
-        trace=trace,
-        state=JobState.VALIDATING,
-        priority=spec.priority,
-        queued_at=now,
-        queue_deadline=None if spec.queue_timeout_s is None else now + spec.queue_timeout_s,
-        requeue=False,
-        attempt=0,
-        last_seq=0,
-        created_at=now,
-    )
+    return {
+        "id": job_id,
+        "owner": owner,
+        "idempotency_key": key,
+        "fingerprint": _fingerprint(spec),
+        "spec": spec.model_dump(mode="json"),
+        "model": spec.model,
+        "search": "\n".join(part.lower() for part in said if part),
+        "trace": trace,
+        "state": JobState.QUEUED,
+        "priority": spec.priority,
+        "queued_at": now,
+        "queue_deadline": None if spec.queue_timeout_s is None else now + spec.queue_timeout_s,
+        "requeue": False,
+        "attempt": 0,
+        "last_seq": 2,
+        "created_at": now,
+    }
 
 
 def _view(session: Session, row: JobRow, standing: Mapping[str, Standing]) -> Job:
@@ -183,18 +202,19 @@ def _replayed(session: Session, row: JobRow, spec: JobSpec) -> Job:
     return job_view(fresh, owner_name(session, row), None)
 
 
-def _check_quota(session: Session, user: UserRow, spec: JobSpec, default: int) -> None:
-    if spec.priority > user.max_priority:
-        message = f"Your jobs may have a priority of at most {user.max_priority}; lower it, or ask an administrator."
+def _admitted(session: Session, owner: str, spec: JobSpec, default: int) -> str:
+    """The name of the user, who may have one more job like this. Raises InvalidRequestError, TooManyError."""
+    waiting_jobs = select(func.count()).where(JobRow.state == JobState.QUEUED, JobRow.owner == owner).scalar_subquery()
+    asked = select(UserRow.name, UserRow.max_priority, UserRow.max_queued, waiting_jobs).where(UserRow.id == owner)
+    name, max_priority, max_queued, waiting = session.execute(asked).one()
+    if spec.priority > max_priority:
+        message = f"Your jobs may have a priority of at most {max_priority}; lower it, or ask an administrator."
         raise InvalidRequestError([Issue("priority", message, "priority_too_high")])
-    limit = default if user.max_queued is None else user.max_queued
-    waiting = session.scalar(
-        select(func.count()).select_from(JobRow).where(JobRow.state == JobState.QUEUED, JobRow.owner == user.id)
-    )
-    if (waiting or 0) >= limit:
+    if waiting >= (default if max_queued is None else max_queued):
         message = f"You have {waiting} jobs waiting, as many as you may."
         remedy = "Wait for some to start or cancel some, or ask an administrator for more (max_queued)."
         raise TooManyError(message, code="queue_full", remedy=remedy)
+    return str(name)
 
 
 def _fingerprint(spec: JobSpec) -> str:

@@ -29,20 +29,33 @@ def append(
 ) -> None:
     """Add one line to the job's history."""
     job.last_seq += 1
-    session.add(
-        EventRow(
-            job_id=job.id,
-            seq=job.last_seq,
-            attempt=job.attempt,
-            run_seq=run_seq,
-            type=type,
-            level=level,
-            message=message,
-            data=data or {},
-            created_at=time.time() if at is None else at,
-        )
-    )
+    values = event_values(job.id, job.last_seq, type, message, level=level, data=data, at=at)
+    session.add(EventRow(**{**values, "attempt": job.attempt, "run_seq": run_seq}))
     mark_changed(session, job.id)
+
+
+def event_values(
+    job_id: str,
+    seq: int,
+    type: str,
+    message: str = "",
+    *,
+    level: str = "info",
+    data: dict[str, Any] | None = None,
+    at: float | None = None,
+) -> dict[str, Any]:
+    """The columns of one line of history that no attempt has said."""
+    return {
+        "job_id": job_id,
+        "seq": seq,
+        "attempt": 0,
+        "run_seq": None,
+        "type": type,
+        "level": level,
+        "message": message,
+        "data": data or {},
+        "created_at": time.time() if at is None else at,
+    }
 
 
 def move(
@@ -85,6 +98,7 @@ def explain(session: Session, job: JobRow, reason: str | None) -> None:
 def _announce(session: Session, job: JobRow, type: str) -> None:
     """Put a message for each webhook that wants it into the outbox, in the transaction that makes it true."""
     wanted = select(WebhookRow).where(WebhookRow.owner == job.owner, WebhookRow.disabled_at.is_(None))
+    wanted = wanted.with_for_update(read=True, key_share=True)  # not to be deleted before the message refers to it
     now = time.time()
     for webhook in session.scalars(wanted):
         if type not in webhook.types:

@@ -1,0 +1,91 @@
+"""Older databases are brought forward with all they held; newer ones are refused by name."""
+
+from __future__ import annotations
+
+import sqlite3
+import threading
+from pathlib import Path
+
+import pytest
+from sqlalchemy import create_engine
+
+from scheduler.errors import SystemFault
+from service.schemas import UserBody
+from service.store import JobQuery, Store
+from service.store.access import FIRST_USER
+from workers.contract import JobSpec
+
+OLD = Path(__file__).parent / "data" / "store_0001.sql"
+OLD_KEY = "d2ft_old_key"  # its hash is in that file
+
+
+@pytest.fixture
+def old_url(home: Path) -> str:
+    """A database as the first version left it: a job that is done, one that runs, one that waits."""
+    home.mkdir()
+    path = home / "d2ft.db"
+    with sqlite3.connect(path) as connection:
+        connection.executescript(OLD.read_text())
+    connection.close()
+    return f"sqlite:///{path}"
+
+
+def test_an_older_database_keeps_its_jobs_keys_and_history(old_url: str) -> None:
+    store = Store(old_url)
+    caller = store.access.caller(OLD_KEY)
+    assert caller and caller.user_id == FIRST_USER and caller.is_admin
+    waiting, running, done = store.jobs.list(JobQuery(owner=FIRST_USER)).data
+    assert (waiting.status, running.status, done.status) == ("queued", "running", "succeeded")
+    assert done.metadata == {"team": "vision", "run": "7"} and done.owner == "admin"
+    assert [event.seq for event in store.records.events(done.id).data] == list(range(1, 11))
+    assert store.records.metrics(done.id, max_points=9).data[0]["loss"] == 2.0
+    assert store.records.artifacts(done.id)[0].name == "model.safetensors"
+    assert store.records.plan(done.id)["version"] == 1 and store.records.ledger(done.id) == {"rows": []}
+    assert [job.id for job in store.jobs.list(JobQuery(metadata={"team": "vision"})).data] == [done.id]
+    assert [job.id for job in store.jobs.list(JobQuery(search="WAITING")).data] == [waiting.id]
+    store.close()
+
+
+def test_what_ran_and_waited_goes_on_after_the_change(old_url: str) -> None:
+    store = Store(old_url)
+    (attempt,) = store.attempts.open()
+    attempt = store.attempts.absorb(attempt, [{"seq": 99, "type": "outcome", "data": {"status": "succeeded"}}], 99)
+    assert attempt.state == "ended"
+    store.attempts.settle(attempt)
+    second = store.queue.claim(1)
+    assert second and second.spec.model == "vit_small_patch16_224"
+    again, fresh = store.jobs.create(
+        JobSpec(steps=4, name="old and done", metadata={"team": "vision", "run": "7"}),
+        owner=store.access.make_user(UserBody(name="other")).id,
+        idempotency_key="once",
+    )
+    assert fresh and again.status == "queued"
+    store.close()
+
+
+def test_opening_again_changes_nothing_and_a_newer_database_is_refused(old_url: str) -> None:
+    Store(old_url).close()
+    Store(old_url).close()
+    engine = create_engine(old_url)
+    with engine.begin() as connection:
+        connection.exec_driver_sql("UPDATE alembic_version SET version_num = '9999'")
+    engine.dispose()
+    with pytest.raises(SystemFault, match=r"newer version.*9999"):
+        Store(old_url)
+
+
+def test_processes_that_start_together_change_the_tables_once(database: str) -> None:
+    errors: list[Exception] = []
+
+    def start() -> None:
+        try:
+            Store(database).close()
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=start) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
