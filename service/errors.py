@@ -25,11 +25,15 @@ from scheduler.errors import CapacityError, D2ftError, SystemFault, UserError
 
 
 class Issue(NamedTuple):
-    """One wrong field: its dotted name (or "" for the whole body), what is wrong, and a word for it."""
+    """One wrong field: its dotted name (or "" for the whole body), what is wrong, and a word for it.
+
+    `pointer` is where in the body that is, where the dotted name does not say so: a name may have dots of its own.
+    """
 
     field: str
     message: str
     code: str = "invalid"
+    pointer: str = ""
 
 
 class InvalidRequestError(UserError):

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import http
+import json
 import logging
 import re
 from collections.abc import Mapping, Sequence
@@ -23,9 +24,20 @@ from service.schemas import FieldProblem, PreviewBody, Problem
 from workers.contract import JobSpec
 
 PROBLEM_JSON = "application/problem+json"
+MAX_ERRORS = 50
+MAX_DETAIL = 2000
 RETRY_AFTER_S = "5"
 log = logging.getLogger(__name__)
 _FIELDS = frozenset({*JobSpec.model_fields, *PreviewBody.model_fields})
+
+
+class ProblemResponse(JSONResponse):
+    """A problem as JSON of ASCII alone: what it quotes may be text that UTF-8 cannot carry."""
+
+    media_type = PROBLEM_JSON
+
+    def render(self, content: Any) -> bytes:
+        return json.dumps(content, separators=(",", ":")).encode()
 
 
 def install(app: FastAPI) -> None:
@@ -72,7 +84,8 @@ async def _on_http(request: Request, error: Exception) -> JSONResponse:
 async def _on_bug(request: Request, error: Exception) -> JSONResponse:
     """A fault of ours. The server logs the traceback under this request's id; the client gets the id."""
     detail = "The service failed on this request; its log names the cause under the request_id."
-    log.error("request %s failed", request.scope.get("state", {}).get("request_id"))
+    request_id = request.scope.get("state", {}).get("request_id")
+    log.error("request %s failed", request_id, exc_info=error, extra={"request_id": request_id})
     return _response(request.scope, 500, "internal", detail, [])
 
 
@@ -84,18 +97,22 @@ def _response(
     issues: Sequence[Issue],
     headers: Mapping[str, str] | None = None,
 ) -> JSONResponse:
-    fields = [FieldProblem(pointer=_pointer(issue.field), message=issue.message) for issue in issues if issue.field]
+    named = [issue for issue in issues if issue.field][:MAX_ERRORS]
+    fields = [
+        FieldProblem(pointer=issue.pointer or _pointer(issue.field.split(".")), message=issue.message)
+        for issue in named
+    ]
     problem = Problem(
         title=http.HTTPStatus(status).phrase,
         status=status,
-        detail=detail,
+        detail=detail[:MAX_DETAIL],
         instance=scope.get("path"),
         code=code,
         param=issues[0].field or None if issues else None,
         errors=fields,
         request_id=scope.get("state", {}).get("request_id"),
     )
-    return JSONResponse(problem.model_dump(), status, headers=dict(headers or {}), media_type=PROBLEM_JSON)
+    return ProblemResponse(problem.model_dump(), status, headers=dict(headers or {}))
 
 
 def _headers(error: D2ftError) -> dict[str, str]:
@@ -108,8 +125,10 @@ def _issue(loc: Sequence[str | int], message: str) -> Issue:
     source, *path = loc or ("body",)
     if source == "body" and path and isinstance(path[0], int):
         return Issue("", message)  # the offset of a syntax error
-    field = ".".join(str(part) for part in path)
-    return Issue(field or _leading_field(message), message)
+    if source != "body":
+        path = path[:1]  # a parameter that is given several times is one parameter
+    field = ".".join(map(str, path))
+    return Issue(field or _leading_field(message), message, pointer=_pointer(path) if path else "")
 
 
 def _sentence(issue: Issue) -> str:
@@ -121,5 +140,5 @@ def _leading_field(message: str) -> str:
     return found.group() if found and found.group().split(".")[0] in _FIELDS else ""
 
 
-def _pointer(field: str) -> str:
-    return "/" + field.replace("~", "~0").replace("/", "~1").replace(".", "/")
+def _pointer(path: Sequence[str | int]) -> str:
+    return "".join(f"/{str(part).replace('~', '~0').replace('/', '~1')}" for part in path)
