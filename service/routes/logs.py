@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import stat
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Annotated
@@ -84,13 +85,17 @@ async def _follow(
 
 
 def _read(path: Path, offset: int, limit: int) -> tuple[bytes, int, int] | None:
-    """(bytes, where they begin, size of the file), or None where there is no file."""
+    """(bytes, where they begin, size of the file), or None where there is no plain file: the run writes there."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError:
         return None
-    with os.fdopen(descriptor, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
+    try:
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode):
+            return None
+        size = found.st_size
         start = min(size, offset if offset >= 0 else max(0, size + offset))
-        file.seek(start)
-        return file.read(min(limit, size - start)), start, size
+        return os.pread(descriptor, min(limit, size - start), start), start, size
+    finally:
+        os.close(descriptor)

@@ -17,6 +17,7 @@ from service.store.jobs import page
 
 MAX_POINTS = 2000
 SSE = "text/event-stream"
+BYTES = "application/octet-stream"
 
 router = APIRouter(tags=["jobs"], responses=PROBLEM)
 
@@ -98,7 +99,8 @@ def download_artifact(job_id: str, name: str, world: InWorld, caller: ByCaller) 
     headers = {}
     if artifact.sha256:
         headers["Repr-Digest"] = f"sha-256=:{base64.b64encode(bytes.fromhex(artifact.sha256)).decode()}:"
-    return FileResponse(path, filename=Path(artifact.name).name, headers=headers)
+    # Always plain bytes: by its name a file might be taken for a page.
+    return FileResponse(path, filename=Path(artifact.name).name, headers=headers, media_type=BYTES)
 
 
 def resume_point(last_event_id: str | None) -> int:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,9 +11,9 @@ import pytest
 from starlette.testclient import TestClient
 
 from service.lifecycle import JobState
-from service.settings import Settings
 from service.store import Store
 from tests.service.conftest import FakeRay
+from tests.service.walk import key_for
 
 FIELDS = {"type", "title", "status", "detail", "instance", "code", "param", "errors", "request_id"}
 
@@ -49,10 +49,13 @@ def test_a_job_is_made_and_read_back(api: TestClient) -> None:
     job = answer.json()
     assert answer.headers["location"] == f"/v1/jobs/{job['id']}"
     assert job["object"] == "job" and job["status"] == "queued" and job["method"]["ratios"]["full"] == 3
-    assert api.get(f"/v1/jobs/{job['id']}").json() == job
-    assert api.get(f"/jobs/{job['id']}").json() == job
+    seen = api.get(f"/v1/jobs/{job['id']}").json()
+    assert seen.pop("queue_position") == 1 and seen.pop("estimated_start_at") >= job["created_at"]
+    assert seen.items() <= job.items()
+    assert api.get(f"/jobs/{job['id']}").json() == api.get(f"/v1/jobs/{job['id']}").json()
     listed = api.get("/jobs").json()
-    assert listed["data"] == [job] and listed["first_id"] == listed["last_id"] == job["id"] and not listed["has_more"]
+    assert listed["data"] == [api.get(f"/v1/jobs/{job['id']}").json()] and not listed["has_more"]
+    assert listed["first_id"] == listed["last_id"] == job["id"]
 
 
 def test_lists_page_by_cursor_and_filter_by_status(api: TestClient, submit: Callable[..., str]) -> None:
@@ -74,8 +77,9 @@ def test_the_same_idempotency_key_answers_with_the_same_job(api: TestClient) -> 
     headers = {"Idempotency-Key": "k1"}
     first = api.post("/v1/jobs", json={"seed": 1}, headers=headers)
     again = api.post("/v1/jobs", json={"seed": 1}, headers=headers)
-    assert (first.status_code, again.status_code) == (201, 200)
-    assert first.json() == again.json() and again.headers["idempotency-replayed"] == "true"
+    assert first.status_code == again.status_code == 201 and first.content == again.content
+    assert first.headers["location"] == again.headers["location"]
+    assert again.headers["idempotency-replayed"] == "true" and "idempotency-replayed" not in first.headers
     body = problem(api.post("/v1/jobs", json={"seed": 2}, headers=headers), 422)
     assert body["code"] == "idempotency_key_reused"
 
@@ -85,7 +89,7 @@ def test_a_replay_is_answered_even_when_the_data_has_moved_since(api: TestClient
     first = api.post("/v1/jobs", json=body, headers=headers)
     data.rename(data.with_name("elsewhere"))
     again = api.post("/v1/jobs", json=body, headers=headers)
-    assert again.status_code == 200 and again.json()["id"] == first.json()["id"]
+    assert again.status_code == 201 and again.json()["id"] == first.json()["id"]
 
 
 @pytest.mark.parametrize(
@@ -172,9 +176,10 @@ def test_unknown_routes_methods_and_jobs_are_problems(api: TestClient, submit: C
     problem(api.get("/v1/nothing"), 404)
     problem(api.get("/docs"), 404)
     assert problem(api.delete("/v1/jobs"), 405)
-    for path in ("", "/events", "/metrics", "/plan", "/ledger", "/artifacts", "/artifacts/x", "/logs"):
+    for path in ("", "/events", "/metrics", "/plan", "/ledger", "/artifacts", "/artifacts/x", "/checkpoints", "/logs"):
         assert problem(api.get(f"/v1/jobs/ftjob_none{path}"), 404)["code"] == "job_not_found"
-    assert problem(api.post("/v1/jobs/ftjob_none/cancel"), 404)["code"] == "job_not_found"
+    for verb in ("cancel", "pause", "resume", "retry"):
+        assert problem(api.post(f"/v1/jobs/ftjob_none/{verb}"), 404)["code"] == "job_not_found"
     job_id = submit()
     for part in ("plan", "ledger"):
         assert problem(api.get(f"/v1/jobs/{job_id}/{part}"), 404)["code"] == f"{part}_not_found"
@@ -215,57 +220,53 @@ def test_cancelling_an_ended_job_is_a_conflict(api: TestClient, submit: Callable
     assert problem(api.post(f"/v1/jobs/{job_id}/cancel"), 409)["code"] == "job_is_final"
 
 
-def test_what_a_run_left_can_be_fetched(api: TestClient, submit: Callable[..., str], settings: Settings) -> None:
-    job_id = submit()
-    store: Store = api.app.state.world.store  # type: ignore[attr-defined]
-    attempt = store.queue.claim(1)
-    assert attempt
-    result = settings.attempt_dir(job_id, 1) / "result"
-    result.mkdir(parents=True)
-    (result / "model.safetensors").write_bytes(b"weights")
-    (settings.home / "stray").write_text("not ours to give")
-    digest = hashlib.sha256(b"weights").hexdigest()
+def test_lists_are_narrowed_by_what_a_job_is(api: TestClient, submit: Callable[..., str]) -> None:
+    first = submit(name="Alpha", metadata={"team": "vision", "a[b]": "x y"})
+    second = submit(model="vit_tiny_patch16_224", metadata={"team": "speech"})
+    third = submit(name="50%_off")
+    api.post(f"/v1/jobs/{first}/cancel")
+    api.post(f"/v1/jobs/{second}/pause")
+    now = time.time()
 
-    def ready(seq: int, name: str, path: object) -> dict[str, object]:
-        data = {"name": name, "path": str(path), "bytes": 7, "sha256": digest}
-        return {"seq": seq, "at": 1.0, "type": "artifact.ready", "data": data}
+    def ids(**params: object) -> list[str]:
+        answer = api.get("/v1/jobs", params=params)
+        assert answer.status_code == 200, answer.text
+        return [job["id"] for job in answer.json()["data"]]
 
-    lines = [
-        ready(1, "model.safetensors", result / "model.safetensors"),
-        ready(2, "../../key", result / "model.safetensors"),
-        ready(3, "escaped", settings.home / "key"),
-        ready(4, "climbing", "../../stray"),
-        ready(5, "gone", result / "gone"),
-        {"seq": 6, "at": 1.0, "type": "metrics", "data": {"step": 1, "loss": 1.5}},
-        {"seq": 7, "at": 1.0, "type": "plan.created", "data": {"version": 1}},
-        {"seq": 8, "at": 1.0, "type": "ledger", "data": {"rows": []}},
-    ]
-    store.attempts.absorb(attempt, lines, 1)
-    root = f"/v1/jobs/{job_id}"
-    assert len(api.get(f"{root}/artifacts").json()["data"]) == 5
-    answer = api.get(f"{root}/artifacts/model.safetensors")
-    assert answer.content == b"weights" and answer.headers["repr-digest"].startswith("sha-256=:")
-    for name in ("escaped", "climbing", "gone", "never", "..%2f..%2fkey2", "%2e%2e/a1/context.json", "/etc/passwd"):
-        problem(api.get(f"{root}/artifacts/{name}"), 404)
-    assert api.get(f"{root}/metrics").json() == {"object": "list", "data": [{"step": 1, "loss": 1.5}], "total": 1}
-    assert api.get(f"{root}/plan").json()["plan"] == {"version": 1}
-    assert api.get(f"{root}/ledger").json()["ledger"] == {"rows": []}
+    assert ids(status=["cancelled", "paused"]) == [second, first] and ids(status="queued") == [third]
+    assert ids(model="vit_tiny_patch16_224") == [second] and ids(model="vit_tiny") == []
+    assert ids(search="ALPHA") == [first] and ids(search="SPEECH") == [second] and ids(search=third[-9:]) == [third]
+    assert ids(search="%_") == [third] and ids(search="zzz") == []
+    assert ids(order="asc") == [first, second, third] and ids(order="asc", after=first, limit=1) == [second]
+    assert ids(created_after=now + 5) == ids(created_before=now - 60) == []
+    assert len(ids(created_after=now - 60, created_before=now + 5)) == 3
+    assert ids(**{"metadata[team]": "vision"}) == ids(**{"metadata[a[b]]": "x y"}) == [first]
+    assert ids(**{"metadata[team]": "vision", "metadata[a[b]]": "z"}) == [] and ids(**{"metadata[none]": ""}) == []
+    assert ids(owner=api.get("/v1/me").json()["user"]["name"]) == [third, second, first] and ids(owner="nobody") == []
 
 
-def test_logs_come_from_ray_until_they_are_kept(
-    api: TestClient, submit: Callable[..., str], settings: Settings, ray: FakeRay
-) -> None:
-    job_id = submit()
-    attempt = api.app.state.world.store.queue.claim(1)  # type: ignore[attr-defined]
-    ray.jobs[attempt.submission_id] = {"submission_id": attempt.submission_id, "status": "RUNNING"}
-    assert "last words" in api.get(f"/v1/jobs/{job_id}/logs").text
-    ray.down = True
-    assert problem(api.get(f"/v1/jobs/{job_id}/logs"), 503)["code"] == "ray_unreachable"
-    kept = settings.attempt_dir(job_id, 1) / "driver.log"
-    kept.parent.mkdir(parents=True)
-    kept.write_text("kept log")
-    assert api.get(f"/v1/jobs/{job_id}/logs", params={"offset": 5}).text == "log"
-    problem(api.get(f"/v1/jobs/{job_id}/logs", params={"attempt": 2}), 404)
+def test_jobs_are_paused_resumed_and_retried(api: TestClient, submit: Callable[..., str]) -> None:
+    root = f"/v1/jobs/{submit()}"
+    assert api.post(f"{root}/pause").json()["status"] == api.post(f"{root}/pause").json()["status"] == "paused"
+    assert api.post(f"{root}/resume").json()["status"] == api.post(f"{root}/resume").json()["status"] == "queued"
+    assert problem(api.post(f"{root}/retry"), 409)["code"] == "job_not_retryable"
+    assert api.post(f"{root}/cancel").json()["status"] == api.post(f"{root}/cancel").json()["status"] == "cancelled"
+    assert problem(api.post(f"{root}/pause"), 409)["code"] == "job_not_pausable"
+    assert problem(api.post(f"{root}/resume"), 409)["code"] == "job_not_paused"
+    again = api.post(f"{root}/retry").json()
+    assert again["status"] == "queued" and root.endswith(again["id"])
+
+
+def test_a_user_has_so_many_jobs_waiting_and_of_such_priority(api: TestClient) -> None:
+    ann = key_for(api, "ann", max_queued=2, max_priority=3)
+    ids = [api.post("/v1/jobs", json={"priority": 3}, headers=ann).json()["id"] for _ in range(2)]
+    answer = api.post("/v1/jobs", json={}, headers=ann)
+    assert problem(answer, 429)["code"] == "queue_full" and int(answer.headers["retry-after"]) > 0
+    assert api.post("/v1/jobs", json={}).status_code == 201, "another user's queue is another's"
+    api.post(f"/v1/jobs/{ids[0]}/cancel", headers=ann)
+    found = problem(api.post("/v1/jobs", json={"priority": 4}, headers=ann), 422)
+    assert (found["param"], found["code"]) == ("priority", "priority_too_high")
+    assert api.post("/v1/jobs", json={}, headers=ann).status_code == 201
 
 
 def test_health_is_open_and_ready_names_its_parts(api: TestClient, ray: FakeRay) -> None:
