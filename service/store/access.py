@@ -81,6 +81,7 @@ class Access:
     def caller(self, key: str) -> Caller | None:
         """Who has this key; None for one that is unknown, expired or revoked, or whose user is disabled."""
         digest, now = _digest(key), time.time()
+        known = self._known  # another by the time that something is revoked meanwhile
         with self._database.read() as session:
             row = session.execute(_CALLER.where(ApiKeyRow.hash == digest)).first()
         if row is None or not hmac.compare_digest(row.hash, digest):
@@ -91,9 +92,9 @@ class Access:
         caller = Caller(row.user_id, row.id, row.role, frozenset(row.scopes))
         if row.used_at is None or now - row.used_at > _USED_EVERY_S:
             self._note_use(caller.key_id, now)
-        if len(self._known) >= _MAX_KNOWN:
-            self._known.clear()
-        self._known[digest] = caller, min(now + _KNOWN_S, row.expires_at or now + _KNOWN_S)
+        if len(known) >= _MAX_KNOWN:
+            known.clear()
+        known[digest] = caller, min(now + _KNOWN_S, row.expires_at or now + _KNOWN_S)
         return caller
 
     def make_key(self, body: KeyBody, *, user_id: str) -> Key:
@@ -123,7 +124,7 @@ class Access:
                 raise NotFoundError(f"There is no key {key_id[:60]}.", code="key_not_found", param="id")
             row.revoked_at = row.revoked_at or time.time()
             revoked = _key_view(row, session.get_one(UserRow, row.user_id))
-        self._known.clear()
+        self._known = {}
         return revoked
 
     def make_user(self, body: UserBody) -> User:
@@ -159,6 +160,9 @@ class Access:
     def change_user(self, user_id: str, changes: dict[str, Any]) -> User:
         """Set what is given. Raises ConflictError when no administrator would be left."""
         with self._database.write() as session:
+            admins = select(UserRow.id).where(UserRow.role == "admin", UserRow.disabled_at.is_(None))
+            # All of them are locked, in one order: two who remove each other at once would each still see the other.
+            session.execute(admins.order_by(UserRow.id).with_for_update())
             row = _user(session, user_id, lock=True)
             disabled = changes.pop("disabled", None)
             if disabled is not None:
@@ -166,12 +170,11 @@ class Access:
             for name, value in changes.items():
                 setattr(row, name, value)
             session.flush()
-            admins = select(UserRow.id).where(UserRow.role == "admin", UserRow.disabled_at.is_(None))
             if session.scalar(admins.limit(1)) is None:
                 message = "This is the last administrator; without one nobody could undo this."
                 raise ConflictError(message, code="last_admin", remedy="Make another user an administrator first.")
             changed = _user_view(row)
-        self._known.clear()
+        self._known = {}
         return changed
 
     def _note_use(self, key_id: str, now: float) -> None:
