@@ -7,33 +7,40 @@ key.
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx2
 import uvicorn
 from fastapi import FastAPI
+from fastapi.telemetry import TelemetryConfig
 
-from service import problems
+from service import logs, problems
 from service.auth import Door
 from service.catalogue import Catalogue
 from service.home import ensure_key, ensure_master_secret, make_home, read_secret
+from service.meters import Meters
 from service.outbound import Outbound
 from service.planners import Planners
 from service.ray_jobs import RayJobs
 from service.routes import World, routers
+from service.scrape import Scrape
 from service.settings import Settings
 from service.standing import Standings
 from service.store import Store
 from service.streams import Room, Streams
 from service.supervisor import Supervisor
+from service.telemetry import header_secrets, start_tracing
 from service.thumbnails import Thumbnails
+from service.watch import Watch, measure_lag
 from service.webhooks import Sender, Signer
 
 GRACE_S = 3
+# FastAPI's own would send what stands in URLs and in errors, secrets among it; `watch` makes the spans.
+NO_TELEMETRY: TelemetryConfig = {"tracing": False, "metrics": False, "logs": False, "auto_configure": False}
 NO_RAY = "http://127.0.0.1:9"  # the discard port: nothing answers, and jobs stay queued
 
 
@@ -42,13 +49,17 @@ def create_app(
 ) -> FastAPI:
     """The whole service over one home. `ray_transport` and `supervise` let tests stand in for Ray or leave it out."""
     make_home(settings.home)
-    store = Store(settings.store_url, max_queued=settings.max_queued, max_running_each=settings.max_running_each)
+    meters, tracing = Meters(), start_tracing()
+    most, most_each = settings.max_queued, settings.max_running_each
+    store = Store(settings.store_url, max_queued=most, max_running_each=most_each, meters=meters)
     store.access.ensure(ensure_key(settings.home), "first")
     streams = Streams(store, Room(settings.max_streams, settings.max_streams_each))
     store.on_change(streams.ring)
-    ray = RayJobs(settings.ray_address or NO_RAY, read_secret(settings.token_file), ray_transport)
+    ray = RayJobs(settings.ray_address or NO_RAY, read_secret(settings.token_file), ray_transport, meters)
     standings = Standings(store, settings.max_running)
-    children = Catalogue(settings), Planners(settings), Thumbnails(settings)
+    planners = Planners(settings)
+    scrape = Scrape(meters, store, streams.room, planners)
+    children = Catalogue(settings), planners, scrape, Thumbnails(settings)
     hooks = Signer(ensure_master_secret(settings.home)), Outbound(settings.webhook_networks)
     world = World(settings, store, streams, standings, ray, *children, *hooks)
 
@@ -56,7 +67,8 @@ def create_app(
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         streams.attach()
         world.catalogue.start()
-        loops = [Supervisor(settings, store, ray).run()] if supervise else []
+        loops = [measure_lag(meters)]
+        loops += [Supervisor(settings, store, ray, meters, tracing).run()] if supervise else []
         loops += [Sender(store, *hooks).run()] if settings.webhooks else []
         running = [asyncio.create_task(loop) for loop in loops]
         yield
@@ -70,14 +82,23 @@ def create_app(
         await world.catalogue.close()
         await ray.close()
         store.close()
+        await asyncio.to_thread(tracing.close)
 
     app = FastAPI(
-        title="d2ft", version="1", lifespan=lifespan, docs_url=None, redoc_url=None, swagger_ui_oauth2_redirect_url=None
+        title="d2ft",
+        version="1",
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        swagger_ui_oauth2_redirect_url=None,
+        redirect_slashes=False,  # behind a proxy with a certificate it would send clients, and their keys, to http
+        telemetry=NO_TELEMETRY,
     )
     app.state.world = world
     for router, prefix, in_schema in routers():
         app.include_router(router, prefix=prefix, include_in_schema=in_schema)
     app.add_middleware(Door, settings=settings, store=store)
+    app.add_middleware(Watch, meters=meters, tracing=tracing)  # the one added last is the outermost
     problems.install(app)
     return app
 
@@ -89,17 +110,25 @@ def uvicorn_options(settings: Settings) -> dict[str, Any]:
         "port": settings.port,
         "server_header": False,
         "timeout_graceful_shutdown": GRACE_S,
-        "log_level": "info",
+        "log_config": None,  # its lines go where ours go
+        "log_level": settings.log_level,
         "access_log": False,
+        "ws": "none",
     }
+
+
+def known_secrets(settings: Settings) -> list[str | None]:
+    """What the log must never show, made where it is not there yet; keys that come later are known by their looks."""
+    make_home(settings.home)
+    ours = ensure_key(settings.home), ensure_master_secret(settings.home), read_secret(settings.token_file)
+    return [*ours, urlsplit(settings.store_url).password, *header_secrets()]
 
 
 def main() -> None:
     """Serve with the settings of the environment."""
     os.umask(0o077)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    logging.getLogger("httpx2").setLevel(logging.WARNING)
     settings = Settings()
+    logs.configure(settings.log_level, known_secrets(settings))
     uvicorn.run(create_app(settings), **uvicorn_options(settings))
 
 

@@ -10,6 +10,7 @@ After a crash of Ray it starts both; jobs that ran there fail by name, those tha
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import signal
 import socket
@@ -196,5 +197,19 @@ def _end(noted: dict[str, Any] | None, grace_s: float) -> bool:
 
 
 def _last_line(path: Path) -> str:
-    lines = path.read_text(errors="replace").strip().splitlines()
-    return lines[-1][-300:] if lines else "it printed nothing"
+    """The last thing that was said: in plain text, as a traceback is, or as an error in the log."""
+    lines = path.read_text(errors="replace").strip().splitlines()[-50:]
+    told = [said for said in map(_said, lines) if said]
+    return told[-1][-300:] if told else "it printed nothing"
+
+
+def _said(line: str) -> str:
+    """A line in plain text as it is; of one of the log the end of its message, where it tells of an error."""
+    try:
+        entry = json.loads(line)
+    except ValueError:
+        return line.strip()
+    if not isinstance(entry, dict):
+        return line.strip()
+    text = str(entry.get("message", "")).strip() if entry.get("level") in ("ERROR", "CRITICAL") else ""
+    return text.splitlines()[-1] if text else ""

@@ -36,6 +36,14 @@ class Planners:
         for child in reversed(self._all):
             self._free.put_nowait(child)
 
+    @property
+    def num_busy(self) -> int:
+        return len(self._all) - self._free.qsize()
+
+    @property
+    def num_waiting(self) -> int:
+        return self._inside - self.num_busy
+
     async def what_if(self, request: dict[str, Any]) -> dict[str, Any]:
         """The planner's answer. Raises its errors; TooManyError when the queue is full; UnavailableError."""
         if self._inside >= self._room:

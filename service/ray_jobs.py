@@ -10,15 +10,21 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import httpx2
 
 from service.errors import UnavailableError
+from service.meters import Meters
 
 RUNNING = frozenset({"PENDING", "RUNNING"})
 _TIMEOUT = httpx2.Timeout(10.0, connect=3.0)
+P = ParamSpec("P")
+T = TypeVar("T")
+Answer = Coroutine[Any, Any, T]
 
 
 @dataclass(frozen=True)
@@ -35,10 +41,26 @@ class RayJob:
         return self.status not in RUNNING
 
 
+def _metered(call: Callable[Concatenate[RayJobs, P], Answer[T]]) -> Callable[Concatenate[RayJobs, P], Answer[T]]:
+    @functools.wraps(call)
+    async def metered(self: RayJobs, /, *given: P.args, **named: P.kwargs) -> T:
+        with self._meters.ray_call(call.__name__):
+            return await call(self, *given, **named)
+
+    return metered
+
+
 class RayJobs:
     """The calls that the supervisor makes. Every one raises UnavailableError when Ray does not answer as it should."""
 
-    def __init__(self, address: str, token: str | None, transport: httpx2.AsyncBaseTransport | None = None) -> None:
+    def __init__(
+        self,
+        address: str,
+        token: str | None,
+        transport: httpx2.AsyncBaseTransport | None = None,
+        meters: Meters | None = None,
+    ) -> None:
+        self._meters = meters or Meters()
         headers = {"Authorization": f"Bearer {token}"} if token else {}
         # trust_env off: a proxy from the environment has no business between us and Ray.
         self._http = httpx2.AsyncClient(
@@ -52,6 +74,7 @@ class RayJobs:
         """Raise unless the Jobs API answers."""
         await self.list()
 
+    @_metered
     async def submit(
         self, submission_id: str, entrypoint: str, env_vars: dict[str, str], metadata: dict[str, str]
     ) -> None:
@@ -67,19 +90,23 @@ class RayJobs:
             return
         _check(answer)
 
+    @_metered
     async def get(self, submission_id: str) -> RayJob | None:
         """The job, or None when Ray does not know it."""
         answer = await self._send("GET", f"/api/jobs/{submission_id}")
         return None if answer.status_code == 404 else _job(_check(answer).json())
 
+    @_metered
     async def list(self) -> list[RayJob]:
         return [_job(item) for item in _check(await self._send("GET", "/api/jobs/")).json()]
 
+    @_metered
     async def stop(self, submission_id: str) -> None:
         answer = await self._send("POST", f"/api/jobs/{submission_id}/stop")
         if answer.status_code != 404:
             _check(answer)
 
+    @_metered
     async def logs(self, submission_id: str) -> str | None:
         """What the driver printed, or None when Ray does not know it."""
         answer = await self._send("GET", f"/api/jobs/{submission_id}/logs")
@@ -87,6 +114,7 @@ class RayJobs:
             return None
         return str(_check(answer).json().get("logs") or "")
 
+    @_metered
     async def resources(self) -> dict[str, float]:
         """What all nodes together offer, used or not; empty where Ray does not say."""
         answer = _check(await self._send("GET", "/api/cluster_status"))

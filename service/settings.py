@@ -21,12 +21,16 @@ import os
 import sys
 from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+def _lower(value: Any) -> Any:
+    return value.lower() if isinstance(value, str) else value
 
 
 class Settings(BaseSettings):
@@ -106,6 +110,8 @@ class Settings(BaseSettings):
     """Whether users may have messages about their jobs sent to addresses that they name."""
     webhook_networks: Annotated[tuple[IPv4Network | IPv6Network, ...], NoDecode] = ()
     """Networks that are not public to which messages may go, by http too, comma-separated: "10.0.0.0/8"."""
+    log_level: Annotated[Literal["debug", "info", "warning", "error"], BeforeValidator(_lower)] = "info"
+    """From which level on the API writes its log: debug, info, warning or error."""
     driver_module: str = "workers.loop"
     """Module run as the driver of an attempt: `python -m MODULE --context FILE`."""
     driver_python: str = Field(default_factory=lambda: sys.executable)

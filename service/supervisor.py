@@ -27,6 +27,8 @@ from typing import Any
 from service.errors import LostAttemptError, UnavailableError
 from service.home import write_private
 from service.lifecycle import JobState
+from service.logs import about
+from service.meters import Meters
 from service.processes import package_env
 from service.ray_jobs import RayJob, RayJobs
 from service.settings import Settings
@@ -34,6 +36,7 @@ from service.store import Attempt, Store
 from service.store.actions import STOP
 from service.store.attempts import CREATED, ENDED
 from service.tail import read_batch
+from service.telemetry import Attributes, Tracing
 from workers.contract import RunContext
 from workers.events import EVENTS_FILE
 
@@ -80,7 +83,16 @@ def decide(attempt: Attempt, ray_job: RayJob | None, *, now: float, settle_s: fl
 class Supervisor:
     """Follows every open attempt, and starts the next when there is room."""
 
-    def __init__(self, settings: Settings, store: Store, ray: RayJobs) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        store: Store,
+        ray: RayJobs,
+        meters: Meters | None = None,
+        tracing: Tracing | None = None,
+    ) -> None:
+        self._meters = meters or Meters()
+        self._tracing = tracing or Tracing()
         self._settings = settings
         self._store = store
         self._ray = ray
@@ -92,8 +104,11 @@ class Supervisor:
         compared = -self._settings.reconcile_s
         try:
             while True:
-                if await self._leads():
-                    await self._guard(self.look(), "look")
+                leads = await self._leads()
+                self._meters.leads.set(leads)
+                if leads:
+                    with self._meters.look():
+                        await self._guard(self.look(), "look")
                     if time.monotonic() - compared >= self._settings.reconcile_s:
                         compared = time.monotonic()
                         await self._guard(self.reconcile(), "reconcile")
@@ -106,13 +121,15 @@ class Supervisor:
         try:
             return await asyncio.to_thread(self._store.leases.hold, LEASE, self._me, self._settings.lease_s)
         except UnavailableError as error:
+            self._meters.failed("lease")
             log.warning("the lease: %s", error)
             return False
 
     async def look(self) -> None:
         """Follow what is open, then start what waits."""
         for attempt in await asyncio.to_thread(self._store.attempts.open):
-            await self._guard(self._follow(attempt), attempt.submission_id)
+            with about(job_id=attempt.job_id, attempt=attempt.n):
+                await self._guard(self._follow(attempt), attempt.submission_id)
         await asyncio.to_thread(self._store.queue.expire)
         await self._start_next()
         if self._settings.preempt_after_s is not None:
@@ -133,10 +150,12 @@ class Supervisor:
         try:
             await work
         except UnavailableError as error:
+            self._meters.failed(what)
             log.warning("%s: %s", what, error)
         except LostAttemptError as error:
             log.warning("%s: stood down: %s", what, error)
         except Exception:
+            self._meters.failed(what)
             log.exception("%s failed; it is taken again", what)
 
     async def _start_next(self) -> None:
@@ -202,8 +221,13 @@ class Supervisor:
         elif step is Step.SETTLE:
             await self._keep_log(attempt)
             await asyncio.to_thread(self._store.attempts.settle, attempt)
+            self._trace(attempt)
 
     async def _submit(self, attempt: Attempt) -> None:
+        with self._tracing.span("attempt submit", attempt.trace, _facts(attempt)):
+            await self._hand_over(attempt)
+
+    async def _hand_over(self, attempt: Attempt) -> None:
         run_dir = self._settings.attempt_dir(attempt.job_id, attempt.n)
         context = await self._context(attempt, run_dir)
         path = run_dir / "context.json"
@@ -295,6 +319,13 @@ class Supervisor:
         of_ray = (await self._ray.logs(attempt.submission_id) or "") if known else ""
         return f"{own}\n{of_ray}".strip()
 
+    def _trace(self, attempt: Attempt) -> None:
+        """Add the attempt, from its opening to the job's decision, to the trace of the request that made the job."""
+        failed = attempt.job_state is JobState.FAILED
+        facts = {**_facts(attempt), "d2ft.job_state": attempt.job_state.value}
+        ended = attempt.ended_at or time.time()
+        self._tracing.record("attempt", attempt.trace, facts, began=attempt.created_at, ended=ended, failed=failed)
+
     def _driver_log(self, attempt: Attempt) -> Path:
         return self._settings.attempt_dir(attempt.job_id, attempt.n) / "logs" / "driver.log"
 
@@ -306,6 +337,10 @@ def too_small(have: Mapping[str, float], per_worker: Mapping[str, float], worker
         if have and need > there + 1e-9:
             return f"{workers} workers need {need:g} {name}, and the whole cluster has {there:g}; waits for more nodes."
     return None
+
+
+def _facts(attempt: Attempt) -> Attributes:
+    return {"d2ft.job_id": attempt.job_id, "d2ft.attempt": attempt.n}
 
 
 def _paused_words(attempt: Attempt) -> str:

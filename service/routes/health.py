@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from fastapi import APIRouter
-from fastapi.responses import JSONResponse
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse, PlainTextResponse
 
 from scheduler.errors import D2ftError
 from service.errors import UnavailableError
-from service.routes.world import InWorld
+from service.routes.world import PROBLEM, InWorld
 from service.schemas import Health
 
 router = APIRouter(tags=["health"])
@@ -30,6 +30,13 @@ async def readyz(world: InWorld) -> JSONResponse:
     degraded = set(checks.values()) != {"ok"}
     body = Health(status="degraded" if degraded else "ok", checks=checks)
     return JSONResponse(body.model_dump(), 200 if store == "ok" else 503)
+
+
+@router.get("/metrics", response_class=PlainTextResponse, responses=PROBLEM)
+def metrics(request: Request, world: InWorld) -> Response:
+    """What the service measures of itself, for Prometheus; as OpenMetrics where `Accept` asks for it."""
+    content, media_type = world.scrape.text(request.headers.get("accept", ""))
+    return Response(content, headers={"Content-Type": media_type})
 
 
 async def _state_of(check: Any) -> str:

@@ -13,6 +13,7 @@ from service.outbound import Outbound
 from service.planners import Planners
 from service.ray_jobs import RayJobs
 from service.schemas import Problem
+from service.scrape import Scrape
 from service.settings import Settings
 from service.standing import Standings
 from service.store import Attempt, Caller, Store
@@ -35,6 +36,7 @@ class World:
     ray: RayJobs
     catalogue: Catalogue
     planners: Planners
+    scrape: Scrape
     thumbnails: Thumbnails
     signer: Signer
     outbound: Outbound
