@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from sqlalchemy import text
+
 from service.meters import Meters
 from service.store.absorb import RunEvent
 from service.store.access import Access, Caller
@@ -54,9 +56,9 @@ class Store:
         self._database.on_change = ring
 
     def ping(self) -> None:
-        """Raise unless the store can be written."""
-        with self._database.write():
-            pass
+        """Raise unless the store answers, and a writing transaction gets its turn."""
+        with self._database.write() as session:
+            session.execute(text("SELECT 1"))
 
     def close(self) -> None:
         self._database.close()

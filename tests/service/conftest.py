@@ -12,6 +12,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ class FakeRay:
         self._threads: list[threading.Thread] = []
 
     def transport(self) -> httpx2.MockTransport:
-        return httpx2.MockTransport(self._answer)
+        return httpx2.MockTransport(self.answer)
 
     def set_status(self, submission_id: str, status: str, message: str = "") -> None:
         self.jobs[submission_id].update(status=status, message=message)
@@ -62,7 +63,7 @@ class FakeRay:
         for thread in self._threads:
             thread.join(10)
 
-    def _answer(self, request: httpx2.Request) -> httpx2.Response:
+    def answer(self, request: httpx2.Request) -> httpx2.Response:
         if self.down:
             raise httpx2.ConnectError("refused", request=request)
         parts = [part for part in request.url.path.split("/") if part][2:]
@@ -220,21 +221,29 @@ def free_port() -> int:
 
 @pytest.fixture
 def server(settings: Settings, models: object) -> Iterator[str]:
-    """The service on a real socket; yields its URL."""
-    settings = settings.model_copy(update={"port": free_port()})
+    """The service on a real socket, with drivers that run; yields its URL."""
     ray = FakeRay(drives=True)
-    server = uvicorn.Server(
-        uvicorn.Config(create_app(settings, ray_transport=ray.transport()), **uvicorn_options(settings))
-    )
+    with serving(settings.model_copy(update={"port": free_port()}), ray) as url:
+        yield url
+    ray.join()
+
+
+@contextmanager
+def serving(settings: Settings, ray: FakeRay) -> Iterator[str]:
+    """The service on its port while the block lasts; yields its URL."""
+    app = create_app(settings, ray_transport=ray.transport())
+    server = uvicorn.Server(uvicorn.Config(app, **uvicorn_options(settings)))
     thread = threading.Thread(target=server.run)
     thread.start()
     while not server.started:
+        assert thread.is_alive(), "the server ended at once"
         time.sleep(0.01)
-    yield settings.url
-    server.should_exit = True
-    thread.join(10)
-    ray.join()
-    logging.getLogger("uvicorn").handlers.clear()
+    try:
+        yield settings.url
+    finally:
+        server.should_exit = True
+        thread.join(10)
+        logging.getLogger("uvicorn").handlers.clear()
 
 
 @pytest.fixture
