@@ -15,6 +15,7 @@ from scheduler.devices import DeviceRecord
 from service.schemas import WebhookBody
 from service.settings import Settings
 from service.store import Attempt
+from service.webhooks import Sender
 from tests.service.conftest import write_book
 from tests.service.test_auth import METHODS
 from tests.service.walk import Found, key_for, store_of, walk
@@ -27,7 +28,13 @@ REFUSED = {"job_id": 404, "key_id": 404, "dataset_id": 404, "webhook_id": 404, "
 
 
 @pytest.fixture
-def settings(settings: Settings) -> Settings:
+def settings(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Settings:
+    """With webhooks, and nobody who sends what waits in them."""
+
+    async def idle(sender: Sender) -> None:
+        pass
+
+    monkeypatch.setattr(Sender, "run", idle)
     return settings.model_copy(update={"webhooks": True})
 
 
