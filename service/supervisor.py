@@ -37,15 +37,15 @@ from service.store.actions import STOP
 from service.store.attempts import CREATED, ENDED
 from service.tail import read_batch
 from service.telemetry import Attributes, Tracing
+from workers import control
 from workers.contract import RunContext
 from workers.events import EVENTS_FILE
+from workers.logs import log_path
 
 STOP_WAIT_S = 15
 LOG_TAIL_CHARS = 1500
 KEPT_LOG_CHARS = 4_000_000
 LEASE = "supervisor"
-CONTROL_FILE = "control.json"
-PAUSE_REQUEST = '{"want": "pause"}\n'
 log = logging.getLogger(__name__)
 
 
@@ -211,7 +211,7 @@ class Supervisor:
             await self._ray.stop(attempt.submission_id)
         elif step is Step.ASK_PAUSE:
             run_dir = self._settings.attempt_dir(attempt.job_id, attempt.n)
-            await asyncio.to_thread(write_private, run_dir / CONTROL_FILE, PAUSE_REQUEST)
+            await asyncio.to_thread(control.ask, run_dir, control.PAUSE)
         elif step is Step.PAUSED:
             await self._finish(attempt, JobState.PAUSED, message=_paused_words(attempt))
         elif step is Step.CANCELLED:
@@ -327,7 +327,7 @@ class Supervisor:
         self._tracing.record("attempt", attempt.trace, facts, began=attempt.created_at, ended=ended, failed=failed)
 
     def _driver_log(self, attempt: Attempt) -> Path:
-        return self._settings.attempt_dir(attempt.job_id, attempt.n) / "logs" / "driver.log"
+        return log_path(self._settings.attempt_dir(attempt.job_id, attempt.n), "driver")
 
 
 def too_small(have: Mapping[str, float], per_worker: Mapping[str, float], workers: int) -> str | None:

@@ -15,6 +15,7 @@ from fastapi.responses import StreamingResponse
 from service.errors import NotFoundError
 from service.routes.world import PROBLEM, ByCaller, InWorld, World
 from service.store import Caller
+from workers.logs import log_path
 
 DRIVER = "driver"
 MAX_BYTES = 1 << 20
@@ -48,7 +49,7 @@ async def read_logs(
     """
     records = world.store.records
     number, submission_id = await asyncio.to_thread(lambda: records.submission_id(job_id, attempt, owner=caller.reach))
-    path = world.settings.attempt_dir(job_id, number) / "logs" / f"{DRIVER if rank is None else f'rank{rank}'}.log"
+    path = log_path(world.settings.attempt_dir(job_id, number), DRIVER if rank is None else f"rank{rank}")
     if follow:
         world.streams.room.check(caller.user_id)
         stream = _follow(world, caller, job_id, number, path, offset)

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import httpx2
@@ -68,8 +69,7 @@ def test_a_job_within_budgets_gives_a_checkpoint_that_timm_opens(service, tmp_pa
     model = timm.create_model(f"local-dir:{tmp_path / 'result'}", pretrained=True).eval()
     with torch.no_grad():
         assert model(torch.zeros(1, 1, 28, 28)).shape == (1, 10)
-    events = [json.loads(line) for line in service("events", job["id"], "--json").splitlines()]
-    types = {event["type"] for event in events}
+    types = {event["type"] for event in events_of(service, job["id"])}
     assert {"job.created", "job.status", "plan.created", "metrics", "evaluation", "artifact.ready"} <= types
 
 
@@ -108,10 +108,29 @@ def test_an_image_folder_and_a_timm_model_with_weights_of_ones_own(service):
 def test_what_cannot_be_done_fails_by_name_and_the_service_stays_up(service):
     infeasible = service.run("--compute", "0.05", "--bytes", "0.01", *SMALL, code=1)
     assert infeasible["error"]["param"] == "method.budgets" and infeasible["error"]["fault"] == "user"
-    crowded = service.run("--workers", "9", *SMALL, code=1)
-    assert crowded["error"]["code"] == "cluster_too_small" and crowded["error"]["fault"] == "capacity"
-    assert "9 workers" in crowded["error"]["message"]
+    crowded = service.run("--workers", "9", "--queue-timeout", "3", *SMALL, code=1)
+    assert crowded["error"]["code"] == "queue_timeout" and crowded["error"]["fault"] == "capacity"
+    assert "9 workers need 4.5 CPU, and the whole cluster has 2" in crowded["error"]["message"]
     assert httpx2.get(f"http://127.0.0.1:{service.port}/readyz", timeout=10).status_code == 200
+
+
+@pytest.mark.timeout(400)
+def test_a_paused_job_keeps_what_it_has_learnt_and_goes_on(service):
+    job = json.loads(service("submit", "--json", "--steps", "120", "--micro-batch-size", "8"))["id"]
+    until(service, job, lambda seen: seen["progress"]["step"] >= 5)
+    service("pause", job)
+    paused = until(service, job, lambda seen: seen["status"] == "paused")
+    stopped_at = paused["progress"]["step"]
+    assert 5 <= stopped_at < 120
+    newest = json.loads(service("checkpoints", job, "--json"))["data"][0]
+    assert newest["step"] == stopped_at and newest["bytes"] > 1_000_000
+    service("resume", job)
+    service("watch", job)
+    ended = json.loads(service("get", job, "--json"))
+    assert ended["status"] == "succeeded" and ended["attempt"] == 2 and ended["progress"]["step"] == 120
+    steps = [event["data"]["step"] for event in events_of(service, job) if event["type"] == "metrics"]
+    assert steps == list(range(1, 121)), "every step once"
+    assert "rank" in service("logs", job) or service("logs", job, "--rank", "0")
 
 
 @pytest.mark.timeout(400)
@@ -140,3 +159,17 @@ def test_a_second_service_on_the_same_port_says_so(service):
         )
     assert done.returncode == 6
     assert str(service.port) in done.stderr and "--port" in done.stderr
+
+
+def until(service, job, reached):
+    """The job once it is so."""
+    deadline = time.monotonic() + 120
+    while not reached(seen := json.loads(service("get", job, "--json"))):
+        assert seen["status"] not in ("failed", "succeeded", "cancelled"), seen
+        assert time.monotonic() < deadline, seen
+        time.sleep(0.3)
+    return seen
+
+
+def events_of(service, job):
+    return [json.loads(line) for line in service("events", job, "--json").splitlines()]
