@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from typing import Any
@@ -18,9 +19,11 @@ import uvicorn
 from fastapi import FastAPI
 from fastapi.telemetry import TelemetryConfig
 
+from scheduler.errors import UserError
 from service import logs, problems
 from service.auth import Door
 from service.catalogue import Catalogue
+from service.exposure import check_exposure
 from service.home import ensure_key, ensure_master_secret, make_home, read_secret
 from service.meters import Meters
 from service.outbound import Outbound
@@ -114,6 +117,8 @@ def uvicorn_options(settings: Settings) -> dict[str, Any]:
         "log_level": settings.log_level,
         "access_log": False,
         "ws": "none",
+        "ssl_certfile": settings.tls_cert,
+        "ssl_keyfile": settings.tls_key,
     }
 
 
@@ -128,6 +133,10 @@ def main() -> None:
     """Serve with the settings of the environment."""
     os.umask(0o077)
     settings = Settings()
+    try:
+        check_exposure(settings)
+    except UserError as error:
+        sys.exit(f"{error.message} {error.remedy}")
     logs.configure(settings.log_level, known_secrets(settings))
     uvicorn.run(create_app(settings), **uvicorn_options(settings))
 

@@ -28,6 +28,7 @@ import httpx2
 from scheduler.errors import SystemFault
 from service import cluster
 from service.errors import ConflictError
+from service.exposure import check_exposure, trust_of
 from service.home import ensure_key, ensure_ray_token, forget_server, make_home, read_server, write_server
 from service.processes import child_env, end_tree, find, identify
 from service.settings import Settings
@@ -49,8 +50,10 @@ class Machine:
 def up(settings: Settings, machine: Machine, say: Say) -> tuple[str, bool]:
     """Bring the service up; (its URL, False) when it was up before.
 
-    Raises ConflictError when the port is taken or another `up` is at work, SystemFault when a part does not start.
+    Raises UserError when keys would travel in clear, ConflictError when the port is taken or another `up` is at work,
+    SystemFault when a part does not start.
     """
+    check_exposure(settings)
     os.umask(0o077)
     make_home(settings.home)
     with _alone(settings.home):
@@ -60,7 +63,7 @@ def up(settings: Settings, machine: Machine, say: Say) -> tuple[str, bool]:
         _end(noted.get("api"), API_GRACE_S)
         _check_port(settings)
         ensure_key(settings.home)
-        noted = {"url": settings.url, "api": None, **_bring_ray(settings, machine, noted, say)}
+        noted = {**_address(settings), "api": None, **_bring_ray(settings, machine, noted, say)}
         write_server(settings.home, noted)
         api = _start_api(settings, noted["ray_address"])
         write_server(settings.home, {**noted, "api": identify(api.pid)})
@@ -115,7 +118,7 @@ def _bring_ray(settings: Settings, machine: Machine, noted: dict[str, Any], say:
     head = cluster.start_head(settings.home, settings.token_file, num_cpus=machine.num_cpus, num_gpus=machine.num_gpus)
     found: dict[str, Any] = {"ray": identify(head.process.pid), "ray_address": head.address}
     # Noted before it is ready, so that `down` finds it when this process is killed meanwhile.
-    write_server(settings.home, {"url": settings.url, "api": None, **found})
+    write_server(settings.home, {**_address(settings), "api": None, **found})
     try:
         cluster.wait_ready(head.address, settings.token_file, gone=lambda: head.process.poll() is not None)
     except SystemFault:
@@ -146,7 +149,7 @@ def _wait_api(settings: Settings, api: subprocess.Popen[bytes]) -> None:
         if api.poll() is not None:
             message = f"The API ended at once with {api.returncode}: {_last_line(log)}"
             raise SystemFault(message, code="api_not_ready", remedy=f"See {log}.")
-        if _answers(settings.url):
+        if _answers(_address(settings)):
             return
         time.sleep(0.1)
     raise SystemFault(f"The API at {settings.url} did not get ready.", code="api_not_ready", remedy=f"See {log}.")
@@ -155,13 +158,19 @@ def _wait_api(settings: Settings, api: subprocess.Popen[bytes]) -> None:
 def _is_whole(noted: dict[str, Any]) -> bool:
     """Whether all that was started is still up. An API whose Ray has died is not: it would wait for ever."""
     ray_lives = noted.get("ray") is None or find(noted["ray"]) is not None
-    return ray_lives and find(noted.get("api")) is not None and _answers(noted["url"])
+    return ray_lives and find(noted.get("api")) is not None and _answers(noted)
 
 
-def _answers(url: str) -> bool:
+def _address(settings: Settings) -> dict[str, Any]:
+    """Where the API is, and by which certificate it is known."""
+    return {"url": settings.url, "tls_cert": str(settings.tls_cert) if settings.tls_cert else None}
+
+
+def _answers(noted: dict[str, Any]) -> bool:
     try:
-        return httpx2.get(f"{url}/readyz", timeout=5.0, trust_env=False).is_success
-    except (httpx2.HTTPError, httpx2.InvalidURL):
+        trust = trust_of(noted.get("tls_cert"))
+        return httpx2.get(f"{noted['url']}/readyz", timeout=5.0, trust_env=False, verify=trust).is_success
+    except (httpx2.HTTPError, httpx2.InvalidURL, OSError):  # the last where the certificate is gone
         return False
 
 

@@ -27,6 +27,7 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+ANY = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # not a host but all of them, and where this machine finds it
 
 
 def _lower(value: Any) -> Any:
@@ -155,7 +156,8 @@ class Settings(BaseSettings):
     def host_names(self) -> tuple[str, ...]:
         """The names the API answers to; empty means any."""
         if self.allowed_hosts:
-            return (*self.allowed_hosts, *LOOPBACK)
+            own = () if self.host in ANY else (self.host,)
+            return (*self.allowed_hosts, *LOOPBACK, *own)
         return LOOPBACK if self.is_loopback else ()
 
     @property
@@ -165,7 +167,7 @@ class Settings(BaseSettings):
     @property
     def url(self) -> str:
         """Where a client on this machine finds the API."""
-        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
+        host = ANY.get(self.host, self.host)
         scheme = "https" if self.tls_cert else "http"
         return f"{scheme}://{f'[{host}]' if ':' in host else host}:{self.port}"
 
