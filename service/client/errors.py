@@ -104,7 +104,7 @@ def unreadable(status: int) -> ApiServerError:
 
 
 def unreachable(url: str, error: Exception) -> ApiUnreachableError:
-    detail = f"No answer from {url}: {error or type(error).__name__}. Is it up? Start it with 'd2ft up'."
+    detail = f"No answer from {url}: {str(error).rstrip('.') or type(error).__name__}. Is it up? Start it with 'd2ft up'."
     return ApiUnreachableError(problem("unreachable", detail))
 
 
