@@ -7,7 +7,7 @@ STAMP := $(VENV)/.ready
 # One thread per process: the suites start several processes on few cores.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-slow lint bench-engine bench-planner bench-unlike bench-accuracy bench-peers clean
+.PHONY: demo test test-slow fuzz lint bench-engine bench-planner bench-unlike bench-accuracy bench-peers clean
 
 demo: $(STAMP)
 	deploy/demo.sh $(BIN)
@@ -17,6 +17,10 @@ test: $(STAMP)
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
+
+# The whole API by generated requests, for FUZZ_SECONDS.
+fuzz: $(STAMP)
+	$(BIN)/python -m tests.fuzz.api
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -30,6 +30,7 @@ from service.outbound import Outbound
 from service.planners import Planners
 from service.ray_jobs import RayJobs
 from service.routes import World, routers
+from service.routes.description import describe, name_of
 from service.scrape import Scrape
 from service.settings import Settings
 from service.standing import Standings
@@ -94,6 +95,7 @@ def create_app(
         docs_url=None,
         redoc_url=None,
         swagger_ui_oauth2_redirect_url=None,
+        generate_unique_id_function=name_of,
         redirect_slashes=False,  # behind a proxy with a certificate it would send clients, and their keys, to http
         telemetry=NO_TELEMETRY,
     )
@@ -103,6 +105,7 @@ def create_app(
     app.add_middleware(Door, settings=settings, store=store)
     app.add_middleware(Watch, meters=meters, tracing=tracing)  # the one added last is the outermost
     problems.install(app)
+    describe(app)
     return app
 
 

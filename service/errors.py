@@ -9,6 +9,7 @@ D2ftError
 │   ├── ForbiddenError         403   a foreign host or origin
 │   ├── SlowBodyError          408
 │   ├── TooLargeError          413
+│   ├── RangeError             416
 │   └── TooManyError           429
 ├── CapacityError              503
 │   └── UnavailableError       503   a part we need is down or not ready; try again
@@ -71,6 +72,10 @@ class TooLargeError(UserError):
     """The body is larger than the limit."""
 
 
+class RangeError(UserError):
+    """The part of a file that was asked for lies outside of it."""
+
+
 class TooManyError(UserError):
     """A limit on things open at once is reached."""
 
@@ -90,6 +95,7 @@ STATUS_OF: tuple[tuple[type[D2ftError], int], ...] = (
     (ForbiddenError, 403),
     (SlowBodyError, 408),
     (TooLargeError, 413),
+    (RangeError, 416),
     (TooManyError, 429),
     (UserError, 422),
     (CapacityError, 503),

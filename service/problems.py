@@ -16,6 +16,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from fastapi.routing import iter_route_contexts
 from starlette.exceptions import HTTPException
 
 from scheduler.errors import CapacityError, D2ftError
@@ -78,7 +79,8 @@ async def _on_invalid(request: Request, error: Exception) -> JSONResponse:
 async def _on_http(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
     code = http.HTTPStatus(error.status_code).phrase.lower().replace(" ", "_")
-    return _response(request.scope, error.status_code, code, str(error.detail), [], error.headers)
+    headers = {"Allow": _allowed(request)} if error.status_code == 405 else error.headers
+    return _response(request.scope, error.status_code, code, str(error.detail), [], headers)
 
 
 async def _on_bug(request: Request, error: Exception) -> JSONResponse:
@@ -113,6 +115,14 @@ def _response(
         request_id=scope.get("state", {}).get("request_id"),
     )
     return ProblemResponse(problem.model_dump(), status, headers=dict(headers or {}))
+
+
+def _allowed(request: Request) -> str:
+    """All methods that the path takes: the framework names those of the first route that it tried."""
+    matching = [
+        route for route in iter_route_contexts(request.app.routes) if route.path_regex.match(request.scope["path"])
+    ]
+    return ", ".join(sorted({method for route in matching for method in route.methods or ()}))
 
 
 def _headers(error: D2ftError) -> dict[str, str]:

@@ -23,8 +23,21 @@ MetadataValue = Annotated[str, Field(max_length=512)]
 class Frozen(BaseModel):
     """Base of the border types: unknown fields are refused, values do not change."""
 
-    # Without a bound on strings, one that is not Unicode (a lone surrogate) gets in and cannot be written out again.
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, str_max_length=4096)
+    # Strict: no word or truth value is taken for a number. Without a bound on strings, one that is not Unicode (a lone
+    # surrogate) gets in and cannot be written out again.
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, str_max_length=4096)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _whole_numbers(cls, given: Any) -> Any:
+        """JSON has one kind of number: 5.0 is as good as 5."""
+        if not isinstance(given, dict):
+            return given
+        return {name: int(value) if _is_whole(value) else value for name, value in given.items()}
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, float) and value.is_integer() and abs(value) < 2**53
 
 
 class Ratios(Frozen):
@@ -78,7 +91,7 @@ class Method(Frozen):
     type: Literal["d2ft"] = "d2ft"
     ratios: Ratios | None = None
     budgets: Budgets | None = None
-    schedule: Annotated[tuple[Phase, ...], Field(max_length=16)] = ()
+    schedule: Annotated[tuple[Phase, ...], Field(max_length=16, strict=False)] = ()
     strategy: Literal["hardest", "hull", "cpsat", "two_stage", "random", "uniform", "full"] | None = None
     hold: Literal["training", "all", "none"] | None = None
     grain: Literal["coherent", "scattered"] | None = None
@@ -144,7 +157,7 @@ class Optimiser(Frozen):
 
     learning_rate: Annotated[float, Field(gt=0, le=1)] | None = None
     weight_decay: Annotated[float, Field(ge=0, le=1)] = 0.05
-    betas: tuple[Beta, Beta] = (0.9, 0.999)
+    betas: Annotated[tuple[Beta, Beta], Field(strict=False)] = (0.9, 0.999)
     warmup_fraction: Annotated[float, Field(ge=0, le=1)] = 0.1
     clip_norm: Annotated[float, Field(ge=0)] = 1.0
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -155,8 +168,8 @@ class JobSpec(Frozen):
 
     `model` is a timm name, or "d2ft_digits" for the small bundled one; `model_args` are passed to `timm.create_model`.
     `dataset` is "digits" or "folder:///path" with `train/CLASS/*.jpg` and `test/` or `val/` beside it; the service
-    knows "dataset:NAME", too. Length is `epochs`, or `steps` when that is given. Of the jobs that wait, one of higher `priority` goes first; one that has
-    not started after `queue_timeout_s` fails.
+    knows "dataset:NAME", too. Length is `epochs`, or `steps` when that is given. Of the jobs that wait, one of higher
+    `priority` goes first; one that has not started after `queue_timeout_s` fails.
     """
 
     name: Annotated[str, Field(max_length=200)] | None = None
@@ -245,7 +258,7 @@ class RunContext(Frozen):
     resources_per_worker: dict[str, float] = Field(default_factory=lambda: {"CPU": 0.5})
     use_gpu: bool = False
     start_timeout_s: Annotated[float, Field(gt=0)] = 60.0
-    cores: tuple[Annotated[int, Field(ge=0)], ...] | None = None
+    cores: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(strict=False)] | None = None
     resume_from: str | None = None
     post_url: str | None = None
     post_token: str | None = Field(default=None, repr=False)

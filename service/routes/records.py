@@ -9,8 +9,9 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Header, Query, Request
 from fastapi.responses import FileResponse, StreamingResponse
+from starlette.responses import MalformedRangeHeader, RangeNotSatisfiable
 
-from service.errors import NotFoundError
+from service.errors import NotFoundError, RangeError
 from service.routes.world import PROBLEM, ByCaller, InWorld, Limit
 from service.schemas import Artifact, Checkpoint, Event, LedgerView, MetricsPage, Page, PlanView
 from service.store.jobs import page
@@ -88,7 +89,28 @@ def list_artifacts(job_id: str, world: InWorld, caller: ByCaller) -> Page[Artifa
     return page(list(found), [artifact.name for artifact in found], more=False)
 
 
-@router.get("/{job_id}/artifacts/{name:path}", response_class=FileResponse)
+class OnePart(FileResponse):
+    """A file, or with `Range` a part of it. A range that cannot be read is passed over, and so are several at once."""
+
+    @classmethod
+    def _parse_range_header(cls, http_range: str, file_size: int) -> list[tuple[int, int]]:
+        try:
+            found = super()._parse_range_header(http_range, file_size)
+        except MalformedRangeHeader:
+            return []
+        except RangeNotSatisfiable:
+            raise RangeError(f"The file has {file_size} bytes.", code="range_not_satisfiable", param="Range") from None
+        return found if len(found) == 1 else []
+
+
+@router.get(
+    "/{job_id}/artifacts/{name:path}",
+    response_class=FileResponse,
+    responses={
+        200: {"content": {BYTES: {}}, "description": "The file"},
+        206: {"content": {BYTES: {}}, "description": "The part that `Range` asked for"},
+    },
+)
 def download_artifact(job_id: str, name: str, world: InWorld, caller: ByCaller) -> FileResponse:
     """One file, or with `Range` a part of it. `name` is looked up in the recorded list, never made into a path."""
     artifact = world.store.records.artifact(job_id, name, owner=caller.reach)
@@ -100,7 +122,7 @@ def download_artifact(job_id: str, name: str, world: InWorld, caller: ByCaller) 
     if artifact.sha256:
         headers["Repr-Digest"] = f"sha-256=:{base64.b64encode(bytes.fromhex(artifact.sha256)).decode()}:"
     # Always plain bytes: by its name a file might be taken for a page.
-    return FileResponse(path, filename=Path(artifact.name).name, headers=headers, media_type=BYTES)
+    return OnePart(path, filename=Path(artifact.name).name, headers=headers, media_type=BYTES)
 
 
 def resume_point(last_event_id: str | None) -> int:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 from pydantic import Field
+from pydantic.json_schema import SkipJsonSchema
 
 from service.schemas.base import Wire
 from workers.contract import Frozen
 
+NotGiven = SkipJsonSchema[None]  # for what may be left away, but not null
 Scope = Literal["read", "write", "admin"]
 Name = Annotated[str, Field(min_length=1, max_length=80, pattern=r"^[A-Za-z0-9][A-Za-z0-9._@-]*$")]
 
@@ -51,12 +53,12 @@ class UserBody(Frozen):
 class UserChange(Frozen):
     """What is to be different about a user; what is not given stays."""
 
-    role: Literal["admin", "member"] | None = None
+    role: Literal["admin", "member"] | NotGiven = None
     max_queued: Annotated[int, Field(ge=0, le=10**6)] | None = None
     max_running: Annotated[int, Field(ge=0, le=10**4)] | None = None
-    max_priority: Annotated[int, Field(ge=-100, le=100)] | None = None
-    share: Annotated[float, Field(gt=0, le=1000)] | None = None
-    disabled: bool | None = None
+    max_priority: Annotated[int, Field(ge=-100, le=100)] | NotGiven = None
+    share: Annotated[float, Field(gt=0, le=1000)] | NotGiven = None
+    disabled: bool | NotGiven = None
 
 
 class Key(Wire):
