@@ -73,7 +73,7 @@ def list_keys(url: Url = None, json_: Json = False) -> None:
 
 @command("add", of=keys_app)
 def add_key(
-    name: Annotated[str, typer.Argument(metavar="[NAME]", help="What it is for.")] = "key",
+    name: Annotated[str, typer.Argument(metavar="NAME", help="What it is for.")] = "key",
     scope: Annotated[
         list[str] | None, typer.Option(help="read, write or admin; may be repeated (read and write).")
     ] = None,

@@ -19,7 +19,7 @@ DatasetId = Annotated[str, typer.Argument(metavar="DATASET", help="Id or name.")
 
 @command()
 def models(
-    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Show this one.")] = None,
+    name: Annotated[str | None, typer.Argument(metavar="NAME", help="Show this one.")] = None,
     search: Annotated[str | None, typer.Option(help="Only models with this in their name.")] = None,
     min_params: Annotated[int | None, typer.Option(help="With at least so many parameters.")] = None,
     max_params: Annotated[int | None, typer.Option(help="With at most so many parameters.")] = None,

@@ -110,7 +110,10 @@ def _panel(module: str) -> str:
     return PANELS[module.rpartition(".")[2]]
 
 
-Url = Annotated[str | None, typer.Option("--url", help="Service to talk to (D2FT_URL, else the one on this machine).")]
+Url = Annotated[
+    str | None,
+    typer.Option("--url", help="Service to talk to (D2FT_URL, else where you are logged in, else this machine's)."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON as the API sends it.")]
 JobId = Annotated[str, typer.Argument(metavar="JOB", help="A job's id.")]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]

@@ -38,7 +38,7 @@ _HEAD = re.compile(r"b(\d+)\.h(\d+)")
 
 @command()
 def plan(
-    job: Annotated[str | None, typer.Argument(metavar="[JOB]", help="Show this job's newest plan.")] = None,
+    job: Annotated[str | None, typer.Argument(metavar="JOB", help="Show this job's newest plan.")] = None,
     device: Annotated[
         list[str] | None, typer.Option(help="Invented devices, like '2x fast:24GB@node1'; may be repeated.")
     ] = None,

@@ -104,7 +104,8 @@ def unreadable(status: int) -> ApiServerError:
 
 
 def unreachable(url: str, error: Exception) -> ApiUnreachableError:
-    detail = f"No answer from {url}: {str(error).rstrip('.') or type(error).__name__}. Is it up? Start it with 'd2ft up'."
+    reason = str(error).rstrip(".") or type(error).__name__
+    detail = f"No answer from {url}: {reason}. Is it up? Start it with 'd2ft up'."
     return ApiUnreachableError(problem("unreachable", detail))
 
 

@@ -6,14 +6,15 @@ from importlib.resources import files
 
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from sqlalchemy import create_engine
+from sqlalchemy import create_engine, make_url
 from sqlalchemy.pool import NullPool
 
 
 def read_revisions(url: str) -> tuple[str | None, str | None, set[str]]:
     """(of the tables, None where there are none; the newest that is known; all that are known)."""
     scripts = ScriptDirectory(str(files("service") / "migrations"))
-    engine = create_engine(url, poolclass=NullPool)
+    patience = {} if make_url(url).get_backend_name() == "sqlite" else {"connect_timeout": 5}
+    engine = create_engine(url, poolclass=NullPool, connect_args=patience)
     with engine.connect() as connection:
         found = MigrationContext.configure(connection).get_current_revision()
     return found, scripts.get_current_head(), {script.revision for script in scripts.walk_revisions()}
