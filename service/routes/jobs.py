@@ -42,7 +42,7 @@ async def create_job(
     made, fresh = (
         (known, False)
         if known
-        else await asyncio.to_thread(
+        else await world.store.in_turn(
             lambda: jobs.create(spec, owner=owner, idempotency_key=idempotency_key, trace=trace)
         )
     )

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
-from sqlalchemy import Select, Table, func, insert, select, tuple_
+from sqlalchemy import Select, Table, bindparam, func, insert, select, tuple_
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 from ulid import ULID
@@ -31,6 +31,10 @@ QUEUED_DATA = {"from": JobState.VALIDATING, "to": JobState.QUEUED}
 QUEUED_WORDS = f"{JobState.VALIDATING} → {JobState.QUEUED}"
 # Tables, not classes: the unit of work costs more than the statements, and every request pays it.
 _JOBS, _EVENTS, _LABELS = (cast(Table, row.__table__) for row in (JobRow, EventRow, LabelRow))
+_WAITING = select(func.count()).where(JobRow.state == JobState.QUEUED, JobRow.owner == bindparam("owner"))
+_ADMITTED = select(UserRow.name, UserRow.max_priority, UserRow.max_queued, _WAITING.scalar_subquery()).where(
+    UserRow.id == bindparam("owner")
+)
 NO_STANDING: Mapping[str, Standing] = {}
 
 
@@ -204,9 +208,7 @@ def _replayed(session: Session, row: JobRow, spec: JobSpec) -> Job:
 
 def _admitted(session: Session, owner: str, spec: JobSpec, default: int) -> str:
     """The name of the user, who may have one more job like this. Raises InvalidRequestError, TooManyError."""
-    waiting_jobs = select(func.count()).where(JobRow.state == JobState.QUEUED, JobRow.owner == owner).scalar_subquery()
-    asked = select(UserRow.name, UserRow.max_priority, UserRow.max_queued, waiting_jobs).where(UserRow.id == owner)
-    name, max_priority, max_queued, waiting = session.execute(asked).one()
+    name, max_priority, max_queued, waiting = session.execute(_ADMITTED, {"owner": owner}).one()
     if spec.priority > max_priority:
         message = f"Your jobs may have a priority of at most {max_priority}; lower it, or ask an administrator."
         raise InvalidRequestError([Issue("priority", message, "priority_too_high")])
