@@ -129,14 +129,20 @@ def test_metrics_logs_and_checkpoints_of_a_job(run: Run, client: Client, setting
 
 
 @pytest.mark.parametrize("words", [("watch",), ("logs", "-f"), ("events", "-f")])
-def test_ctrl_c_lets_go_and_says_how_to_come_back(env: dict[str, str], client: Client, words: tuple[str, ...]) -> None:
+def test_ctrl_c_lets_go_and_says_how_to_come_back(
+    env: dict[str, str], client: Client, settings: Settings, words: tuple[str, ...]
+) -> None:
     job = client.submit(ENDLESS)
-    command = [sys.executable, "-c", "from service.cli import main; main()", words[0], job.id, *words[1:]]
+    logs = settings.attempt_dir(job.id, 1) / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    (logs / "driver.log").write_text("begins\n")
+    main = "from service.cli import main; main()"
+    command = [sys.executable, "-u", "-c", main, words[0], job.id, *words[1:], "--json"]
     pipe = subprocess.PIPE
     with subprocess.Popen(command, env=env, stdout=pipe, stderr=pipe, text=True) as child:
-        time.sleep(2)
+        assert child.stdout is not None and json.loads(child.stdout.readline())
         child.send_signal(signal.SIGINT)
-        _, said = child.communicate(timeout=10)
+        _, said = child.communicate(timeout=20)
     assert child.returncode == 130 and f"d2ft {words[0]} {job.id}" in said and "Traceback" not in said
     assert client.get(job.id).status != "cancelled"
 
