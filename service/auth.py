@@ -18,8 +18,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from ulid import ULID
 
 from scheduler.errors import D2ftError
-from service.bodies import read_whole
-from service.errors import ForbiddenError, UnauthorisedError
+from service.bodies import NUL, read_whole
+from service.errors import ForbiddenError, InvalidRequestError, Issue, UnauthorisedError
 from service.problems import problem_response
 from service.settings import Settings
 from service.store import Attempt, Caller, Store
@@ -58,8 +58,10 @@ class Door:
             _check_origin(headers)
             if (scope["method"], scope["path"]) not in PUBLIC:
                 await self._identify(scope, headers)
+            _check_url(scope)
             if scope["method"] not in _SAFE:
-                receive = await read_whole(headers, receive, self._settings)
+                is_run = scope["path"] == RUN_PATH  # it tells what it met: what cannot be kept is replaced there
+                receive = await read_whole(headers, receive, self._settings, may_hold_nul=is_run)
         except D2ftError as error:
             state["refused"] = error.code
             await problem_response(scope, error)(scope, receive, send)
@@ -104,6 +106,11 @@ def _check_origin(headers: Headers) -> None:
     foreign = origin is not None and _netloc(origin) != headers.get("host", "").lower()
     if foreign or fetch_site not in ("none", "same-origin"):
         raise ForbiddenError("Requests are not taken from other sites.", code="foreign_origin")
+
+
+def _check_url(scope: Scope) -> None:
+    if NUL in scope["path"] or b"%00" in scope["query_string"]:
+        raise InvalidRequestError([Issue("", "The address holds a NUL character.", "invalid_request")])
 
 
 def _check_scope(method: str, path: str, caller: Caller) -> None:

@@ -1,13 +1,15 @@
 """Bodies of requests: read whole before any route sees them, bounded in size and time.
 
 A body of JSON has to be UTF-8, and to name each field once: Python's reader would take UTF-16, and of two values the
-last, where a proxy in front of us may have read something else.
+last, where a proxy in front of us may have read something else. Nor has it a NUL, which not every database can keep,
+or more than `MAX_DEPTH` levels: what walks through it later would run out of stack.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections import Counter
 from typing import Any
 
@@ -17,8 +19,18 @@ from starlette.types import Message, Receive
 from service.errors import ConflictError, InvalidRequestError, Issue, SlowBodyError, TooLargeError
 from service.settings import Settings
 
+NUL = "\0"
+MAX_DEPTH = 64
+MAX_BRACKETS = 50_000  # small as they are in a body, they take long to make, and nothing else runs meanwhile
+LARGE = 1 << 14  # a body that takes long to look at is not looked at on the event loop
+TOO_DEEP = f"it is nested more than {MAX_DEPTH} deep"
 
-async def read_whole(headers: Headers, receive: Receive, settings: Settings) -> Receive:
+_TEXT = re.compile(rb'"(?:[^"\\]|\\.)*"')
+_SQUARE = bytes.maketrans(b"{}", b"[]")
+_NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
+
+
+async def read_whole(headers: Headers, receive: Receive, settings: Settings, *, may_hold_nul: bool = False) -> Receive:
     """Read the body up to the limit; what is returned plays it back to the route.
 
     Raises TooLargeError, SlowBodyError, and InvalidRequestError where it is JSON that cannot be relied upon.
@@ -33,7 +45,10 @@ async def read_whole(headers: Headers, receive: Receive, settings: Settings) -> 
         message = f"The body did not arrive within {settings.body_timeout_s:g} s."
         raise SlowBodyError(message, code="body_too_slow", remedy="Send it faster, or in smaller parts.") from None
     if body and "json" in headers.get("content-type", "").lower():
-        _check_json(body)
+        if len(body) > LARGE:
+            await asyncio.to_thread(_check_json, body, may_hold_nul=may_hold_nul)
+        else:
+            _check_json(body, may_hold_nul=may_hold_nul)
     return _played_back(body, receive)
 
 
@@ -57,16 +72,24 @@ async def _read(receive: Receive, limit: int) -> bytes:
     return b"".join(parts)
 
 
-def _check_json(body: bytes) -> None:
+def _check_json(body: bytes, *, may_hold_nul: bool) -> None:
     """Whether a field has the right value is the route's to say, NaN and infinity included: it can name the field."""
+    num_brackets = body.count(b"[") + body.count(b"{")
+    if num_brackets > MAX_BRACKETS:
+        raise _unreadable(f"it has more than {MAX_BRACKETS} lists and objects")
     try:
-        json.loads(body.decode(), object_pairs_hook=_once)
+        found = json.loads(body.decode(), object_pairs_hook=_once)
     except UnicodeDecodeError:
         raise _unreadable("it is not UTF-8") from None
     except RecursionError:
-        raise _unreadable("it is nested too deeply") from None
+        raise _unreadable(TOO_DEEP) from None
     except ValueError as error:
         raise _unreadable(str(error)) from None
+    if num_brackets > MAX_DEPTH and _is_deep(body):
+        raise _unreadable(TOO_DEEP)
+    if b"\\u0000" in body and not may_hold_nul and (path := _place_of_nul(found)) is not None:
+        field = ".".join(map(str, path))
+        raise InvalidRequestError([Issue(field, f"{field or 'The body'} holds a NUL character.", "invalid_request")])
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -75,6 +98,27 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         (twice, _), *_ = Counter(name for name, _ in pairs).most_common(1)
         raise InvalidRequestError([Issue(twice, f"'{twice[:80]}' is given more than once.", "invalid_request")])
     return found
+
+
+def _is_deep(body: bytes) -> bool:
+    """Whether what is known to be JSON has too many levels: take away the innermost brackets as often as may be."""
+    brackets = _TEXT.sub(b"", body).translate(_SQUARE, _NO_BRACKETS)
+    for _ in range(MAX_DEPTH):
+        brackets = brackets.replace(b"[]", b"")
+    return bool(brackets)
+
+
+def _place_of_nul(value: Any) -> list[str | int] | None:
+    """The way to the first text or name that holds one."""
+    if isinstance(value, str):
+        return [] if NUL in value else None
+    items = value.items() if isinstance(value, dict) else enumerate(value if isinstance(value, list) else ())
+    for name, item in items:
+        if isinstance(name, str) and NUL in name:
+            return []
+        if (place := _place_of_nul(item)) is not None:
+            return [name, *place]
+    return None
 
 
 def _unreadable(why: str) -> InvalidRequestError:

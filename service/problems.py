@@ -57,11 +57,6 @@ def problem_response(scope: Mapping[str, Any], error: D2ftError) -> JSONResponse
     return _response(scope, status, error.code, detail, issues, _headers(error))
 
 
-def issues_of(errors: Sequence[Mapping[str, Any]]) -> list[Issue]:
-    """Pydantic's errors as issues; a message about the whole body names its field itself, at its start."""
-    return [_issue(error["loc"], error["msg"].removeprefix("Value error, ")) for error in errors]
-
-
 async def _on_ours(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, D2ftError)
     if http_status(error) >= 500:
@@ -71,7 +66,7 @@ async def _on_ours(request: Request, error: Exception) -> JSONResponse:
 
 async def _on_invalid(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
-    issues = issues_of(error.errors())
+    issues = [_issue(each, error.body) for each in error.errors()]
     detail = "; ".join(_sentence(issue) for issue in issues[:5])
     return _response(request.scope, 422, "invalid_request", detail, issues)
 
@@ -99,7 +94,7 @@ def _response(
     issues: Sequence[Issue],
     headers: Mapping[str, str] | None = None,
 ) -> JSONResponse:
-    named = [issue for issue in issues if issue.field][:MAX_ERRORS]
+    named = [issue for issue in issues if issue.field or issue.pointer][:MAX_ERRORS]
     fields = [
         FieldProblem(pointer=issue.pointer or _pointer(issue.field.split(".")), message=issue.message)
         for issue in named
@@ -131,14 +126,26 @@ def _headers(error: D2ftError) -> dict[str, str]:
     return {"Retry-After": RETRY_AFTER_S} if isinstance(error, CapacityError | TooManyError) else {}
 
 
-def _issue(loc: Sequence[str | int], message: str) -> Issue:
-    source, *path = loc or ("body",)
-    if source == "body" and path and isinstance(path[0], int):
-        return Issue("", message)  # the offset of a syntax error
-    if source != "body":
-        path = path[:1]  # a parameter that is given several times is one parameter
+def _issue(error: Mapping[str, Any], body: Any) -> Issue:
+    """One of pydantic's errors; a message about the whole body names its field itself, at its start."""
+    source, *path = error["loc"] or ("body",)
+    message = error["msg"].removeprefix("Value error, ")
+    # A parameter that is given several times is one parameter.
+    path = _within(body, path, error["type"] == "missing") if source == "body" else path[:1]
     field = ".".join(map(str, path))
     return Issue(field or _leading_field(message), message, pointer=_pointer(path) if path else "")
+
+
+def _within(body: Any, loc: Sequence[str | int], missing: bool) -> list[str | int]:
+    """Where in the body that is. Pydantic also names which of several types it tried: that is no part of the body."""
+    path: list[str | int] = []
+    for number, part in enumerate(loc, 1):
+        is_there = part in body if isinstance(body, dict) else isinstance(body, list) and part in range(len(body))
+        if is_there:
+            body = body[part]
+        if is_there or (missing and number == len(loc)):
+            path.append(part)
+    return path
 
 
 def _sentence(issue: Issue) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
@@ -13,7 +14,7 @@ from service.store import RunEvent
 from workers.events import read_events
 
 BATCH = 500
-MAX_TYPE = 40
+_TYPE = re.compile(r"[\w.-]{1,40}", re.ASCII)  # it stands on a line of its own in a stream
 LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -45,7 +46,7 @@ def readable(events: Iterable[RunEvent]) -> list[RunEvent]:
 def _is_event(event: RunEvent) -> bool:
     seq, type, data = event.get("seq"), event.get("type"), event.get("data")
     numbered = isinstance(seq, int) and not isinstance(seq, bool) and 0 < seq < 2**62
-    named = isinstance(type, str) and len(type) <= MAX_TYPE
+    named = isinstance(type, str) and _TYPE.fullmatch(type) is not None
     said = isinstance(event.get("message", ""), str) and event.get("level", "info") in LEVELS
     at = event.get("at")
     timed = at is None or (isinstance(at, int | float) and not isinstance(at, bool) and 0 <= at < 2**40)
@@ -53,9 +54,12 @@ def _is_event(event: RunEvent) -> bool:
 
 
 def _writable(value: Any) -> Any:
-    """The value as JSON can carry it on: no NaN or infinity, no half of a surrogate pair (a file name may hold one)."""
+    """The value as JSON and the store can carry it on: no NaN or infinity, no half of a surrogate pair, no NUL.
+
+    A file name may hold the one, what a program printed the other.
+    """
     if isinstance(value, str):
-        return value.encode("utf-8", "backslashreplace").decode()
+        return value.encode("utf-8", "backslashreplace").decode().replace("\0", "\\x00")
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, list):
