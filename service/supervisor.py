@@ -269,6 +269,7 @@ class Supervisor:
             "RAY_JOB_STOP_SIGNAL": "SIGTERM",
             "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S),
             "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+            "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # it costs a process; a lost worker is seen without it
             "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": f"{self._settings.start_timeout_s:g}",
             "OMP_NUM_THREADS": "1",
             "HF_HUB_OFFLINE": "1",

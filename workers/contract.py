@@ -6,6 +6,7 @@ No torch here: the API process reads and checks specs with this file alone.
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -206,7 +207,7 @@ class JobSpec(Frozen):
     @classmethod
     def _known_scheme(cls, value: str) -> str:
         if value != "digits" and not re.match(r"folder:///|dataset:[A-Za-z0-9]", value):
-            raise ValueError("a dataset is 'digits', 'folder:///absolute/path' or 'dataset:NAME' of a registered one")
+            raise ValueError("a dataset is 'digits', 'folder:///absolute/path' or 'dataset:NAME', a registered one")
         return value
 
     @model_validator(mode="after")
@@ -247,7 +248,7 @@ class RunContext(Frozen):
     `run_dir` holds this attempt's `events.jsonl` and, at the end, `result/`. `storage_path` is Ray Train's. `cores`
     pins the worker of each rank to a processor core; cores may be shared. With `resume_from`, a directory of
     checkpoints, the run goes on from the newest that is whole. Events are sent to `post_url` with `post_token`, too,
-    where the service gives them.
+    where the service gives them. `use_gpu` None means: where the cluster has any.
     """
 
     job_id: str
@@ -256,12 +257,17 @@ class RunContext(Frozen):
     run_dir: str
     storage_path: str
     resources_per_worker: dict[str, float] = Field(default_factory=lambda: {"CPU": 0.5})
-    use_gpu: bool = False
+    use_gpu: bool | None = None
     start_timeout_s: Annotated[float, Field(gt=0)] = 60.0
     cores: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(strict=False)] | None = None
     resume_from: str | None = None
     post_url: str | None = None
     post_token: str | None = Field(default=None, repr=False)
+
+    @property
+    def scheduler_dir(self) -> str:
+        """Where the scheduler actor keeps what outlives it."""
+        return str(Path(self.storage_path) / "scheduler")
 
     @model_validator(mode="after")
     def _a_core_each(self) -> RunContext:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 CONTROL_FILE = "control.json"
 PAUSE = "pause"
+PAUSED_FILE = "paused.json"  # what rank 0 leaves for the driver when the group has stopped at a checkpoint
 
 
 def ask(run_dir: str | Path, want: str) -> None:

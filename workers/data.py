@@ -14,13 +14,12 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 from torch import Tensor
 from torch.nn import functional as F
 
 from scheduler.errors import UserError
 from workers.contract import JobSpec
+from workers.digits import load_digits, split_digits
 from workers.folder import FolderLayout, parse_uri, scan_classes
 from workers.images import find_unreadable, read_square
 from workers.model import ModelInput
@@ -28,7 +27,6 @@ from workers.order import AugmentKey, IndexArray, permutation
 
 SPLIT_SEED = 0
 HELD_OUT_FRACTION = 0.1
-DIGITS_TRAIN = 800
 
 
 class Batch(NamedTuple):
@@ -83,10 +81,8 @@ class DigitsDataset:
     """scikit-learn's 1,797 hand-written digits of 8 × 8 pixels, 800 for training and 997 for testing."""
 
     def __init__(self, model_input: ModelInput, images_per_class: int | None = None) -> None:
-        pixels_BHW, labels_B = load_digits().images, load_digits().target
-        train, test = train_test_split(
-            np.arange(len(labels_B)), train_size=DIGITS_TRAIN, stratify=labels_B, random_state=SPLIT_SEED
-        )
+        pixels_BHW, labels_B = load_digits()
+        train, test = split_digits(len(labels_B))
         if images_per_class is not None:
             train = np.sort(np.concatenate([train[labels_B[train] == k][:images_per_class] for k in range(10)]))
         self.classes = tuple(str(k) for k in range(10))
@@ -94,7 +90,7 @@ class DigitsDataset:
         self.skipped: list[str] = []
         self._input = model_input
         self._images_BCHW = torch.from_numpy(pixels_BHW / 16).float()[:, None]
-        self._labels_B = torch.from_numpy(labels_B.astype(np.int64))
+        self._labels_B = torch.from_numpy(labels_B)
         self._train, self._test = torch.from_numpy(train), torch.from_numpy(test)
 
     def train_batch(self, indices: IndexArray, augment_key: AugmentKey | None = None) -> Batch:

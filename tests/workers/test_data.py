@@ -11,9 +11,11 @@ import pytest
 import timm.data
 import torch
 from PIL import Image, ImageFilter
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
 
 from scheduler.errors import UserError
-from workers import data, images
+from workers import data, digits, images
 from workers.contract import JobSpec
 from workers.data import Needs, Prefetcher, open_dataset
 from workers.model import ModelInput
@@ -297,3 +299,12 @@ def test_an_error_in_the_thread_is_raised_to_the_caller_and_closing_ends_the_thr
             prefetcher.get(1)
         assert caught.value.code == "unreadable_images"
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("prefetch")]
+
+
+def test_the_digits_and_their_split_are_those_of_scikit_learn():
+    known = load_digits()
+    pixels_BHW, labels_B = digits.load_digits()
+    assert np.array_equal(pixels_BHW, known.images) and np.array_equal(labels_B, known.target)
+    places = np.arange(len(labels_B))
+    drawn = train_test_split(places, train_size=800, stratify=labels_B, random_state=0)
+    assert all(np.array_equal(ours, theirs) for ours, theirs in zip(digits.split_digits(1797), drawn, strict=True))

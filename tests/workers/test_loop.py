@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +21,7 @@ from scheduler.plan import make_plan
 from scheduler.request import PlanRequest
 from scheduler.scores import make_scores
 from tests.scheduler.test_program import SHAPE, costs_of
-from workers import loop
+from workers import failures, loop, rank
 from workers.contract import JobSpec, RunContext
 from workers.events import read_events
 
@@ -62,18 +64,22 @@ def test_more_workers_than_the_cluster_holds_is_said_with_numbers(tmp_path, monk
     assert error.value.param == "workers" and error.value.code == "cluster_too_small"
 
 
+def fail(tmp_path, number, error):
+    failures.record(tmp_path, number, error, rank.as_known(error, number))
+
+
 def test_the_root_cause_is_the_first_failure_that_is_not_an_echo(tmp_path):
-    assert loop.root_cause(tmp_path) is None
-    loop._record_failure(tmp_path, 1, RuntimeError("Connection closed by peer"))
-    loop._record_failure(tmp_path, 2, SystemFault("A worker on this machine is gone.", code="peer_lost"))
-    loop._record_failure(tmp_path, 0, UserError("weights do not fit", code="weights_mismatch", param="weights"))
-    found = loop.root_cause(tmp_path)
+    assert failures.root_cause(tmp_path) is None
+    fail(tmp_path, 1, RuntimeError("Connection closed by peer"))
+    fail(tmp_path, 2, SystemFault("A worker on this machine is gone.", code="peer_lost"))
+    fail(tmp_path, 0, UserError("weights do not fit", code="weights_mismatch", param="weights"))
+    found = failures.root_cause(tmp_path)
     assert isinstance(found, UserError) and found.to_dict()["param"] == "weights"
 
 
 def test_out_of_memory_is_a_matter_of_capacity(tmp_path):
-    loop._record_failure(tmp_path, 0, torch.OutOfMemoryError("CUDA out of memory"))
-    assert loop.root_cause(tmp_path).to_dict()["code"] == "out_of_memory"
+    fail(tmp_path, 0, torch.OutOfMemoryError("CUDA out of memory"))
+    assert failures.root_cause(tmp_path).to_dict()["code"] == "out_of_memory"
 
 
 @pytest.mark.parametrize(
@@ -87,6 +93,7 @@ def test_the_last_line_of_a_run_is_its_outcome(tmp_path, monkeypatch, capfd, end
 
     (tmp_path / loop.PAUSED_FILE).write_text("{}")  # of an earlier attempt in the same directory
     monkeypatch.setattr(ray, "init", lambda **_: os.write(1, b"what Ray has to say\n"))
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0})
     monkeypatch.setattr(loop, "_attempt", attempt)
     (tmp_path / "context.json").write_text(context_of(tmp_path).model_dump_json())
     assert loop.main(["--context", str(tmp_path / "context.json")]) == code
@@ -98,10 +105,15 @@ def test_the_last_line_of_a_run_is_its_outcome(tmp_path, monkeypatch, capfd, end
     assert "what Ray has to say" in (tmp_path / "logs" / "driver.log").read_text()
 
 
+def test_the_driver_and_the_controller_load_no_torch():
+    code = "import sys, workers.loop, workers.meeting; sys.exit('torch' in sys.modules or 'timm' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
 def test_checkpoints_lie_beside_rays_own_files_by_job(tmp_path):
-    vault = loop.vault_of(context_of(tmp_path).model_copy(update={"attempt": 3, "resume_from": "/elsewhere"}))
+    vault = rank.vault_of(context_of(tmp_path).model_copy(update={"attempt": 3, "resume_from": "/elsewhere"}))
     assert vault.directory == tmp_path / "checkpoints" / "job" and vault.attempt == 3
-    assert vault.resume_from == Path("/elsewhere") and loop.vault_of(context_of(tmp_path)).resume_from is None
+    assert vault.resume_from == Path("/elsewhere") and rank.vault_of(context_of(tmp_path)).resume_from is None
 
 
 class FakeActor:
@@ -135,9 +147,9 @@ def planner_with(tmp_path, monkeypatch):
             actor.connected += 1
             return actor
 
-        monkeypatch.setattr(loop.actor, "connect", connect)
+        monkeypatch.setattr(rank.actor, "connect", connect)
         monkeypatch.setattr(ray, "get", lambda answer: answer)
-        return loop.ActorPlanner(context_of(tmp_path), 1, 2), actor
+        return rank.ActorPlanner(context_of(tmp_path), 1, 2), actor
 
     return make
 
@@ -178,7 +190,7 @@ def test_a_scheduler_that_is_gone_is_made_anew_and_told_again(planner_with):
 
 
 def test_a_scheduler_that_stays_away_is_a_fault_of_the_system(planner_with, monkeypatch):
-    monkeypatch.setattr(loop, "PLAN_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(rank, "PLAN_TIMEOUT_S", 0.1)
     planner, _ = planner_with([ray.exceptions.RayActorError()] * 50)
     with pytest.raises(SystemFault) as raised:
         planner.plan(0, None)
