@@ -13,7 +13,7 @@ from typing import Any
 from service.store import RunEvent
 from workers.events import read_events
 
-BATCH = 500
+BATCH = 200  # lines of one transaction: it holds up other writers
 _TYPE = re.compile(r"[\w.-]{1,40}", re.ASCII)  # it stands on a line of its own in a stream
 LEVELS = ("debug", "info", "warning", "error")
 

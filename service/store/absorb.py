@@ -7,9 +7,11 @@ and moves nothing.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
 from service.lifecycle import PHASES, JobState, may_move
@@ -22,6 +24,7 @@ Step = Annotated[int, Field(ge=0, lt=2**31, strict=True)]
 Bytes = Annotated[int, Field(ge=0, lt=2**62, strict=True)]
 Sha256 = Annotated[str, Field(pattern=r"^([0-9a-fA-F]{2})*$", max_length=64)]
 Said = TypeVar("Said", bound="_Data")
+_INSERTS: dict[str, Any] = {"sqlite": sqlite.insert, "postgresql": postgresql.insert}
 
 
 class _Data(BaseModel):
@@ -56,11 +59,18 @@ class _Outcome(_Data):
     error: _Error | None = None
 
 
-def absorb_event(session: Session, job: JobRow, event: RunEvent) -> None:
-    """Take one line over: into the job, and into its history."""
-    moved = _ABSORBERS.get(event["type"], _keep)(session, job, event)
-    if not moved:
-        _append(session, job, event, _shown(event))
+def absorb_events(session: Session, job: JobRow, events: Iterable[RunEvent], is_over: Callable[[JobRow], bool]) -> None:
+    """Take lines over, into the job and into its history, until the job is over."""
+    steps: dict[int, dict[str, Any]] = {}
+    for event in events:
+        if is_over(job):
+            break
+        if event["type"] == "metrics":
+            _absorb_metrics(job, event, steps)
+        if not _ABSORBERS.get(event["type"], _keep)(session, job, event):
+            _append(session, job, event, _shown(event))
+    if steps:
+        _write_steps(session, job.id, steps)
 
 
 def _append(session: Session, job: JobRow, event: RunEvent, data: dict[str, Any]) -> None:
@@ -97,12 +107,20 @@ def _absorb_phase(session: Session, job: JobRow, event: RunEvent) -> bool:
     return True
 
 
-def _absorb_metrics(session: Session, job: JobRow, event: RunEvent) -> bool:
+def _absorb_metrics(job: JobRow, event: RunEvent, steps: dict[int, dict[str, Any]]) -> None:
     said = _read(_Metrics, event)
     if said is not None:
-        session.merge(MetricRow(job_id=job.id, step=said.step, values=_data(event)))
+        steps[said.step] = _data(event)
         job.live = fold_metrics(job.live, _data(event))
-    return False
+
+
+def _write_steps(session: Session, job_id: str, steps: Mapping[int, dict[str, Any]]) -> None:
+    """All steps of a batch in one statement; one that was run before is replaced."""
+    rows = [{"job_id": job_id, "step": step, "values": values} for step, values in steps.items()]
+    statement = _INSERTS[session.get_bind().dialect.name](MetricRow)
+    key = ["job_id", "step"]
+    replacing = statement.on_conflict_do_update(index_elements=key, set_={"values": statement.excluded["values"]})
+    session.execute(replacing, rows)
 
 
 def _absorb_plan(session: Session, job: JobRow, event: RunEvent) -> bool:
@@ -179,7 +197,6 @@ def _read(kind: type[Said], event: RunEvent) -> Said | None:
 
 _ABSORBERS = {
     "phase": _absorb_phase,
-    "metrics": _absorb_metrics,
     "plan.created": _absorb_plan,
     "plan.changed": _absorb_plan,
     "ledger": _absorb_ledger,

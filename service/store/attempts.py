@@ -18,7 +18,7 @@ from sqlalchemy.orm import Session
 from service.errors import LostAttemptError
 from service.lifecycle import JobState
 from service.queueing import decayed
-from service.store.absorb import RunEvent, absorb_event
+from service.store.absorb import RunEvent, absorb_events
 from service.store.actions import requeue
 from service.store.database import Database
 from service.store.journal import explain, move
@@ -87,9 +87,7 @@ class Attempts:
         with self._database.write() as session:
             row, job = _own(session, attempt)
             known = _known(session, attempt, events)
-            for event in events:
-                if event["seq"] not in known and not _is_over(job):
-                    absorb_event(session, job, event)
+            absorb_events(session, job, (event for event in events if event["seq"] not in known), _is_over)
             row.events_offset = max(offset, row.events_offset)
             _close_if_over(session, row, job)
             return attempt_view(session, row, job)
