@@ -23,6 +23,7 @@ from scheduler.errors import UserError
 from service import logs, problems
 from service.auth import Door
 from service.catalogue import Catalogue
+from service.connections import impatient
 from service.exposure import check_exposure
 from service.home import ensure_key, ensure_master_secret, make_home, read_secret
 from service.meters import Meters
@@ -120,6 +121,7 @@ def uvicorn_options(settings: Settings) -> dict[str, Any]:
         "log_level": settings.log_level,
         "access_log": False,
         "ws": "none",
+        "http": impatient(settings.body_timeout_s),
         "ssl_certfile": settings.tls_cert,
         "ssl_keyfile": settings.tls_key,
     }

@@ -94,7 +94,7 @@ class Settings(BaseSettings):
     max_body_bytes: Annotated[int, Field(ge=1024)] = 1 << 20
     """Largest request body."""
     body_timeout_s: Annotated[float, Field(gt=0)] = 30.0
-    """How long a client may take to send a body."""
+    """How long a client may take to send a request's head, and its body."""
     plan_workers: Annotated[int, Field(ge=1, le=64)] = 1
     """How many dry runs are planned at once, each in a process of its own."""
     plan_queue: Annotated[int, Field(ge=0, le=10_000)] = 8
