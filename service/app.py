@@ -66,14 +66,15 @@ def create_app(
     scrape = Scrape(meters, store, streams.room, planners)
     children = Catalogue(settings), planners, scrape, Thumbnails(settings)
     hooks = Signer(ensure_master_secret(settings.home)), Outbound(settings.webhook_networks)
-    world = World(settings, store, streams, standings, ray, *children, *hooks)
+    supervisor = Supervisor(settings, store, ray, meters, tracing)
+    world = World(settings, store, streams, standings, ray, *children, *hooks, supervisor.nudge)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         streams.attach()
         world.catalogue.start()
         loops = [measure_lag(meters)]
-        loops += [Supervisor(settings, store, ray, meters, tracing).run()] if supervise else []
+        loops += [supervisor.run()] if supervise else []
         loops += [Sender(store, *hooks).run()] if settings.webhooks else []
         running = [asyncio.create_task(loop) for loop in loops]
         yield

@@ -43,6 +43,7 @@ from workers.events import EVENTS_FILE
 from workers.logs import log_path
 
 STOP_WAIT_S = 15
+SOON_S = 0.2
 LOG_TAIL_CHARS = 1500
 KEPT_LOG_CHARS = 4_000_000
 LEASE = "supervisor"
@@ -97,10 +98,18 @@ class Supervisor:
         self._store = store
         self._ray = ray
         self._resources: dict[str, float] = {}
+        self._nudged = asyncio.Event()
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._me = f"{socket.gethostname()[:40]}-{os.getpid()}-{secrets.token_hex(4)}"
+
+    def nudge(self) -> None:
+        """Have the next look come soon, since a user has asked for something; from any thread."""
+        if self._loop is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._nudged.set)
 
     async def run(self) -> None:
         """Look, for ever. Nothing that a look raises ends the loop."""
+        self._loop = asyncio.get_running_loop()
         compared = -self._settings.reconcile_s
         try:
             while True:
@@ -112,10 +121,17 @@ class Supervisor:
                     if time.monotonic() - compared >= self._settings.reconcile_s:
                         compared = time.monotonic()
                         await self._guard(self.reconcile(), "reconcile")
-                await asyncio.sleep(self._settings.poll_s)
+                await self._pause()
         finally:
             with suppress(UnavailableError):
                 self._store.leases.release(LEASE, self._me)
+
+    async def _pause(self) -> None:
+        """Until the next look: `poll_s`, or less after a nudge, but never so little that users drive the loop."""
+        await asyncio.sleep(min(SOON_S, self._settings.poll_s))
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._nudged.wait(), max(0.0, self._settings.poll_s - SOON_S))
+        self._nudged.clear()
 
     async def _leads(self) -> bool:
         try:

@@ -46,6 +46,7 @@ async def create_job(
             lambda: jobs.create(spec, owner=owner, idempotency_key=idempotency_key, trace=trace)
         )
     )
+    world.nudge()
     response.headers["Location"] = f"/v1/jobs/{made.id}"
     if not fresh:
         response.headers["Idempotency-Replayed"] = "true"
@@ -94,25 +95,33 @@ def get_job(job_id: str, world: InWorld, caller: ByCaller) -> Job:
 @router.post("/{job_id}/cancel", response_model=Job)
 def cancel_job(job_id: str, world: InWorld, caller: ByCaller) -> Job:
     """End a job; harmless when asked again."""
-    return world.store.actions.cancel(job_id, owner=caller.reach)
+    job = world.store.actions.cancel(job_id, owner=caller.reach)
+    world.nudge()
+    return job
 
 
 @router.post("/{job_id}/pause", response_model=Job)
 def pause_job(job_id: str, world: InWorld, caller: ByCaller) -> Job:
     """Have a job keep what it has learnt and give its devices back; harmless when asked again."""
-    return world.store.actions.pause(job_id, owner=caller.reach)
+    job = world.store.actions.pause(job_id, owner=caller.reach)
+    world.nudge()
+    return job
 
 
 @router.post("/{job_id}/resume", response_model=Job)
 def resume_job(job_id: str, world: InWorld, caller: ByCaller) -> Job:
     """Put a paused job into the queue again; it goes on from its newest checkpoint."""
-    return world.store.actions.resume(job_id, owner=caller.reach)
+    job = world.store.actions.resume(job_id, owner=caller.reach)
+    world.nudge()
+    return job
 
 
 @router.post("/{job_id}/retry", response_model=Job)
 def retry_job(job_id: str, world: InWorld, caller: ByCaller) -> Job:
     """Give a job that failed or was cancelled another attempt, under the same id."""
-    return world.store.actions.retry(job_id, owner=caller.reach)
+    job = world.store.actions.retry(job_id, owner=caller.reach)
+    world.nudge()
+    return job
 
 
 def _names_files(spec: JobSpec) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -40,6 +41,7 @@ class World:
     thumbnails: Thumbnails
     signer: Signer
     outbound: Outbound
+    nudge: Callable[[], None]  # tells the supervisor that a user has asked for something
 
 
 def _world(request: Request) -> World:

@@ -407,6 +407,30 @@ def test_a_job_larger_than_the_cluster_waits_and_says_what_it_needs(bench: Bench
     )
 
 
+def test_a_nudge_brings_the_next_look_but_not_many(bench: Bench) -> None:
+    async def run() -> int:
+        jobs = RayJobs("http://ray", "token", bench.ray.transport())
+        supervisor = Supervisor(bench.settings.model_copy(update={"poll_s": 60.0}), bench.store, jobs)
+        looks = 0
+
+        async def look() -> None:
+            nonlocal looks
+            looks += 1
+
+        supervisor.look = look  # type: ignore[method-assign]
+        running = asyncio.create_task(supervisor.run())
+        for _ in range(50):
+            await asyncio.sleep(0.01)
+            supervisor.nudge()
+        await asyncio.sleep(0.3)
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+        await jobs.close()
+        return looks
+
+    assert 2 <= asyncio.run(run()) <= 5
+
+
 def test_of_two_supervisors_on_one_store_one_looks(bench: Bench) -> None:
     async def run() -> None:
         jobs = RayJobs("http://ray", "token", bench.ray.transport())
