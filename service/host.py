@@ -149,7 +149,7 @@ def _wait_api(settings: Settings, api: subprocess.Popen[bytes]) -> None:
         if api.poll() is not None:
             message = f"The API ended at once with {api.returncode}: {_last_line(log)}"
             raise SystemFault(message, code="api_not_ready", remedy=f"See {log}.")
-        if _answers(_address(settings)):
+        if _answers(**_address(settings)):
             return
         time.sleep(0.1)
     raise SystemFault(f"The API at {settings.url} did not get ready.", code="api_not_ready", remedy=f"See {log}.")
@@ -158,7 +158,7 @@ def _wait_api(settings: Settings, api: subprocess.Popen[bytes]) -> None:
 def _is_whole(noted: dict[str, Any]) -> bool:
     """Whether all that was started is still up. An API whose Ray has died is not: it would wait for ever."""
     ray_lives = noted.get("ray") is None or find(noted["ray"]) is not None
-    return ray_lives and find(noted.get("api")) is not None and _answers(noted)
+    return ray_lives and find(noted.get("api")) is not None and _answers(noted["url"], noted.get("tls_cert"))
 
 
 def _address(settings: Settings) -> dict[str, Any]:
@@ -166,10 +166,9 @@ def _address(settings: Settings) -> dict[str, Any]:
     return {"url": settings.url, "tls_cert": str(settings.tls_cert) if settings.tls_cert else None}
 
 
-def _answers(noted: dict[str, Any]) -> bool:
+def _answers(url: str, tls_cert: str | None = None) -> bool:
     try:
-        trust = trust_of(noted.get("tls_cert"))
-        return httpx2.get(f"{noted['url']}/readyz", timeout=5.0, trust_env=False, verify=trust).is_success
+        return httpx2.get(f"{url}/readyz", timeout=5.0, trust_env=False, verify=trust_of(tls_cert)).is_success
     except (httpx2.HTTPError, httpx2.InvalidURL, OSError):  # the last where the certificate is gone
         return False
 

@@ -142,7 +142,8 @@ WAYS_AROUND = [
     b"GET /v1/jobs HTTP/1.1\r\nHost: localhost\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABkAAQCAAAAAAIAAAAA\r\n"
     b"Connection: Upgrade, HTTP2-Settings, close\r\n\r\n",
     b"GET /v1/jobs HTTP/1.0\r\nHost: localhost\r\n\r\n",
-    b"GET /v1/jobs HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer \r\nauthorization: x\r\nConnection: close\r\n\r\n",
+    b"GET /v1/jobs HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer \r\nauthorization: x\r\n"
+    b"Connection: close\r\n\r\n",
 ]
 
 
@@ -160,7 +161,8 @@ def test_no_way_to_write_a_request_leads_around_the_door(server: str) -> None:
         b"GET /healthz HTTP/1.1\r\n\r\n",
         b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nHost: evil.example\r\n\r\n",
         b"POST /v1/jobs HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5\r\nContent-Length: 50\r\n\r\nhello",
-        b"POST /v1/jobs HTTP/1.1\r\nHost: localhost\r\nContent-Length: 4\r\nTransfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n",
+        b"POST /v1/jobs HTTP/1.1\r\nHost: localhost\r\nContent-Length: 4\r\n"
+        b"Transfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n",
         b"POST /v1/jobs HTTP/1.1\r\nHost: localhost\r\nContent-Length: -1\r\n\r\n",
         b"POST /v1/jobs HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99999999999999999999999\r\n\r\n",
         b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nX: a\x00b\r\n\r\n",

@@ -127,10 +127,10 @@ def test_with_a_certificate_the_api_speaks_https_alone(
             old.wrap_socket(plain)
         # What `up` asks to see whether its server is there: it knows that server by its certificate.
         other, _ = make_certificate(tmp_path, "other.example")
-        assert host._answers({"url": url, "tls_cert": str(cert)})
-        assert not host._answers({"url": url, "tls_cert": str(other)})
-        assert not host._answers({"url": url, "tls_cert": str(tmp_path / "none")})
-        assert not host._answers({"url": url, "tls_cert": None})
+        assert host._answers(url, str(cert))
+        assert not host._answers(url, str(other))
+        assert not host._answers(url, str(tmp_path / "none"))
+        assert not host._answers(url)
 
 
 @needs_openssl

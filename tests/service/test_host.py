@@ -75,7 +75,7 @@ def test_a_process_that_ignores_sigterm_is_killed() -> None:
 
 
 def test_an_api_whose_ray_has_died_is_not_up(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(host, "_answers", lambda url: True)
+    monkeypatch.setattr(host, "_answers", lambda *_: True)
     me = identify(psutil.Process().pid)
     gone = {**me, "created": me["created"] - 5}
     assert host._is_whole({"url": "u", "api": me, "ray": me})

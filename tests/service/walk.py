@@ -60,7 +60,9 @@ def _calls(dependant: Any) -> set[Callable[..., Any]]:
     return set() if dependant is None else {each.call for each in dependant.dependencies}
 
 
-async def statuses(app: Any, asked: Iterable[tuple[str, str]], headers: Mapping[str, str]) -> dict[tuple[str, str], int]:
+async def statuses(
+    app: Any, asked: Iterable[tuple[str, str]], headers: Mapping[str, str]
+) -> dict[tuple[str, str], int]:
     """What the application answers, asked without a client, which would put the path in order first."""
     return {(method, path): await _status(app, method, path, headers) for method, path in asked}
 
