@@ -66,7 +66,7 @@ async def _on_ours(request: Request, error: Exception) -> JSONResponse:
 
 async def _on_invalid(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
-    issues = [_issue(each, error.body) for each in error.errors()]
+    issues = [_issue(each, error.body) for each in error.errors()[:MAX_ERRORS]]
     detail = "; ".join(_sentence(issue) for issue in issues[:5])
     return _response(request.scope, 422, "invalid_request", detail, issues)
 
