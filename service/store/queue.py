@@ -95,7 +95,9 @@ class Queue:
     def preempt(self, max_running: int, at_least_s: float, fits: Fits = lambda workers: None) -> str | None:
         """Ask the running job that is to make room for the first that waits to pause; its id, or None."""
         with self._database.read() as session:
-            if session.scalar(_queued().limit(1)) is None or _num_open(session) < max_running:
+            highest = session.scalar(select(func.max(JobRow.priority)).where(JobRow.state == JobState.QUEUED))
+            running = _running(session)
+            if highest is None or len(running) < max_running or all(job.priority >= highest for job in running):
                 return None
         with self._database.write() as session:
             loads = self._loads(session)

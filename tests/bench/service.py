@@ -2,9 +2,9 @@
 
     python -m tests.bench.service [--jobs 10000] [--store sqlite] [--store postgres]
 
-Clients and server are processes of their own, the server pinned to one core and the clients to the others. No Ray is
-behind the API, so that all jobs stay queued. Times are of the clients: a request from its first byte sent to its last
-byte read, an event from the run's post to its arrival at a listener.
+Clients and server are processes of their own, the server pinned to one core and the clients to the others. A fake of
+Ray's Jobs API takes the first job and never ends it, so that all others stay queued. Times are of the clients: a
+request from its first byte sent to its last byte read, an event from the run's post to its arrival at a listener.
 """
 
 from __future__ import annotations
@@ -36,6 +36,8 @@ from service.home import ensure_key
 from service.processes import child_env
 from service.store import Store
 from tests.bench.report import publish, target
+from tests.service.conftest import FakeRay
+from tests.service.ray_server import ray_server
 
 CLIENTS = 8
 LISTENERS = 500
@@ -53,8 +55,12 @@ def main() -> None:
     given = parser.parse_args()
     rows: list[dict[str, Any]] = []
     for store in given.store or ["sqlite", "postgres"]:
-        with tempfile.TemporaryDirectory(prefix="d2ft-bench-") as home, database_of(store) as url:
-            rows.append({"store": store, **measure(Path(home), url, given.jobs, given.listeners)})
+        with (
+            tempfile.TemporaryDirectory(prefix="d2ft-bench-") as home,
+            database_of(store) as url,
+            ray_server(FakeRay()) as ray,
+        ):
+            rows.append({"store": store, **measure(Path(home), url, ray, given.jobs, given.listeners)})
     targets = [each for row in rows for each in targets_of(row)]
     publish("service", rows, targets, f"{given.jobs} jobs, {CLIENTS} clients, {given.listeners} listeners")
 
@@ -72,9 +78,9 @@ def targets_of(row: dict[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def measure(home: Path, url: str | None, num_jobs: int, num_listeners: int) -> dict[str, Any]:
+def measure(home: Path, url: str | None, ray: str, num_jobs: int, num_listeners: int) -> dict[str, Any]:
     """All figures of one store."""
-    with server(home, url) as (port, process, key):
+    with server(home, url, {"D2FT_RAY_ADDRESS": ray}) as (port, process, key):
         posts, ids = load(port, key, num_jobs)
         reads = {what: timed_reads(port, key, path) for what, path in queries(ids).items()}
         events, wrong = asyncio.run(listen(home, url, port, key, num_listeners))
@@ -172,11 +178,10 @@ async def listen(home: Path, url: str | None, port: int, key: str, num_listeners
 
 
 def claim_one(home: Path, url: str | None) -> Any:
-    """An attempt of a job, as if a supervisor had begun it."""
+    """The attempt of the job that the cluster has."""
     store = Store(url or f"sqlite:///{home / 'd2ft.db'}")
-    attempt = store.queue.claim(1)
+    (attempt,) = store.attempts.open()
     store.close()
-    assert attempt is not None
     return attempt
 
 

@@ -114,6 +114,7 @@ def test_what_cannot_be_done_fails_by_name_and_the_service_stays_up(service):
     assert httpx2.get(f"http://127.0.0.1:{service.port}/readyz", timeout=10).status_code == 200
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_a_paused_job_keeps_what_it_has_learnt_and_goes_on(service):
     job = json.loads(service("submit", "--json", "--steps", "120", "--micro-batch-size", "8"))["id"]
@@ -133,6 +134,7 @@ def test_a_paused_job_keeps_what_it_has_learnt_and_goes_on(service):
     assert "rank" in service("logs", job) or service("logs", job, "--rank", "0")
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_a_running_job_is_cancelled_and_frees_its_devices(service):
     job = json.loads(service("submit", "--json", "--steps", "100000", "--micro-batch-size", "8"))["id"]

@@ -71,7 +71,7 @@ IDS = [
 ]  # fmt: skip
 
 
-@pytest.fixture(params=["sqlite", "postgresql"])
+@pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.slow)])
 def settings(settings: Settings, request: pytest.FixtureRequest) -> Settings:
     url = None if request.param == "sqlite" else request.getfixturevalue("database")
     return settings.model_copy(update={"webhooks": True, "database_url": url})

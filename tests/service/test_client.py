@@ -194,7 +194,10 @@ def test_thirty_submits_over_lost_answers_are_thirty_jobs(
     assert len(list(client.jobs())) == 30
 
 
-@pytest.fixture(params=[Cut(after_s=0.4), Cut(after_bytes=4000)], ids=["every 0.4 s", "every 4 kB"])
+@pytest.fixture(
+    params=[Cut(after_s=0.4), pytest.param(Cut(after_bytes=4000), marks=pytest.mark.slow)],
+    ids=["every 0.4 s", "every 4 kB"],
+)
 def shaky(request: pytest.FixtureRequest, connect: Connect, through: Any, key: str) -> Iterator[tuple[Any, Proxy]]:
     proxy = through(lambda n: request.param)
     with connect(proxy.url, key) as client:

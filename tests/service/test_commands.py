@@ -147,6 +147,7 @@ def test_ctrl_c_lets_go_and_says_how_to_come_back(
     assert client.get(job.id).status != "cancelled"
 
 
+@pytest.mark.slow
 def test_commands_end_rightly_over_broken_connections(run: Run, server: str, tmp_path: Path) -> None:
     proxy = Proxy(int(server.rpartition(":")[2]), lambda n: Cut(after_bytes=3000))
     words = ("submit", "--steps", "60", "--label", "pause_s=0.02")

@@ -77,6 +77,7 @@ def test_the_tag_of_weights_does_not_change_a_model(api: TestClient) -> None:
     assert tagged == {**api.get(f"/v1/models/{TINY}").json(), "id": f"{TINY}.augreg_in21k"}
 
 
+@pytest.mark.slow
 def test_parameters_are_those_of_the_models_that_timm_builds(api: TestClient) -> None:
     names = [DIGITS, TINY, SMALL, LARGE]
     done = subprocess.run(

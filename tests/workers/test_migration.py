@@ -203,7 +203,7 @@ def run_on_gloo(rank, wire, placements, tables, folder):
     return losses, moved.sent_bytes
 
 
-@pytest.mark.parametrize("wire", ["gloo", "shared"])
+@pytest.mark.parametrize("wire", [pytest.param("gloo", marks=pytest.mark.slow), "shared"])
 def test_the_same_on_three_real_processes(tmp_path, wire):
     model, tables = tiny_vit(init_values=0.3), tables_of(5)
     old, new = [[0, 1, 1, 2], [1, 1, 1, 1], [0, 0, 2, 0]], [[1, 1, 2, 2], [0] * 4, [0, 2, 1, 2]]

@@ -65,7 +65,13 @@ def plain(tmp_path_factory):
     return of
 
 
-@pytest.mark.parametrize(("name", "pause_at"), [("full", 1), ("full", 5), ("hardest", 4), ("hardest", 6), ("heads", 5)])
+MORE_PAUSES = (("full", 1), ("full", 5), ("hardest", 6), ("heads", 5))
+
+
+@pytest.mark.parametrize(
+    ("name", "pause_at"),
+    [("hardest", 4), *(pytest.param(*of, marks=pytest.mark.slow) for of in MORE_PAUSES)],
+)
 def test_on_the_same_placement_every_loss_and_weight_is_equal_to_the_bit(tmp_path, plain, name, pause_at):
     spec, cycle = job_of(name)
     first = Run(tmp_path / "a1", spec, vault_at(tmp_path), cycle=cycle, pause_at=pause_at)
@@ -80,7 +86,14 @@ def test_on_the_same_placement_every_loss_and_weight_is_equal_to_the_bit(tmp_pat
     assert [e["data"]["learning_rate"] for e in (*first.told("metrics"), *second.told("metrics"))] == rates
 
 
-@pytest.mark.parametrize("owners", [TURNED, THREE, ALONE], ids=["turned", "three workers", "alone"])
+@pytest.mark.parametrize(
+    "owners",
+    [
+        pytest.param(TURNED, id="turned", marks=pytest.mark.slow),
+        pytest.param(THREE, id="three workers"),
+        pytest.param(ALONE, id="alone", marks=pytest.mark.slow),
+    ],
+)
 def test_on_another_placement_it_goes_on_as_if_nothing_had_been(tmp_path, plain, owners):
     spec, cycle = job_of("hardest")
     first = Run(tmp_path / "a1", spec, vault_at(tmp_path), cycle=cycle, pause_at=4)
@@ -95,6 +108,7 @@ def test_on_another_placement_it_goes_on_as_if_nothing_had_been(tmp_path, plain,
     assert [e["data"]["when"] for e in second.told("evaluation")] == ["after"] and first.saved is not None
 
 
+@pytest.mark.slow
 def test_paused_twice_across_placements_the_windows_keep_their_borders_and_the_ledger_its_sums(tmp_path, plain):
     (spec, cycle), parts = job_of("full"), []
     for attempt, (owners, pause_at) in enumerate([(EVEN, 2), (THREE, 4), (EVEN, None)], 1):
@@ -124,6 +138,7 @@ def test_the_pause_is_told_and_the_files_are_listed(tmp_path):
     assert run.events[-1]["type"] == "checkpoint.saved"
 
 
+@pytest.mark.slow
 def test_worths_of_heads_and_of_single_images_go_on(tmp_path):
     method = {"ratios": {"full": 2, "skip": 1}, "hold": "none"}
     _, cycle = job_of("hardest")
@@ -189,6 +204,7 @@ def test_without_a_vault_nobody_looks_for_wishes(tmp_path):
     assert Run(tmp_path, spec_of(steps=2), None).saved is None
 
 
+@pytest.mark.slow
 def test_held_heads_are_told_to_the_next_planner(tmp_path, monkeypatch):
     rows = ["110000"] * 6
     vault = vault_at(tmp_path, resumes=True)

@@ -77,7 +77,7 @@ def _links_over(rank, kind):
     return measure_links(transport, message_bytes=400_000, handled_us=sum(handled)), handled
 
 
-@pytest.mark.parametrize("kind", ["gloo", "shared"])
+@pytest.mark.parametrize("kind", [pytest.param("gloo", marks=pytest.mark.slow), "shared"])
 def test_links_and_handling_are_measured_between_processes(kind):
     for rank, (links, (send_us, recv_us)) in enumerate(on_processes(3, _links_over, kind)):
         assert [link is None for link in links] == [peer == rank for peer in range(3)]

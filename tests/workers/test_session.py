@@ -52,11 +52,13 @@ def spec_of(**fields):
 @pytest.mark.parametrize(
     "method",
     [
-        {},
+        pytest.param({}, marks=pytest.mark.slow),
         {"budgets": {"compute": 0.6, "bytes": 0.5}},
         {"budgets": {"compute": 0.6, "bytes": 0.5}, "strategy": "hull"},
-        {"ratios": {"full": 3, "skip": 2}, "hold": "none", "skip_fill": "rescale"},
-        {"ratios": {"full": 2, "forward": 1, "skip": 2}, "skip_fill": "mean"},
+        pytest.param(
+            {"ratios": {"full": 3, "skip": 2}, "hold": "none", "skip_fill": "rescale"}, marks=pytest.mark.slow
+        ),
+        pytest.param({"ratios": {"full": 2, "forward": 1, "skip": 2}, "skip_fill": "mean"}, marks=pytest.mark.slow),
     ],
     ids=["all-full", "budgets", "budgets of heads", "coherent rescale", "held mean"],
 )

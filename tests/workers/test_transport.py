@@ -83,7 +83,7 @@ def test_gloo_processes_keep_the_contract(size):
 
 
 @pytest.mark.parametrize("message_bytes", [4096, 1 << 16], ids=["some messages too large", "all fit"])
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_shared_memory_keeps_the_contract_and_leaves_nothing_behind(size, message_bytes):
     assert_contract(on_processes(size, shared_contract, message_bytes), size)
 
