@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import http.client
+import importlib.metadata
 import json
 import os
 import random
@@ -32,6 +33,7 @@ import pgserver
 import psutil
 from sqlalchemy import create_engine, make_url
 
+from service.catalogue import FORMAT
 from service.home import ensure_key
 from service.processes import child_env
 from service.store import Store
@@ -234,6 +236,9 @@ def server(
         port = probe.getsockname()[1]
     home.mkdir(exist_ok=True)
     key = ensure_key(home)
+    # A service that has run before has its catalogue of models; making it would take the server's core for a while.
+    known = {"format": FORMAT, "timm": importlib.metadata.version("timm"), "models": {}}
+    (home / "models.json").write_text(json.dumps(known))
     env = {
         **child_env(),
         "D2FT_HOME": str(home),
