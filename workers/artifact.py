@@ -11,9 +11,7 @@ whole or not at all.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -25,6 +23,7 @@ import safetensors.torch
 from torch import Tensor
 
 from workers.contract import JobSpec
+from workers.disk import sha256_of, sync
 from workers.model import ModelInput, resolve
 
 WEIGHTS_FILE = "model.safetensors"
@@ -68,7 +67,7 @@ def write_result(
         _write_json(draft / MANIFEST_FILE, {"files": [_without_path(artifact) for artifact in artifacts]})
         artifacts.append(_describe(draft / MANIFEST_FILE, target))
         draft.chmod(0o755)  # mkdtemp lets only the owner in
-        _sync(draft)
+        sync(draft)
         _move_into_place(draft, target)
     except BaseException:
         shutil.rmtree(draft, ignore_errors=True)
@@ -108,19 +107,17 @@ def _write_weights(path: Path, state_dict: Mapping[str, Tensor]) -> None:
     tensors = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in state_dict.items()}
     safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
     path.chmod(FILE_MODE)  # safetensors lets only the owner read
-    _sync(path)
+    sync(path)
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     path.chmod(FILE_MODE)  # the service runs with a umask that keeps others out of its own files
-    _sync(path)
+    sync(path)
 
 
 def _describe(path: Path, target: Path) -> Artifact:
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return Artifact(path.name, str(target / path.name), path.stat().st_size, digest)
+    return Artifact(path.name, str(target / path.name), path.stat().st_size, sha256_of(path))
 
 
 def _without_path(artifact: Artifact) -> dict[str, Any]:
@@ -133,14 +130,5 @@ def _move_into_place(draft: Path, target: Path) -> None:
     if target.exists():
         target.rename(aside)
     draft.rename(target)
-    _sync(target.parent)
+    sync(target.parent)
     shutil.rmtree(aside, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    """Flush a file or a folder to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

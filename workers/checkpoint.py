@@ -25,6 +25,7 @@ from torch import Tensor
 
 from scheduler.domain import ModelShape
 from scheduler.errors import SystemFault, UserError
+from workers.disk import sync
 from workers.gather import gather_json
 from workers.manifest import (
     GROUP_FILE,
@@ -35,7 +36,6 @@ from workers.manifest import (
     names,
     rank_file,
     read_manifest,
-    sync,
     write_manifest,
 )
 from workers.optimiser import Adam, State

@@ -14,13 +14,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from workers.contract import JobSpec
+from workers.disk import sha256_of, sync
 
 FORMAT = 1
 MANIFEST_FILE, DIGEST_FILE, GROUP_FILE = "manifest.json", "manifest.sha256", "group.safetensors"
@@ -97,9 +97,7 @@ def names(directory: Path) -> list[str]:
 
 
 def describe(path: Path) -> File:
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return File(path.name, path.stat().st_size, digest)
+    return File(path.name, path.stat().st_size, sha256_of(path))
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> File:
@@ -133,15 +131,6 @@ def check_file(folder: Path, file: File) -> None:
         raise ValueError(f"{file.name} has {path.stat().st_size} bytes of {file.bytes}")
     if describe(path) != file:
         raise ValueError(f"{file.name} has another SHA-256 than when it was written")
-
-
-def sync(path: Path) -> None:
-    """Flush a file or a folder to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _digest_line(content: bytes) -> bytes:
