@@ -256,7 +256,7 @@ class Supervisor:
     async def _context(self, attempt: Attempt, run_dir: Path) -> RunContext:
         if not self._resources:
             self._resources = await self._ray.resources()
-        checkpoints = self._settings.checkpoints_dir(attempt.job_id)
+        saved = await asyncio.to_thread(self._store.records.checkpoints, attempt.job_id)
         return RunContext(
             job_id=attempt.job_id,
             attempt=attempt.n,
@@ -266,7 +266,7 @@ class Supervisor:
             resources_per_worker=self._per_worker(),
             use_gpu=self._use_gpu(),
             start_timeout_s=self._settings.start_timeout_s,
-            resume_from=str(checkpoints) if attempt.checkpoints else None,
+            resume_from=str(self._settings.checkpoints_dir(attempt.job_id)) if saved else None,
             post_url=f"{self._settings.public_url or self._settings.url}/v1/runs/events",
             post_token=attempt.token,
         )

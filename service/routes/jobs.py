@@ -46,11 +46,10 @@ async def create_job(
             lambda: jobs.create(spec, owner=owner, idempotency_key=idempotency_key, trace=trace)
         )
     )
-    world.nudge()
     response.headers["Location"] = f"/v1/jobs/{made.id}"
     if not fresh:
         response.headers["Idempotency-Replayed"] = "true"
-    return made
+    return _seen_soon(world, made)
 
 
 @router.get("", response_model=Page[Job])
@@ -83,43 +82,41 @@ def list_jobs(
         created_before=created_before,
         metadata=_metadata(request),
     )
-    return world.store.jobs.list(query, world.standings.now())
+    return world.store.jobs.list(query, world.standings.now)
 
 
 @router.get("/{job_id}", response_model=Job)
 def get_job(job_id: str, world: InWorld, caller: ByCaller) -> Job:
     """One job."""
-    return world.store.jobs.get(job_id, owner=caller.reach, standing=world.standings.now())
+    return world.store.jobs.get(job_id, owner=caller.reach, standings=world.standings.now)
 
 
 @router.post("/{job_id}/cancel", response_model=Job)
 def cancel_job(job_id: str, world: InWorld, caller: ByCaller) -> Job:
     """End a job; harmless when asked again."""
-    job = world.store.actions.cancel(job_id, owner=caller.reach)
-    world.nudge()
-    return job
+    return _seen_soon(world, world.store.actions.cancel(job_id, owner=caller.reach))
 
 
 @router.post("/{job_id}/pause", response_model=Job)
 def pause_job(job_id: str, world: InWorld, caller: ByCaller) -> Job:
     """Have a job keep what it has learnt and give its devices back; harmless when asked again."""
-    job = world.store.actions.pause(job_id, owner=caller.reach)
-    world.nudge()
-    return job
+    return _seen_soon(world, world.store.actions.pause(job_id, owner=caller.reach))
 
 
 @router.post("/{job_id}/resume", response_model=Job)
 def resume_job(job_id: str, world: InWorld, caller: ByCaller) -> Job:
     """Put a paused job into the queue again; it goes on from its newest checkpoint."""
-    job = world.store.actions.resume(job_id, owner=caller.reach)
-    world.nudge()
-    return job
+    return _seen_soon(world, world.store.actions.resume(job_id, owner=caller.reach))
 
 
 @router.post("/{job_id}/retry", response_model=Job)
 def retry_job(job_id: str, world: InWorld, caller: ByCaller) -> Job:
     """Give a job that failed or was cancelled another attempt, under the same id."""
-    job = world.store.actions.retry(job_id, owner=caller.reach)
+    return _seen_soon(world, world.store.actions.retry(job_id, owner=caller.reach))
+
+
+def _seen_soon(world: World, job: Job) -> Job:
+    """The job, of which the supervisor has been told that something is asked."""
     world.nudge()
     return job
 

@@ -21,6 +21,7 @@ from ulid import ULID
 from service.errors import ConflictError, NotFoundError
 from service.schemas import Key, KeyBody, User, UserBody
 from service.store.database import Database
+from service.store.views import seconds
 from service.tables import ApiKeyRow, UserRow
 
 FIRST_USER = "user_first"  # the administrator that comes with the tables
@@ -212,9 +213,9 @@ def _key_view(row: ApiKeyRow, user: UserRow, key: str | None = None) -> Key:
         hint=row.hint,
         scopes=row.scopes,
         created_at=int(row.created_at),
-        expires_at=_seconds(row.expires_at),
-        revoked_at=_seconds(row.revoked_at),
-        used_at=_seconds(row.used_at),
+        expires_at=seconds(row.expires_at),
+        revoked_at=seconds(row.revoked_at),
+        used_at=seconds(row.used_at),
         key=key,
     )
 
@@ -231,10 +232,6 @@ def _user_view(row: UserRow) -> User:
         disabled=row.disabled_at is not None,
         created_at=int(row.created_at),
     )
-
-
-def _seconds(value: float | None) -> int | None:
-    return None if value is None else int(value)
 
 
 def _digest(key: str) -> str:

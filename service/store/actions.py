@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from sqlalchemy.orm import Session
 
@@ -29,9 +31,7 @@ class Actions:
 
         Raises ConflictError when it has already succeeded or failed.
         """
-        with self._database.write() as session:
-            row = job_row(session, job_id, owner, lock=True)
-            state = JobState(row.state)
+        with self._held(job_id, owner) as (session, row, state):
             if state in (JobState.SUCCEEDED, JobState.FAILED):
                 raise ConflictError(f"Job {job_id} has already {state}; it cannot be cancelled.", code="job_is_final")
             row.requeue = False
@@ -46,9 +46,7 @@ class Actions:
 
         Raises ConflictError when it has ended, or is about to.
         """
-        with self._database.write() as session:
-            row = job_row(session, job_id, owner, lock=True)
-            state = JobState(row.state)
+        with self._held(job_id, owner) as (session, row, state):
             row.requeue = False
             if state is JobState.QUEUED:
                 move(session, row, JobState.PAUSED, message="paused before it started")
@@ -60,9 +58,7 @@ class Actions:
 
     def resume(self, job_id: str, *, owner: str | None = None) -> Job:
         """Put a paused job into the queue again. Raises ConflictError unless it is paused, or waits or runs already."""
-        with self._database.write() as session:
-            row = job_row(session, job_id, owner, lock=True)
-            state = JobState(row.state)
+        with self._held(job_id, owner) as (session, row, state):
             if state is JobState.PAUSED:
                 requeue(session, row, "resumed")
             elif state is JobState.PAUSING:
@@ -76,15 +72,20 @@ class Actions:
 
         Raises ConflictError when it has succeeded, or has not ended.
         """
-        with self._database.write() as session:
-            row = job_row(session, job_id, owner, lock=True)
-            state = JobState(row.state)
+        with self._held(job_id, owner) as (session, row, state):
             if state not in RETRIED:
                 message = f"Job {job_id} is {state}; only what failed or was cancelled can be retried."
                 raise ConflictError(message, code="job_not_retryable")
             row.error, row.finished_at = None, None
             requeue(session, row, "another attempt was asked for")
             return _view(session, row)
+
+    @contextmanager
+    def _held(self, job_id: str, owner: str | None) -> Iterator[tuple[Session, JobRow, JobState]]:
+        """A transaction in which the job is nobody else's to change. Raises NotFoundError."""
+        with self._database.write() as session:
+            row = job_row(session, job_id, owner, lock=True)
+            yield session, row, JobState(row.state)
 
 
 def begin_pause(session: Session, row: JobRow, message: str, *, requeue: bool = False) -> None:
@@ -104,4 +105,4 @@ def requeue(session: Session, row: JobRow, message: str) -> None:
 
 
 def _view(session: Session, row: JobRow) -> Job:
-    return job_view(row, owner_name(session, row), None)
+    return job_view(row, owner_name(session, row.owner), None)

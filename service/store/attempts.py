@@ -22,7 +22,7 @@ from service.store.absorb import RunEvent, absorb_events
 from service.store.actions import requeue
 from service.store.database import Database
 from service.store.journal import explain, move
-from service.tables import AttemptRow, CheckpointRow, EventRow, JobRow, UserRow
+from service.tables import AttemptRow, EventRow, JobRow, UserRow
 from workers.contract import JobSpec
 
 CREATED, SUBMITTED, ENDED, SETTLED = "created", "submitted", "ended", "settled"
@@ -30,7 +30,7 @@ CREATED, SUBMITTED, ENDED, SETTLED = "created", "submitted", "ended", "settled"
 
 @dataclass(frozen=True)
 class Attempt:
-    """One attempt as it was when read. `checkpoints`: whether the job has any to go on from."""
+    """One attempt as it was when read."""
 
     job_id: str
     n: int
@@ -43,7 +43,6 @@ class Attempt:
     want: str | None
     spec: JobSpec
     trace: str | None
-    checkpoints: bool
     created_at: float
     ended_at: float | None
 
@@ -59,7 +58,7 @@ class Attempts:
         with self._database.read() as session:
             wanted = select(AttemptRow, JobRow).join(JobRow).where(AttemptRow.state != SETTLED)
             rows = session.execute(wanted.order_by(AttemptRow.created_at)).all()
-            return [attempt_view(session, row, job) for row, job in rows]
+            return [attempt_view(row, job) for row, job in rows]
 
     def by_token(self, token: str) -> Attempt | None:
         """The attempt that may post with this token, or None; one that has ended may not."""
@@ -69,7 +68,7 @@ class Attempts:
             if found is None or not hmac.compare_digest(found[0].token, token):
                 return None
             row, job = found
-            return attempt_view(session, row, job) if row.state in (CREATED, SUBMITTED) else None
+            return attempt_view(row, job) if row.state in (CREATED, SUBMITTED) else None
 
     def mark_submitted(self, attempt: Attempt) -> None:
         """Ray has taken the attempt."""
@@ -90,7 +89,7 @@ class Attempts:
             absorb_events(session, job, (event for event in events if event["seq"] not in known), _is_over)
             row.events_offset = max(offset, row.events_offset)
             _close_if_over(session, row, job)
-            return attempt_view(session, row, job)
+            return attempt_view(row, job)
 
     def finish(
         self, attempt: Attempt, state: JobState, *, error: dict[str, Any] | None = None, message: str | None = None
@@ -123,7 +122,7 @@ class Attempts:
             return state is not None and state != SETTLED
 
 
-def attempt_view(session: Session, row: AttemptRow, job: JobRow) -> Attempt:
+def attempt_view(row: AttemptRow, job: JobRow) -> Attempt:
     return Attempt(
         job_id=row.job_id,
         n=row.n,
@@ -136,8 +135,6 @@ def attempt_view(session: Session, row: AttemptRow, job: JobRow) -> Attempt:
         want=job.want,
         spec=JobSpec.model_validate(job.spec),
         trace=job.trace,
-        checkpoints=session.scalar(select(CheckpointRow.name).where(CheckpointRow.job_id == job.id).limit(1))
-        is not None,
         created_at=row.created_at,
         ended_at=row.ended_at,
     )

@@ -19,8 +19,8 @@ from service.errors import ConflictError, NotFoundError, TooManyError
 from service.schemas import Dataset, DatasetBody, DatasetClass, Page
 from service.store.access import Caller
 from service.store.database import Database
-from service.store.jobs import page
-from service.tables import DatasetRow, UserRow
+from service.store.jobs import owner_name, page
+from service.tables import DatasetRow
 from workers.folder import parse_uri
 
 MAX_EACH = 1000  # a summary has a line for every class: what one user can store must have an end
@@ -139,11 +139,10 @@ def _check_room(session: Session, owner: str) -> None:
 
 
 def _view(session: Session, row: DatasetRow, *, brief: bool = False) -> Dataset:
-    user = session.get(UserRow, row.owner)
     classes = [DatasetClass(**each) for each in row.summary["classes"]]
     return Dataset(
         id=row.id,
-        owner=user.name if user else None,
+        owner=owner_name(session, row.owner),
         name=row.name,
         uri=row.uri,
         num_classes=len(classes),

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -35,7 +35,7 @@ _WAITING = select(func.count()).where(JobRow.state == JobState.QUEUED, JobRow.ow
 _ADMITTED = select(UserRow.name, UserRow.max_priority, UserRow.max_queued, _WAITING.scalar_subquery()).where(
     UserRow.id == bindparam("owner")
 )
-NO_STANDING: Mapping[str, Standing] = {}
+Standings = Callable[[], Mapping[str, Standing]]  # where the jobs that wait stand
 
 
 @dataclass(frozen=True)
@@ -88,14 +88,18 @@ class Jobs:
             row = _keyed(session, owner, idempotency_key)
             return None if row is None or _is_stale(row) else _replayed(session, row, spec)
 
-    def get(self, job_id: str, *, owner: str | None = None, standing: Mapping[str, Standing] = NO_STANDING) -> Job:
+    def get(self, job_id: str, *, owner: str | None = None, standings: Standings = dict) -> Job:
+        """One job; `standings` is asked only where it waits."""
         with self._database.read() as session:
-            return _view(session, job_row(session, job_id, owner), standing)
+            row = job_row(session, job_id, owner)
+            name = owner_name(session, row.owner)
+        return job_view(row, name, _standing(row, standings))
 
-    def list(self, query: JobQuery, standing: Mapping[str, Standing] = NO_STANDING) -> Page[Job]:
+    def list(self, query: JobQuery, standings: Standings = dict) -> Page[Job]:
+        """A page of jobs; `standings` is asked only where any of them waits."""
         with self._database.read() as session:
             rows = session.execute(_selection(session, query)).all()
-            jobs = [job_view(row, name, standing.get(row.id)) for row, name in rows[: query.limit]]
+        jobs = [job_view(row, name, _standing(row, standings)) for row, name in rows[: query.limit]]
         return page(jobs, [job.id for job in jobs], more=len(rows) > query.limit)
 
     def plans_in_use(self) -> dict[str, dict[str, Any]]:
@@ -152,21 +156,22 @@ def page(data: list[Any], ids: list[str], *, more: bool) -> Page[Any]:
     return Page(data=data, has_more=more, first_id=ids[0] if ids else None, last_id=ids[-1] if ids else None)
 
 
-def owner_name(session: Session, row: JobRow) -> str | None:
-    user = session.get(UserRow, row.owner)
+def owner_name(session: Session, user_id: str) -> str | None:
+    """The name of the user who owns something; None of one who is not known."""
+    user = session.get(UserRow, user_id)
     return user.name if user else None
 
 
 def _row(spec: JobSpec, owner: str, key: str | None, trace: str | None) -> dict[str, Any]:
     """The columns of a new job."""
-    now, job_id = time.time(), f"ftjob_{ULID()}"
+    now, job_id, told = time.time(), f"ftjob_{ULID()}", spec.model_dump(mode="json")
     said = (job_id, spec.name, spec.model, spec.dataset, *spec.metadata.values())
     return {
         "id": job_id,
         "owner": owner,
         "idempotency_key": key,
-        "fingerprint": _fingerprint(spec),
-        "spec": spec.model_dump(mode="json"),
+        "fingerprint": _fingerprint(told),
+        "spec": told,
         "model": spec.model,
         "search": "\n".join(part.lower() for part in said if part),
         "trace": trace,
@@ -181,8 +186,8 @@ def _row(spec: JobSpec, owner: str, key: str | None, trace: str | None) -> dict[
     }
 
 
-def _view(session: Session, row: JobRow, standing: Mapping[str, Standing]) -> Job:
-    return job_view(row, owner_name(session, row), standing.get(row.id))
+def _standing(row: JobRow, standings: Standings) -> Standing | None:
+    return standings().get(row.id) if row.state == JobState.QUEUED else None
 
 
 def _keyed(session: Session, owner: str, key: str) -> JobRow | None:
@@ -196,14 +201,14 @@ def _is_stale(row: JobRow) -> bool:
 
 def _replayed(session: Session, row: JobRow, spec: JobSpec) -> Job:
     """The first answer again: the job as it was when it was made, whatever became of it."""
-    if row.fingerprint != _fingerprint(spec):
+    if row.fingerprint != _fingerprint(spec.model_dump(mode="json")):
         message = "This Idempotency-Key was used with another body; take a new key for a new job."
         raise InvalidRequestError([Issue("", message, "idempotency_key_reused")])
     fresh = JobRow(
         id=row.id, owner=row.owner, spec=row.spec, state=JobState.QUEUED, attempt=0, priority=row.spec["priority"],
         created_at=row.created_at,
     )  # fmt: skip
-    return job_view(fresh, owner_name(session, row), None)
+    return job_view(fresh, owner_name(session, row.owner), None)
 
 
 def _admitted(session: Session, owner: str, spec: JobSpec, default: int) -> str:
@@ -219,8 +224,9 @@ def _admitted(session: Session, owner: str, spec: JobSpec, default: int) -> str:
     return str(name)
 
 
-def _fingerprint(spec: JobSpec) -> str:
-    canonical = json.dumps(spec.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+def _fingerprint(told: dict[str, Any]) -> str:
+    """What tells one spec, as JSON has it, from another."""
+    canonical = json.dumps(told, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 

@@ -25,7 +25,7 @@ from service.store.actions import begin_pause
 from service.store.attempts import CREATED, SETTLED, Attempt, attempt_view
 from service.store.database import Database
 from service.store.journal import explain, move
-from service.store.views import Standing
+from service.store.views import Standing, eta_seconds
 from service.tables import AttemptRow, JobRow, UserRow
 
 Fits = Callable[[int], str | None]  # workers → why the cluster is too small for them, or None
@@ -45,10 +45,10 @@ class Queue:
         A job that the cluster is too small for is told so and passed over.
         """
         with self._database.write() as session:
-            if _num_open(session) >= max_running:
+            held = set(session.scalars(select(AttemptRow.job_id).where(AttemptRow.state != SETTLED)))
+            if len(held) >= max_running:
                 return None
             loads = self._loads(session)
-            held = set(session.scalars(select(AttemptRow.job_id).where(AttemptRow.state != SETTLED)))
             for waiting in start_order(_waiting(session), loads):
                 if waiting.job_id in held:
                     continue  # its last attempt has not let go yet
@@ -155,17 +155,9 @@ def _waiting(session: Session) -> list[Waiting]:
 def _running(session: Session) -> list[Running]:
     wanted = select(JobRow, AttemptRow.created_at).join(AttemptRow).where(AttemptRow.state != SETTLED)
     return [
-        Running(job.id, job.priority, since, job.state == JobState.RUNNING, _eta_seconds(job))
+        Running(job.id, job.priority, since, job.state == JobState.RUNNING, eta_seconds(job.live or {}))
         for job, since in session.execute(wanted)
     ]
-
-
-def _eta_seconds(job: JobRow) -> float | None:
-    live = job.live or {}
-    metrics, average = live.get("metrics") or {}, live.get("step_average")
-    if average is None or not isinstance(metrics.get("total_steps"), int | float):
-        return None
-    return float(average) * max(0.0, metrics["total_steps"] - (metrics.get("step") or 0))
 
 
 def _typical_seconds(session: Session) -> float:
@@ -194,4 +186,4 @@ def _open_attempt(session: Session, job: JobRow) -> Attempt:
     session.add(row)
     move(session, job, JobState.PLANNING, message=f"attempt {job.attempt} begins")
     session.flush()
-    return attempt_view(session, row, job)
+    return attempt_view(row, job)

@@ -19,8 +19,6 @@ class Standing(NamedTuple):
 def job_view(row: JobRow, owner: str | None, standing: Standing | None) -> Job:
     spec = row.spec
     live = row.live or {}
-    if row.state != JobState.QUEUED:
-        standing = None
     return Job(
         id=row.id,
         owner=owner,
@@ -43,8 +41,8 @@ def job_view(row: JobRow, owner: str | None, standing: Standing | None) -> Job:
         estimate=row.estimate,
         error=JobError(**row.error) if row.error else None,
         created_at=int(row.created_at),
-        started_at=_seconds(row.started_at),
-        finished_at=_seconds(row.finished_at),
+        started_at=seconds(row.started_at),
+        finished_at=seconds(row.finished_at),
     )
 
 
@@ -95,17 +93,24 @@ def fold_metrics(live: dict[str, Any] | None, values: dict[str, Any]) -> dict[st
     return folded
 
 
+def eta_seconds(live: dict[str, Any]) -> float | None:
+    """How long the steps that are left will take; None while that is not known."""
+    metrics, average = live.get("metrics") or {}, live.get("step_average")
+    step, total = int(_number(metrics.get("step")) or 0), _number(metrics.get("total_steps"))
+    return average * max(0, total - step) if average is not None and total else None
+
+
 def _progress(row: JobRow, live: dict[str, Any]) -> Progress:
     metrics = live.get("metrics", {})
     step, total = int(_number(metrics.get("step")) or 0), _number(metrics.get("total_steps"))
     if not total:
         return Progress(step=step)
-    average = None if JobState(row.state).is_final else live.get("step_average")
+    eta_s = None if JobState(row.state).is_final else eta_seconds(live)
     return Progress(
         step=step,
         total_steps=int(total),
         fraction=min(1.0, step / total),
-        eta_seconds=None if average is None else round(average * max(0, total - step), 1),
+        eta_seconds=None if eta_s is None else round(eta_s, 1),
     )
 
 
@@ -127,5 +132,6 @@ def _number(value: Any) -> float | None:
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
-def _seconds(value: float | None) -> int | None:
+def seconds(value: float | None) -> int | None:
+    """A time as answers have it: whole seconds."""
     return None if value is None else int(value)

@@ -19,7 +19,8 @@ from ulid import ULID
 from service.errors import ConflictError, NotFoundError, TooManyError
 from service.schemas import Delivery, Page, Webhook, WebhookBody
 from service.store.database import Database
-from service.store.jobs import page
+from service.store.jobs import owner_name, page
+from service.store.views import seconds
 from service.tables import DeliveryRow, UserRow, WebhookRow
 
 PENDING, SENT, FAILED = "pending", "sent", "failed"
@@ -190,14 +191,17 @@ def _test_message(webhook_id: str) -> DeliveryRow:
 
 
 def _view(session: Session, row: WebhookRow) -> Webhook:
-    user = session.get(UserRow, row.owner)
-    return _webhook_view(row, user.name if user else None)
+    return _webhook_view(row, owner_name(session, row.owner))
 
 
 def _webhook_view(row: WebhookRow, user: str | None) -> Webhook:
-    disabled_at = None if row.disabled_at is None else int(row.disabled_at)
     return Webhook(
-        id=row.id, url=row.url, types=row.types, user=user, created_at=int(row.created_at), disabled_at=disabled_at
+        id=row.id,
+        url=row.url,
+        types=row.types,
+        user=user,
+        created_at=int(row.created_at),
+        disabled_at=seconds(row.disabled_at),
     )
 
 
@@ -211,5 +215,5 @@ def _delivery_view(row: DeliveryRow) -> Delivery:
         last_error=row.last_error,
         created_at=int(row.created_at),
         next_at=int(row.next_at) if row.state == PENDING else None,
-        sent_at=None if row.sent_at is None else int(row.sent_at),
+        sent_at=seconds(row.sent_at),
     )
