@@ -14,10 +14,7 @@ from __future__ import annotations
 import asyncio
 import enum
 import logging
-import os
-import secrets
 import shlex
-import socket
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -26,6 +23,7 @@ from typing import Any
 
 from service.errors import LostAttemptError, UnavailableError
 from service.home import write_private
+from service.lead import Lead
 from service.lifecycle import JobState
 from service.logs import about
 from service.meters import Meters
@@ -100,7 +98,7 @@ class Supervisor:
         self._resources: dict[str, float] = {}
         self._nudged = asyncio.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._me = f"{socket.gethostname()[:40]}-{os.getpid()}-{secrets.token_hex(4)}"
+        self._lead = Lead(store, LEASE, settings.lease_s)
 
     def nudge(self) -> None:
         """Have the next look come soon, since a user has asked for something; from any thread."""
@@ -123,8 +121,7 @@ class Supervisor:
                         await self._guard(self.reconcile(), "reconcile")
                 await self._pause()
         finally:
-            with suppress(UnavailableError):
-                self._store.leases.release(LEASE, self._me)
+            self._lead.give_back()
 
     async def _pause(self) -> None:
         """Until the next look: `poll_s`, or less after a nudge, but never so little that users drive the loop."""
@@ -135,7 +132,7 @@ class Supervisor:
 
     async def _leads(self) -> bool:
         try:
-            return await asyncio.to_thread(self._store.leases.hold, LEASE, self._me, self._settings.lease_s)
+            return await self._lead.held()
         except UnavailableError as error:
             self._meters.failed("lease")
             log.warning("the lease: %s", error)

@@ -19,13 +19,12 @@ import json
 import logging
 import random
 import re
-import secrets
 import time
 from collections import Counter
 from collections.abc import Mapping
-from contextlib import suppress
 
 from service.errors import InvalidRequestError, UnavailableError
+from service.lead import Lead
 from service.outbound import Outbound
 from service.store import Store
 from service.store.webhooks import FAILED, PENDING, SENT, Message, Outcome
@@ -40,7 +39,7 @@ AT_ONCE_EACH = 3  # of one user
 KEPT_S = 7 * 24 * 3600.0
 PRUNE_EVERY_S = 3600.0
 LEASE = "webhooks"
-LEASE_S = 30.0  # longer than a request may take; extended after a third of it
+LEASE_S = 30.0  # longer than a request may take
 GONE = 410
 _MAX_ERROR_CHARS = 200
 log = logging.getLogger(__name__)
@@ -101,9 +100,8 @@ class Sender:
         self._signer = signer
         self._outbound = outbound
         self._look_s = look_s
-        self._me = secrets.token_hex(8)
+        self._lead = Lead(store, LEASE, LEASE_S)
         self._flying: dict[asyncio.Task[None], Message] = {}
-        self._extend_at = 0.0
         self._prune_at = 0.0
 
     async def run(self) -> None:
@@ -121,12 +119,11 @@ class Sender:
             for task in self._flying:
                 task.cancel()
             await asyncio.gather(*self._flying, return_exceptions=True)
-            with suppress(UnavailableError):
-                self._store.leases.release(LEASE, self._me)
+            self._lead.give_back()
 
     async def look(self) -> None:
         """Start whatever is due and has room."""
-        if not await self._leads():
+        if not await self._lead.held():
             return
         await self._prune()
         while len(self._flying) < AT_ONCE:
@@ -147,15 +144,6 @@ class Sender:
             await asyncio.wait(self._flying, timeout=self._look_s, return_when=asyncio.FIRST_COMPLETED)
         else:
             await asyncio.sleep(self._look_s)
-
-    async def _leads(self) -> bool:
-        """Hold the lease. An idle loop does not write at every look: it extends the lease now and then."""
-        if time.monotonic() < self._extend_at:
-            return True
-        asked = time.monotonic()
-        leads = await asyncio.to_thread(self._store.leases.hold, LEASE, self._me, LEASE_S)
-        self._extend_at = asked + LEASE_S / 3 if leads else 0.0
-        return leads
 
     async def _prune(self) -> None:
         if time.monotonic() >= self._prune_at:
