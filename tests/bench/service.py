@@ -12,12 +12,10 @@ from __future__ import annotations
 import argparse
 import asyncio
 import http.client
-import importlib.metadata
 import json
 import os
 import random
 import secrets
-import socket
 import statistics
 import subprocess
 import sys
@@ -29,16 +27,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import pgserver
 import psutil
-from sqlalchemy import create_engine, make_url
 
-from service.catalogue import FORMAT
 from service.home import ensure_key
 from service.processes import child_env
 from service.store import Store
 from tests.bench.report import publish, target
-from tests.service.conftest import FakeRay
+from tests.service.conftest import FakeRay, free_port, write_catalogue
+from tests.service.postgres import empty_database, running_postgres
 from tests.service.ray_server import ray_server
 
 CLIENTS = 8
@@ -231,14 +227,11 @@ def server(
     home: Path, url: str | None, settings: Mapping[str, str] | None = None
 ) -> Iterator[tuple[int, psutil.Process, str]]:
     """The API as a process on a core of its own; yields its port, its process and a key."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     home.mkdir(exist_ok=True)
     key = ensure_key(home)
     # A service that has run before has its catalogue of models; making it would take the server's core for a while.
-    known = {"format": FORMAT, "timm": importlib.metadata.version("timm"), "models": {}}
-    (home / "models.json").write_text(json.dumps(known))
+    write_catalogue(home, {})
     env = {
         **child_env(),
         "D2FT_HOME": str(home),
@@ -282,15 +275,8 @@ def database_of(store: str) -> Iterator[str | None]:
     if store == "sqlite":
         yield None
         return
-    with tempfile.TemporaryDirectory(prefix="d2ft-postgres-", ignore_cleanup_errors=True) as data:
-        running = pgserver.get_server(data)
-        url = make_url(running.get_uri().replace("postgresql://", "postgresql+psycopg://"))
-        engine = create_engine(url, isolation_level="AUTOCOMMIT")
-        with engine.connect() as connection:
-            connection.exec_driver_sql("CREATE DATABASE d2ft")
-        engine.dispose()
-        yield url.set(database="d2ft").render_as_string(hide_password=False)
-        running.cleanup()
+    with running_postgres() as postgres, empty_database(postgres) as url:
+        yield url
 
 
 def quantile(values: Sequence[float], share: float) -> float:

@@ -5,8 +5,6 @@ python -m tests.fuzz.api             a long run, FUZZ_SECONDS of it (by default 
 
 from __future__ import annotations
 
-import importlib.metadata
-import json
 import os
 import re
 import subprocess
@@ -19,11 +17,10 @@ from pathlib import Path
 
 import httpx2
 
-from service.catalogue import FORMAT
 from service.home import make_home, read_secret
 from service.settings import Settings
 from service.store import Store
-from tests.service.conftest import FakeRay, free_port, serving, sizes
+from tests.service.conftest import FakeRay, free_port, serving, sizes, write_catalogue
 from workers.contract import JobSpec
 
 ST = Path(sys.executable).with_name("st")
@@ -39,8 +36,7 @@ MODELS = {
 def fuzzed(home: Path) -> Iterator[tuple[str, dict[str, str]]]:
     """(the URL of a service of its own, the environment with its key and the token of a run that goes on)."""
     make_home(home)
-    known = {"format": FORMAT, "timm": importlib.metadata.version("timm"), "models": MODELS}
-    (home / "models.json").write_text(json.dumps(known))
+    write_catalogue(home, MODELS)
     settings = Settings(home=home, port=free_port(), use_gpu=False, webhooks=True, webhook_networks="127.0.0.0/8")  # type: ignore[arg-type]
     ray = FakeRay()
     token = _start_run(settings, ray)

@@ -5,22 +5,18 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import logging
-import secrets
 import shlex
 import socket
-import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx2
-import pgserver
 import pytest
 import uvicorn
-from sqlalchemy import create_engine, make_url
 from starlette.testclient import TestClient
 
 from scheduler.book import Book
@@ -33,6 +29,7 @@ from service.home import read_secret
 from service.settings import Settings
 from service.store import Store
 from tests.service import fake_driver
+from tests.service.postgres import empty_database, running_postgres
 from workers.contract import JobSpec, RunContext
 from workers.events import EventLog
 
@@ -134,27 +131,16 @@ def ray() -> FakeRay:
 
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[str]:
-    """A real PostgreSQL for the whole session; yields the URL of its maintenance database.
-
-    Not under pytest's own directory: another session closes that to the server's user.
-    """
-    with tempfile.TemporaryDirectory(prefix="d2ft-postgres-", ignore_cleanup_errors=True) as data:
-        server = pgserver.get_server(data)
-        yield server.get_uri().replace("postgresql://", "postgresql+psycopg://")
-        server.cleanup()
+    """A real PostgreSQL for the whole session; yields the URL of its maintenance database."""
+    with running_postgres() as url:
+        yield url
 
 
 @pytest.fixture
 def database(postgres: str) -> Iterator[str]:
     """An empty database of its own; yields its URL."""
-    name = f"d2ft_{secrets.token_hex(6)}"
-    engine = create_engine(postgres, isolation_level="AUTOCOMMIT")
-    with engine.connect() as connection:
-        connection.exec_driver_sql(f"CREATE DATABASE {name}")
-    yield make_url(postgres).set(database=name).render_as_string(hide_password=False)
-    with engine.connect() as connection:
-        connection.exec_driver_sql(f"DROP DATABASE {name} WITH (FORCE)")
-    engine.dispose()
+    with empty_database(postgres) as url:
+        yield url
 
 
 @pytest.fixture
@@ -182,9 +168,14 @@ def models(home: Path) -> dict[str, dict[str, Any] | str]:
         "resnet50": "architecture resnet is not a vision transformer",
     }
     home.mkdir(exist_ok=True)
-    content = {"format": FORMAT, "timm": importlib.metadata.version("timm"), "models": known}
-    (home / "models.json").write_text(json.dumps(content))
+    write_catalogue(home, known)
     return known
+
+
+def write_catalogue(home: Path, models: Mapping[str, dict[str, Any] | str]) -> None:
+    """The catalogue of models as a service has it that has run before."""
+    content = {"format": FORMAT, "timm": importlib.metadata.version("timm"), "models": models}
+    (home / "models.json").write_text(json.dumps(content))
 
 
 @pytest.fixture
