@@ -39,13 +39,10 @@ async def create_job(
             known = await asyncio.to_thread(lambda: jobs.replay(spec, owner=owner, idempotency_key=idempotency_key))
         if known is None:
             await _check(world, spec)
-    made, fresh = (
-        (known, False)
-        if known
-        else await world.store.in_turn(
-            lambda: jobs.create(spec, owner=owner, idempotency_key=idempotency_key, trace=trace)
-        )
-    )
+    if known is None:
+        made, fresh = await jobs.create_together(spec, owner=owner, idempotency_key=idempotency_key, trace=trace)
+    else:
+        made, fresh = known, False
     response.headers["Location"] = f"/v1/jobs/{made.id}"
     if not fresh:
         response.headers["Idempotency-Replayed"] = "true"

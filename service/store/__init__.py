@@ -12,7 +12,7 @@ from service.store.access import Access, Caller
 from service.store.actions import Actions
 from service.store.attempts import Attempt, Attempts
 from service.store.census import Census
-from service.store.database import Answer, Database
+from service.store.database import Database
 from service.store.datasets import DatasetQuery, Datasets
 from service.store.jobs import JobQuery, Jobs
 from service.store.leases import Leases
@@ -54,10 +54,6 @@ class Store:
     def on_change(self, ring: Callable[[str], None]) -> None:
         """Have `ring` called with the job's id after every commit that touched it, on the committing thread."""
         self._database.on_change = ring
-
-    async def in_turn(self, work: Callable[[], Answer]) -> Answer:
-        """Do a piece of writing in the order of the calls: for what many ask for at once."""
-        return await self._database.in_turn(work)
 
     def ping(self) -> None:
         """Raise unless the store answers, and a writing transaction gets its turn."""

@@ -72,15 +72,14 @@ class Jobs:
         Raises InvalidRequestError when the key made one of another body or the priority is more than the user may
         have, TooManyError when the user has too many jobs waiting.
         """
-        row = _row(spec, owner, idempotency_key, trace)
-        try:
-            return self._insert(row, spec), True
-        except IntegrityError:
-            # The key was used before, perhaps a moment ago by another process: what it made is there.
-            if idempotency_key is None:
-                raise
-        known = self._free_key(owner, idempotency_key, spec)
-        return (self._insert(row, spec), True) if known is None else (known, False)
+        with self._database.write() as session:
+            return self._create(session, spec, owner, idempotency_key, trace)
+
+    async def create_together(
+        self, spec: JobSpec, *, owner: str, idempotency_key: str | None = None, trace: str | None = None
+    ) -> tuple[Job, bool]:
+        """The same, in one transaction with others that come at the same time: they wait for the disk once."""
+        return await self._database.together(lambda session: self._create(session, spec, owner, idempotency_key, trace))
 
     def replay(self, spec: JobSpec, *, owner: str, idempotency_key: str) -> Job | None:
         """The answer that this key got before, if any. Raises InvalidRequestError on another body."""
@@ -114,7 +113,21 @@ class Jobs:
             wanted = select(JobRow.id).where(JobRow.owner == owner, JobRow.id.in_(job_ids))
             return set(session.scalars(wanted))
 
-    def _insert(self, row: dict[str, Any], spec: JobSpec) -> Job:
+    def _create(
+        self, session: Session, spec: JobSpec, owner: str, key: str | None, trace: str | None
+    ) -> tuple[Job, bool]:
+        row = _row(spec, owner, key, trace)
+        try:
+            with session.connection().begin_nested():
+                return self._insert(session, row, spec), True
+        except IntegrityError:
+            # The key was used before, perhaps a moment ago by another process: what it made is there.
+            if key is None:
+                raise
+        known = _free_key(session, owner, key, spec)
+        return (self._insert(session, row, spec), True) if known is None else (known, False)
+
+    def _insert(self, session: Session, row: dict[str, Any], spec: JobSpec) -> Job:
         """Write the job and the beginning of its history as plain statements: the way that every request takes."""
         job_id, at = row["id"], row["created_at"]
         events = [
@@ -122,25 +135,25 @@ class Jobs:
             event_values(job_id, 2, "job.status", QUEUED_WORDS, data=QUEUED_DATA, at=at),
         ]
         labels = [{"job_id": job_id, "key": key, "value": value} for key, value in spec.metadata.items()]
-        with self._database.write() as session:
-            name = _admitted(session, row["owner"], spec, self._max_queued)
-            session.execute(insert(_JOBS), row)
-            session.execute(insert(_EVENTS), events)
-            if labels:
-                session.execute(insert(_LABELS), labels)
-            mark_changed(session, job_id)
+        name = _admitted(session, row["owner"], spec, self._max_queued)
+        session.execute(insert(_JOBS), row)
+        session.execute(insert(_EVENTS), events)
+        if labels:
+            session.execute(insert(_LABELS), labels)
+        mark_changed(session, job_id)
         return job_view(JobRow(**row), name, None)
 
-    def _free_key(self, owner: str, key: str, spec: JobSpec) -> Job | None:
-        """What the key made, or None where that is so long ago that the key is free for another."""
-        with self._database.write() as session:
-            known = _keyed(session, owner, key)
-            if known is None:
-                return None
-            if not _is_stale(known):
-                return _replayed(session, known, spec)
-            known.idempotency_key = None
-            return None
+
+def _free_key(session: Session, owner: str, key: str, spec: JobSpec) -> Job | None:
+    """What the key made, or None where that is so long ago that the key is free for another."""
+    known = _keyed(session, owner, key)
+    if known is None:
+        return None
+    if not _is_stale(known):
+        return _replayed(session, known, spec)
+    known.idempotency_key = None
+    session.flush()
+    return None
 
 
 def job_row(session: Session, job_id: str, owner: str | None = None, *, lock: bool = False) -> JobRow:
