@@ -54,7 +54,7 @@ def spec_of(**fields):
     [
         pytest.param({}, marks=pytest.mark.slow),
         {"budgets": {"compute": 0.6, "bytes": 0.5}},
-        {"budgets": {"compute": 0.6, "bytes": 0.5}, "strategy": "hull"},
+        pytest.param({"budgets": {"compute": 0.6, "bytes": 0.5}, "strategy": "hull"}, marks=pytest.mark.slow),
         pytest.param(
             {"ratios": {"full": 3, "skip": 2}, "hold": "none", "skip_fill": "rescale"}, marks=pytest.mark.slow
         ),

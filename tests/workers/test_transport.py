@@ -77,7 +77,7 @@ def test_threads_keep_the_contract(size):
     assert_contract(on_threads(size, contract), size)
 
 
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_gloo_processes_keep_the_contract(size):
     assert_contract(on_processes(size, gloo_contract), size)
 
