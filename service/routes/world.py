@@ -44,27 +44,27 @@ class World:
     nudge: Callable[[], None]  # tells the supervisor that a user has asked for something
 
 
-def _world(request: Request) -> World:
+async def _world(request: Request) -> World:
     world = request.app.state.world
     assert isinstance(world, World)
     return world
 
 
-def _caller(request: Request) -> Caller:
+async def _caller(request: Request) -> Caller:
     """Who the door let in."""
     caller = request.state.caller
     assert isinstance(caller, Caller)
     return caller
 
 
-def _admin(request: Request) -> Caller:
-    caller = _caller(request)
+async def _admin(request: Request) -> Caller:
+    caller = await _caller(request)
     if not caller.is_admin:
         raise ForbiddenError("Only an administrator may do this.", code="admin_only")
     return caller
 
 
-def _attempt(request: Request) -> Attempt:
+async def _attempt(request: Request) -> Attempt:
     """The attempt whose token the door let in."""
     attempt = request.state.attempt
     assert isinstance(attempt, Attempt)

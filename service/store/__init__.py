@@ -61,4 +61,5 @@ class Store:
             session.execute(text("SELECT 1"))
 
     def close(self) -> None:
+        self.jobs.close()
         self._database.close()

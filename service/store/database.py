@@ -9,22 +9,17 @@ read `FOR UPDATE` (SQLite passes over that), and waiting has an end.
 
 from __future__ import annotations
 
-import asyncio
-import contextvars
 import threading
-from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
 from importlib.resources import files
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
 from alembic import command
 from alembic.config import Config
 from alembic.util import CommandError
 from sqlalchemy import Connection, Engine, create_engine, event, make_url
-from sqlalchemy.exc import DBAPIError, IntegrityError, InterfaceError, OperationalError
+from sqlalchemy.exc import IntegrityError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.orm import Session
 
@@ -34,7 +29,7 @@ from service.meters import Meters
 
 BUSY_TIMEOUT_MS = 10_000
 POOL_SIZE = 10
-MOST_TOGETHER = 64  # pieces of writing in one transaction: it holds up other writers
+CLASHES = 8
 Answer = TypeVar("Answer")
 _MIGRATION_LOCK = 0xD2F7
 _WRITES = "d2ft_writes"
@@ -51,8 +46,6 @@ class Database:
         self._turn: AbstractContextManager[Any] = threading.Lock() if self.is_sqlite else nullcontext()
         self._meters = meters or Meters()
         self.on_change: Callable[[str], None] = lambda job_id: None
-        self._asked: deque[_Asked[Any]] = deque()
-        self._writer_thread = ThreadPoolExecutor(1, "store-writer")
         migrate(self.engine)
 
     @contextmanager
@@ -70,58 +63,22 @@ class Database:
         for job_id in changed:
             self.on_change(job_id)
 
-    async def together(self, work: Callable[[Session], Answer]) -> Answer:
-        """Do a piece of writing in one transaction with all that is asked for meanwhile, in the order of the calls.
+    def write_again(self, work: Callable[[Session], Answer]) -> Answer:
+        """Work in a transaction of its own, and again where another process wrote at the same time what it would write.
 
-        The answer comes once that is committed. What one piece raises undoes that piece alone; where the transaction
-        cannot be committed, all of them fail.
+        Such a clash shows as a broken unique key; the next time the work finds what is there and can see to it.
         """
-        asked = _Asked(work, contextvars.copy_context(), Future())
-        self._asked.append(asked)
-        self._writer_thread.submit(self._write_asked)
-        return await asyncio.wrap_future(asked.answer)
+        for attempt in range(CLASHES):
+            try:
+                with self.write() as session:
+                    return work(session)
+            except IntegrityError:
+                if attempt == CLASHES - 1:
+                    raise
+        raise AssertionError
 
     def close(self) -> None:
-        self._writer_thread.shutdown()
         self.engine.dispose()
-
-    def _write_asked(self) -> None:
-        """One transaction for all that waits; on the writer's thread alone."""
-        waiting = [self._asked.popleft() for _ in range(min(len(self._asked), MOST_TOGETHER))]
-        batch = [asked for asked in waiting if asked.answer.set_running_or_notify_cancel()]
-        if not batch:
-            return
-        try:
-            with self.write() as session:
-                settled = [asked.attempt(session) for asked in batch]
-        except Exception as error:
-            settled = [error] * len(batch)
-        for asked, outcome in zip(batch, settled, strict=True):
-            if isinstance(outcome, Exception):
-                asked.answer.set_exception(outcome)
-            else:
-                asked.answer.set_result(outcome)
-
-
-@dataclass(frozen=True)
-class _Asked(Generic[Answer]):
-    """A piece of writing that waits for its turn; `answer` is heard once it is committed."""
-
-    work: Callable[[Session], Answer]
-    context: contextvars.Context
-    answer: Future[Answer]
-
-    def attempt(self, session: Session) -> Answer | Exception:
-        """What the work gives, or what it raised, which is undone then. Raises where the database itself failed."""
-        try:
-            with session.connection().begin_nested():
-                return self.context.run(self.work, session)
-        except DBAPIError as error:
-            if not isinstance(error, IntegrityError):
-                raise
-            return error
-        except Exception as error:
-            return error
 
 
 @contextmanager

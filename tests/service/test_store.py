@@ -75,7 +75,7 @@ def test_a_replay_is_the_first_answer_whatever_became_of_the_job(store: Store, s
 
 def test_a_key_may_be_used_anew_after_a_day(store: Store, spec: JobSpec, monkeypatch: pytest.MonkeyPatch) -> None:
     first, _ = store.jobs.create(spec, owner=FIRST_USER, idempotency_key="a")
-    monkeypatch.setattr("service.store.jobs.IDEMPOTENCY_S", 0.0)
+    monkeypatch.setattr("service.store.admission.IDEMPOTENCY_S", 0.0)
     assert store.jobs.replay(spec, owner=FIRST_USER, idempotency_key="a") is None
     second, fresh = store.jobs.create(spec, owner=FIRST_USER, idempotency_key="a")
     assert fresh and second.id != first.id

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -84,3 +85,22 @@ def test_commits_ring_for_all_that_they_brought(store: Store) -> None:
     store.on_change(rung.append)
     made = submit(store, *({"spec": JobSpec(steps=1 + i)} for i in range(10)))
     assert sorted(rung) == sorted(job.id for job, _ in made)
+
+
+def test_a_key_is_answered_again_however_many_wait(store: Store) -> None:
+    poor = store.access.make_user(UserBody(name="poor", max_queued=1)).id
+    asked = {"spec": JobSpec(), "owner": poor, "idempotency_key": "a"}
+    ((first, _),) = submit(store, asked)
+    new, again = submit(store, {"spec": JobSpec(), "owner": poor}, asked)
+    assert isinstance(new, TooManyError) and again == (first, False)
+
+
+def test_two_processes_that_bring_the_same_keys_make_each_job_once(store: Store, store_url: str) -> None:
+    other = Store(store_url)
+    asked = [{"spec": JobSpec(steps=1 + i), "idempotency_key": f"key {i}"} for i in range(60)]
+    with ThreadPoolExecutor(2) as pool:
+        outcomes = list(pool.map(lambda each: submit(*each), [(store, *asked), (other, *reversed(asked))]))
+    other.close()
+    theirs, ours = ({job.spec["steps"]: (job.id, fresh) for job, fresh in each} for each in outcomes)
+    assert len(theirs) == len(ours) == len(store.jobs.list(JobQuery(limit=100)).data) == 60
+    assert all(theirs[step][0] == ours[step][0] and theirs[step][1] != ours[step][1] for step in theirs)
