@@ -10,9 +10,11 @@ import os
 
 HOOK = "workers.early.load"
 MODULE = "D2FT_LOAD_EARLY"
+LEAN = "workers.lean"
 
 
 def load() -> None:
-    """Load the module that this process is told."""
+    """Load the module that this process is told, and timm before it."""
     if name := os.environ.get(MODULE):
+        importlib.import_module(LEAN).load()  # by name: it loads torch
         importlib.import_module(name)

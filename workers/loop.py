@@ -24,7 +24,6 @@ from typing import Any
 import ray
 from pydantic import ValidationError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
-from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from scheduler import actor
 from scheduler.errors import CapacityError, D2ftError, SystemFault
@@ -33,7 +32,7 @@ from workers.contract import JobSpec, RunContext
 from workers.control import PAUSED_FILE
 from workers.events import EventLog
 from workers.failures import root_cause
-from workers.meeting import Meeting
+from workers.meeting import Meeting, Trainer
 from workers.poster import posting
 
 RANK = "workers.rank"  # what a worker runs
@@ -145,11 +144,11 @@ def wait_for_capacity(context: RunContext) -> None:
         time.sleep(0.5)
 
 
-def _trainer(context: RunContext) -> DataParallelTrainer:
+def _trainer(context: RunContext) -> Trainer:
     def work() -> None:
         importlib.import_module(RANK).run(context)  # by name: it loads torch
 
-    return DataParallelTrainer(
+    return Trainer(
         work,  # not by `train_loop_config`, which Ray shows on its dashboard: the context has a token
         backend_config=Meeting(),
         scaling_config=ScalingConfig(

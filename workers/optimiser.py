@@ -11,6 +11,7 @@ import math
 import torch
 
 from workers.contract import Optimiser
+from workers.lean import update
 from workers.shard import Shard
 
 State = dict[str, dict[str, torch.Tensor]]  # parameter's name → AdamW's exp_avg, exp_avg_sq and step
@@ -60,7 +61,7 @@ class Adam:
             torch._foreach_mul_(grads, limit / (grad_norm + 1e-6))
         for group in self._adam.param_groups:
             group["lr"] = self.learning_rate
-        self._adam.step()
+        update(self._adam)
         self.step += 1
 
 

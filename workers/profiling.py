@@ -25,6 +25,7 @@ from scheduler.cost import residual_bytes
 from scheduler.domain import SUBLAYERS, DeviceProfile, LinkProfile, Placement, StepShape
 from scheduler.program import MessageKey
 from workers.facts import device_facts, device_id, device_name
+from workers.lean import update
 from workers.partition import model_shape
 from workers.shard import BlockShard, Shard
 from workers.transport import Parcel, Transport, all_gather
@@ -220,7 +221,7 @@ class _Stopwatch:
 
         def run(_: int) -> None:
             torch.stack(torch._foreach_norm(grads)).double().square().sum().item()
-            optimiser.step()
+            update(optimiser)
 
         return self._typical_us(run)
 
