@@ -1,7 +1,12 @@
 """The control file: what somebody outside wants of a run, left in its directory where rank 0 looks between two steps.
 
-A file needs nobody who listens, and one that comes early is found later. `{"want": "pause"}` asks for a checkpoint and
-the end; it stays where it is, as an answer to why the run ended.
+A file needs nobody who listens, and one that comes early is found later. It stays where it is, as an answer to why the
+run ended. What may be wanted:
+
+    pause     a checkpoint after this step, and the end
+    drain     the same, for a machine that is to be switched off: the job goes on elsewhere, and no failure is counted
+    regroup   a checkpoint at the end of this window, and a group of another size
+    cancel    nothing more: the driver ends as soon as it is told to, without a checkpoint
 """
 
 from __future__ import annotations
@@ -11,7 +16,7 @@ import os
 from pathlib import Path
 
 CONTROL_FILE = "control.json"
-PAUSE = "pause"
+PAUSE, DRAIN, REGROUP, CANCEL = "pause", "drain", "regroup", "cancel"
 PAUSED_FILE = "paused.json"  # what rank 0 leaves for the driver when the group has stopped at a checkpoint
 
 
