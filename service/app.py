@@ -55,8 +55,13 @@ def create_app(
     """The whole service over one home. `ray_transport` and `supervise` let tests stand in for Ray or leave it out."""
     make_home(settings.home)
     meters, tracing = Meters(), start_tracing()
-    most, most_each = settings.max_queued, settings.max_running_each
-    store = Store(settings.store_url, max_queued=most, max_running_each=most_each, meters=meters)
+    store = Store(
+        settings.store_url,
+        max_queued=settings.max_queued,
+        max_running_each=settings.max_running_each,
+        max_faults=settings.max_faults,
+        meters=meters,
+    )
     store.access.ensure(ensure_key(settings.home), "first")
     streams = Streams(store, Room(settings.max_streams, settings.max_streams_each))
     store.on_change(streams.ring)

@@ -4,7 +4,7 @@
     down   API, then Ray: each only if pid and creation time are those noted
 
 What is found alive is kept: after a crash of the API alone, `up` starts it again and the running jobs never notice.
-After a crash of Ray it starts both; jobs that ran there fail by name, those that waited go on.
+After a crash of Ray it starts both; jobs that ran there go on as new attempts, those that waited as if nothing were.
 """
 
 from __future__ import annotations

@@ -2,12 +2,14 @@
 
     validating → queued → planning ⇄ starting → running → finalizing → succeeded
                    │          └───────┴────────────┴──────────┴──► failed
-                   │                               ├─► recovering ─► planning, starting, running
+                   │                               ├─► recovering ─► planning, starting, running; queued
                    └──► cancelled ◄── cancelling ◄─┴─► pausing ─► paused ─► queued
 
 `planning` and `starting` follow each other in either order: a driver plans once its workers have measured
-themselves, and may plan again after a restart. Only succeeded, failed and cancelled are final, and final is frozen:
-a retry of what failed or was cancelled is not a move of the run that ended but the beginning of a new attempt.
+themselves, and may plan again after a restart. A job is recovering while its driver brings its group up again, or for
+the moment in which an attempt is lost and it is put into the queue for the next. Only succeeded, failed and cancelled
+are final, and final is frozen: a retry of what failed or was cancelled is not a move of the run that ended but the
+beginning of a new attempt.
 """
 
 from __future__ import annotations
@@ -50,7 +52,7 @@ TRANSITIONS: dict[JobState, frozenset[JobState]] = {
     _S.STARTING: _WAY_OUT | {_S.PLANNING, _S.RUNNING, _S.FINALIZING, _S.PAUSING},
     _S.RUNNING: _WAY_OUT | {_S.FINALIZING, _S.PAUSING},
     _S.FINALIZING: _WAY_OUT,
-    _S.RECOVERING: _WORK | {_S.FAILED, _S.CANCELLING},
+    _S.RECOVERING: _WORK | {_S.QUEUED, _S.PAUSING, _S.SUCCEEDED, _S.FAILED, _S.CANCELLING},
     # A run that had begun to finish when the pause reached it does finish.
     _S.PAUSING: frozenset({_S.PAUSED, _S.SUCCEEDED, _S.FAILED, _S.CANCELLING}),
     _S.PAUSED: frozenset({_S.QUEUED, _S.CANCELLED}),
@@ -62,9 +64,9 @@ TRANSITIONS: dict[JobState, frozenset[JobState]] = {
 }
 
 FINAL = frozenset(state for state, moves in TRANSITIONS.items() if not moves)
-PHASES = _WORK  # what a driver may announce
+PHASES = _WORK | {_S.RECOVERING}  # what a driver may announce
 RETRIED = frozenset({_S.FAILED, _S.CANCELLED})  # what a new attempt may be made of
-PAUSABLE = frozenset({_S.PLANNING, _S.STARTING, _S.RUNNING})
+PAUSABLE = frozenset({_S.PLANNING, _S.STARTING, _S.RUNNING, _S.RECOVERING})
 HOLDING = frozenset(_S) - FINAL - {_S.VALIDATING, _S.QUEUED, _S.PAUSED}  # those that have, or had, an attempt open
 
 

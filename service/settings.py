@@ -75,6 +75,8 @@ class Settings(BaseSettings):
     """How many jobs of one user may wait, where an administrator has not set it for that user."""
     preempt_after_s: Annotated[float, Field(ge=0)] | None = 60.0
     """How long a job runs at least before one of higher priority may have it paused; "null" switches that off."""
+    max_faults: Annotated[int, Field(ge=0, le=1000)] = 3
+    """How many attempts of a job may be lost to faults of the system before it fails; 0: the first one ends it."""
     lease_s: Annotated[float, Field(gt=0)] = 5.0
     """Of several API processes on one store, how long the one that supervises may be silent before another does."""
     resources_per_worker: dict[str, float] | None = None

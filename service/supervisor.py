@@ -2,7 +2,7 @@
 
     queued ──claim──► created ──submit──► submitted ──outcome / Ray says over──► ended ──Ray let go──► settled
       ▲               (attempt)           events.jsonl ─► store                    │
-      └──────────────────────────── resumed, retried, preempted ◄──────────────────┘
+      └────────────────── lost, drained, preempted, resumed, retried ◄─────────────┘
 
 It keeps nothing in memory that a restart would miss: attempts, offsets and tokens are in the store, the driver has its
 own file, Ray's ids follow from ours. `decide` says what is to be done as a value; the rest does it. A look that fails
@@ -21,8 +21,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from scheduler import failpoints
+from service import faults, runfiles
 from service.errors import LostAttemptError, UnavailableError
-from service.home import write_private
 from service.lead import Lead
 from service.lifecycle import JobState
 from service.logs import about
@@ -42,8 +43,6 @@ from workers.logs import log_path
 
 STOP_WAIT_S = 15
 SOON_S = 0.2
-LOG_TAIL_CHARS = 1500
-KEPT_LOG_CHARS = 4_000_000
 LEASE = "supervisor"
 log = logging.getLogger(__name__)
 
@@ -157,7 +156,7 @@ class Supervisor:
                 continue
             if not await asyncio.to_thread(self._store.attempts.is_open, job.submission_id):
                 log.warning("stopping %s, which no open attempt owns", job.submission_id)
-                await self._ray.stop(job.submission_id)
+                await self._stop(job.submission_id, job.metadata.get("job_id"), job.metadata.get("attempt"))
 
     async def _guard(self, work: Any, what: str) -> None:
         try:
@@ -185,6 +184,7 @@ class Supervisor:
             attempt = await asyncio.to_thread(queue.claim, self._settings.max_running, self._why_not)
             if attempt is None:
                 return
+            failpoints.hit("supervisor.claimed")
             await self._submit(attempt)
 
     def _why_not(self, workers: int) -> str | None:
@@ -221,7 +221,7 @@ class Supervisor:
         if step is Step.SUBMIT:
             await self._submit(attempt)
         elif step is Step.STOP:
-            await self._ray.stop(attempt.submission_id)
+            await self._stop(attempt.submission_id, attempt.job_id, attempt.n)
         elif step is Step.ASK_PAUSE:
             run_dir = self._settings.attempt_dir(attempt.job_id, attempt.n)
             await asyncio.to_thread(control.ask, run_dir, control.PAUSE)
@@ -230,11 +230,18 @@ class Supervisor:
         elif step is Step.CANCELLED:
             await self._finish(attempt, JobState.CANCELLED, message="cancelled; its devices are free")
         elif step is Step.DIED:
-            await self._finish(attempt, JobState.FAILED, error=await self._died(attempt, ray_job))
+            error = await self._died(attempt, ray_job)
+            await asyncio.to_thread(self._store.attempts.lose, attempt, error)
         elif step is Step.SETTLE:
             await self._keep_log(attempt)
             await asyncio.to_thread(self._store.attempts.settle, attempt)
             self._trace(attempt)
+
+    async def _stop(self, submission_id: str, job_id: str | None, n: int | str | None) -> None:
+        """End a driver that nobody wants any more; its job is known unless Ray's word is all there is of it."""
+        if job_id and n:
+            await asyncio.to_thread(runfiles.ask_end, self._settings.attempt_dir(job_id, int(n)))
+        await self._ray.stop(submission_id)
 
     async def _submit(self, attempt: Attempt) -> None:
         with self._tracing.span("attempt submit", attempt.trace, _facts(attempt)):
@@ -243,11 +250,11 @@ class Supervisor:
     async def _hand_over(self, attempt: Attempt) -> None:
         run_dir = self._settings.attempt_dir(attempt.job_id, attempt.n)
         context = await self._context(attempt, run_dir)
-        path = run_dir / "context.json"
-        await asyncio.to_thread(_write_context, path, context)
+        path = await asyncio.to_thread(runfiles.write_context, run_dir, context)
         parts = [self._settings.driver_python, "-m", self._settings.driver_module, "--context", str(path)]
         metadata = {"job_id": attempt.job_id, "attempt": str(attempt.n), "home": str(self._settings.home)}
-        await self._ray.submit(attempt.submission_id, shlex.join(parts), self._env_vars(), metadata)
+        with failpoints.passing("supervisor.submit"):
+            await self._ray.submit(attempt.submission_id, shlex.join(parts), self._env_vars(), metadata)
         await asyncio.to_thread(self._store.attempts.mark_submitted, attempt)
 
     async def _context(self, attempt: Attempt, run_dir: Path) -> RunContext:
@@ -308,6 +315,7 @@ class Supervisor:
 
     async def _died(self, attempt: Attempt, ray_job: RayJob | None) -> dict[str, Any]:
         """The error of a driver that ended without a last word, with the end of what it printed."""
+        code = faults.FORGOTTEN if ray_job is None else faults.DIED
         if ray_job is None:
             said = "Ray no longer knows the run; the cluster was restarted."
         else:
@@ -315,8 +323,8 @@ class Supervisor:
             cause = ray_job.message.partition(", last available logs")[0]
             said = f"The run ended ({ray_job.status.lower()}) without saying how. {cause}".strip()
         printed = await self._printed(attempt, known=ray_job is not None)
-        tail = f"\nThe end of its log:\n{printed[-LOG_TAIL_CHARS:].strip()}" if printed else ""
-        return {"code": "driver_died", "fault": "system", "message": said + tail, "param": None}
+        tail = f"\nThe end of its log:\n{printed[-runfiles.LOG_TAIL_CHARS :].strip()}" if printed else ""
+        return {"code": code, "fault": "system", "message": said + tail, "param": None}
 
     async def _keep_log(self, attempt: Attempt) -> None:
         """Of a driver that ended before it had a log of its own, keep Ray's: it is forgotten with Ray's restart."""
@@ -325,11 +333,11 @@ class Supervisor:
             return
         printed = await self._ray.logs(attempt.submission_id)
         if printed is not None:
-            await asyncio.to_thread(_keep, path, printed[-KEPT_LOG_CHARS:])
+            await asyncio.to_thread(runfiles.keep_log, path, printed)
 
     async def _printed(self, attempt: Attempt, *, known: bool) -> str:
         """The end of what the driver printed: in its own log, and to Ray before and after that."""
-        own = await asyncio.to_thread(_read_tail, self._driver_log(attempt))
+        own = await asyncio.to_thread(runfiles.read_tail, self._driver_log(attempt))
         of_ray = (await self._ray.logs(attempt.submission_id) or "") if known else ""
         return f"{own}\n{of_ray}".strip()
 
@@ -359,24 +367,5 @@ def _facts(attempt: Attempt) -> Attributes:
 
 def _paused_words(attempt: Attempt) -> str:
     if attempt.want == STOP:
-        return "paused before it trained"
+        return "paused while it did not train"
     return "the run ended without a word of its own; it goes on from its newest checkpoint, or else from the beginning"
-
-
-def _keep(path: Path, text: str) -> None:
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    write_private(path, text)
-
-
-def _read_tail(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - LOG_TAIL_CHARS))
-            return file.read(LOG_TAIL_CHARS).decode(errors="replace")
-    except OSError:
-        return ""
-
-
-def _write_context(path: Path, context: RunContext) -> None:
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    write_private(path, context.model_dump_json(indent=2))

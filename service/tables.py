@@ -74,7 +74,8 @@ class JobRow(Base):
 
     `live` are running sums over its steps. `plan` and `ledger` are large and read only when asked for. `search` is the
     lower-case text that a search looks through. `want` is what its driver is asked: pause, or stop where nothing would
-    be lost; `requeue` says that the job waits again once it is paused.
+    be lost; `requeue` says that the job waits again once it is paused. `faults`, `stuck` and `lost_step` count its lost
+    attempts (`service.faults`).
     """
 
     __tablename__ = "jobs"
@@ -102,6 +103,9 @@ class JobRow(Base):
     want: Mapped[str | None] = mapped_column(String(16))
     requeue: Mapped[bool] = mapped_column(Boolean, default=False)
     attempt: Mapped[int] = mapped_column(Integer, default=0)
+    faults: Mapped[int] = mapped_column(Integer, default=0)
+    stuck: Mapped[int] = mapped_column(Integer, default=0)
+    lost_step: Mapped[int | None] = mapped_column(Integer)
     last_seq: Mapped[int] = mapped_column(Integer, default=0)
     live: Mapped[dict[str, Any] | None]
     estimate: Mapped[dict[str, Any] | None]

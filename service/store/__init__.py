@@ -37,6 +37,7 @@ class Store:
         *,
         max_queued: int = 10_000,
         max_running_each: int | None = None,
+        max_faults: int = 3,
         meters: Meters | None = None,
     ) -> None:
         self._database = Database(url, meters)
@@ -47,7 +48,7 @@ class Store:
         self.webhooks = Webhooks(self._database)
         self.datasets = Datasets(self._database)
         self.queue = Queue(self._database, max_running_each)
-        self.attempts = Attempts(self._database)
+        self.attempts = Attempts(self._database, max_faults)
         self.leases = Leases(self._database)
         self.census = Census(self._database)
 

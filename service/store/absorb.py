@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -16,6 +17,7 @@ from sqlalchemy.orm import Session
 
 from service.lifecycle import PHASES, JobState, may_move
 from service.store.journal import append, move
+from service.store.losses import go_on_elsewhere, lose
 from service.store.views import fold_metrics
 from service.tables import ArtifactRow, CheckpointRow, JobRow, MetricRow
 
@@ -24,6 +26,7 @@ Step = Annotated[int, Field(ge=0, lt=2**31, strict=True)]
 Bytes = Annotated[int, Field(ge=0, lt=2**62, strict=True)]
 Sha256 = Annotated[str, Field(pattern=r"^([0-9a-fA-F]{2})*$", max_length=64)]
 Said = TypeVar("Said", bound="_Data")
+_Absorber = Callable[[Session, JobRow, RunEvent], bool]  # True where a move's own event says all that the line does
 _INSERTS: dict[str, Any] = {"sqlite": sqlite.insert, "postgresql": postgresql.insert}
 
 
@@ -57,17 +60,29 @@ class _Error(_Data):
 class _Outcome(_Data):
     status: Literal["succeeded", "failed", "paused"]
     error: _Error | None = None
+    why: Annotated[str, Field(max_length=80)] | None = None
 
 
-def absorb_events(session: Session, job: JobRow, events: Iterable[RunEvent], is_over: Callable[[JobRow], bool]) -> None:
+class _Recovering(_Data):
+    reason: Annotated[str, Field(max_length=2000)] = "the driver brings its group up again"
+
+
+def absorb_events(
+    session: Session,
+    job: JobRow,
+    events: Iterable[RunEvent],
+    is_over: Callable[[JobRow], bool],
+    max_faults: int,
+) -> None:
     """Take lines over, into the job and into its history, until the job is over."""
+    absorbers: dict[str, _Absorber] = {**_ABSORBERS, "outcome": partial(_absorb_outcome, max_faults=max_faults)}
     steps: dict[int, dict[str, Any]] = {}
     for event in events:
         if is_over(job):
             break
         if event["type"] == "metrics":
             _absorb_metrics(job, event, steps)
-        if not _ABSORBERS.get(event["type"], _keep)(session, job, event):
+        if not absorbers.get(event["type"], _keep)(session, job, event):
             _append(session, job, event, _shown(event))
     if steps:
         _write_steps(session, job.id, steps)
@@ -103,8 +118,16 @@ def _absorb_phase(session: Session, job: JobRow, event: RunEvent) -> bool:
     name = _data(event).get("name")
     if not isinstance(name, str) or name not in PHASES or not may_move(JobState(job.state), JobState(name)):
         return False
+    if name == JobState.RECOVERING:  # its own line stays, too: it says why and how often
+        move(session, job, JobState.RECOVERING, message=_why_recovering(event), at=event.get("at"))
+        return False
     move(session, job, JobState(name), message=event.get("message") or None, run_seq=event["seq"], at=event.get("at"))
     return True
+
+
+def _why_recovering(event: RunEvent) -> str:
+    said = _read(_Recovering, event)
+    return str(event.get("message") or (said.reason if said else "")) or _Recovering().reason
 
 
 def _absorb_metrics(job: JobRow, event: RunEvent, steps: dict[int, dict[str, Any]]) -> None:
@@ -149,8 +172,11 @@ def _absorb_checkpoint(session: Session, job: JobRow, event: RunEvent) -> bool:
     return False
 
 
-def _absorb_outcome(session: Session, job: JobRow, event: RunEvent) -> bool:
-    """The run's last word. One that fails while it is being stopped failed of the stop."""
+def _absorb_outcome(session: Session, job: JobRow, event: RunEvent, max_faults: int) -> bool:
+    """The run's last word. One that fails while it is being stopped failed of the stop.
+
+    One that was paused because its machine is switched off waits again, unless somebody wants it paused.
+    """
     said = _read(_Outcome, event)
     told: dict[str, Any] = {"message": event.get("message") or None, "run_seq": event["seq"], "at": event.get("at")}
     if said is None:
@@ -161,11 +187,15 @@ def _absorb_outcome(session: Session, job: JobRow, event: RunEvent) -> bool:
     if said.status == "paused" and job.state == JobState.PAUSING:
         move(session, job, JobState.PAUSED, **told)
         return True
+    if said.status == "paused" and said.why == "drain" and job.state in PHASES:
+        append(session, job, "outcome", told["message"] or "", data=_data(event), run_seq=event["seq"], at=told["at"])
+        go_on_elsewhere(session, job, "its machine is being switched off", "waits again, to go on where it was")
+        return True
     stopped = job.state == JobState.CANCELLING or (job.state == JobState.PAUSING and job.want == "stop")
     if said.status != "failed" or stopped:
         return False
     error = (said.error or _Error()).model_dump()
-    move(session, job, JobState.FAILED, error=error, run_seq=event["seq"], at=event.get("at"))
+    lose(session, job, error, max_faults, run_seq=event["seq"], at=event.get("at"))
     return True
 
 
@@ -195,12 +225,11 @@ def _read(kind: type[Said], event: RunEvent) -> Said | None:
         return None
 
 
-_ABSORBERS = {
+_ABSORBERS: dict[str, _Absorber] = {
     "phase": _absorb_phase,
     "plan.created": _absorb_plan,
     "plan.changed": _absorb_plan,
     "ledger": _absorb_ledger,
     "artifact.ready": _absorb_artifact,
     "checkpoint.saved": _absorb_checkpoint,
-    "outcome": _absorb_outcome,
 }

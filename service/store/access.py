@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import select
+from sqlalchemy import select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 from ulid import ULID
@@ -179,10 +179,9 @@ class Access:
         return changed
 
     def _note_use(self, key_id: str, now: float) -> None:
-        with self._database.write() as session:
-            row = session.get(ApiKeyRow, key_id)
-            if row is not None:
-                row.used_at = now
+        """A request that only reads does not wait for writers: when the store has some, the next one notes it."""
+        noted = update(ApiKeyRow).where(ApiKeyRow.id == key_id).values(used_at=now)
+        self._database.write_if_free(lambda session: session.execute(noted))
 
 
 def _user(session: Session, user_id: str, *, lock: bool = False) -> UserRow:

@@ -77,6 +77,7 @@ class Actions:
                 message = f"Job {job_id} is {state}; only what failed or was cancelled can be retried."
                 raise ConflictError(message, code="job_not_retryable")
             row.error, row.finished_at = None, None
+            row.faults, row.stuck, row.lost_step = 0, 0, None
             requeue(session, row, "another attempt was asked for")
             return _view(session, row)
 
@@ -95,12 +96,14 @@ def begin_pause(session: Session, row: JobRow, message: str, *, requeue: bool = 
     move(session, row, JobState.PAUSING, message=message)
 
 
-def requeue(session: Session, row: JobRow, message: str) -> None:
-    """Have a job wait again; its time to wait begins anew."""
+def requeue(session: Session, row: JobRow, message: str, *, keeps_place: bool = False) -> None:
+    """Have a job wait again; its time to wait begins anew. One that had to stop keeps its place among its equals."""
     row.want, row.requeue = None, False
-    row.queued_at = time.time()
+    now = time.time()
+    if not keeps_place or row.queued_at is None:
+        row.queued_at = now
     timeout_s = row.spec.get("queue_timeout_s")
-    row.queue_deadline = None if timeout_s is None else row.queued_at + timeout_s
+    row.queue_deadline = None if timeout_s is None else now + timeout_s
     move(session, row, JobState.QUEUED, message=message)
 
 

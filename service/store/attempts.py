@@ -15,6 +15,7 @@ from typing import Any
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
+from scheduler import failpoints
 from service.errors import LostAttemptError
 from service.lifecycle import JobState
 from service.queueing import decayed
@@ -22,6 +23,7 @@ from service.store.absorb import RunEvent, absorb_events
 from service.store.actions import requeue
 from service.store.database import Database
 from service.store.journal import explain, move
+from service.store.losses import lose
 from service.tables import AttemptRow, EventRow, JobRow, UserRow
 from workers.contract import JobSpec
 
@@ -48,10 +50,11 @@ class Attempt:
 
 
 class Attempts:
-    """The attempt shelf of the store."""
+    """The attempt shelf of the store. `max_faults`: attempts of one job that may be lost to faults of the system."""
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, max_faults: int) -> None:
         self._database = database
+        self._max_faults = max_faults
 
     def open(self) -> list[Attempt]:
         """The attempts that are not settled, oldest first."""
@@ -83,10 +86,11 @@ class Attempts:
 
         A line that the table of moves does not allow is kept as history and moves nothing.
         """
-        with self._database.write() as session:
+        with failpoints.passing("supervisor.absorb"), self._database.write() as session:
             row, job = _own(session, attempt)
             known = _known(session, attempt, events)
-            absorb_events(session, job, (event for event in events if event["seq"] not in known), _is_over)
+            fresh = (event for event in events if event["seq"] not in known)
+            absorb_events(session, job, fresh, _is_over, self._max_faults)
             row.events_offset = max(offset, row.events_offset)
             _close_if_over(session, row, job)
             return attempt_view(row, job)
@@ -95,14 +99,21 @@ class Attempts:
         self, attempt: Attempt, state: JobState, *, error: dict[str, Any] | None = None, message: str | None = None
     ) -> None:
         """Decide the job."""
-        with self._database.write() as session:
+        with failpoints.passing("supervisor.finish"), self._database.write() as session:
             row, job = _own(session, attempt)
             move(session, job, state, error=error, message=message)
             _close_if_over(session, row, job)
 
+    def lose(self, attempt: Attempt, error: dict[str, Any]) -> None:
+        """End an attempt that a fault took before it said a last word; the job gets another, or fails."""
+        with failpoints.passing("supervisor.finish"), self._database.write() as session:
+            row, job = _own(session, attempt)
+            lose(session, job, error, self._max_faults)
+            _close_if_over(session, row, job)
+
     def settle(self, attempt: Attempt) -> None:
         """Ray has let go of the attempt: its devices are free, and what it used counts for its user."""
-        with self._database.write() as session:
+        with failpoints.passing("supervisor.settle"), self._database.write() as session:
             row = session.get(AttemptRow, (attempt.job_id, attempt.n), with_for_update=True)
             if row is None or row.token != attempt.token or row.state != ENDED:
                 return
@@ -162,7 +173,7 @@ def _known(session: Session, attempt: Attempt, events: Sequence[RunEvent]) -> se
 
 
 def _is_over(job: JobRow) -> bool:
-    """Whether the job has no attempt that goes on: it has ended, or it is paused."""
+    """Whether the job has no attempt that goes on: it has ended, is paused, or waits for the next."""
     return JobState(job.state).is_final or job.state in (JobState.PAUSED, JobState.QUEUED)
 
 
@@ -173,7 +184,7 @@ def _close_if_over(session: Session, row: AttemptRow, job: JobRow) -> None:
     row.ended_at = time.time()
     job.want = None
     if job.state == JobState.PAUSED and job.requeue:
-        requeue(session, job, "waits again, to go on where it was")
+        requeue(session, job, "waits again, to go on where it was", keeps_place=True)
 
 
 def _charge(session: Session, row: AttemptRow, workers: int) -> None:

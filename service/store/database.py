@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from importlib.resources import files
 from typing import Any, TypeVar
 
@@ -23,6 +23,7 @@ from sqlalchemy.exc import IntegrityError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.orm import Session
 
+from scheduler import failpoints
 from scheduler.errors import SystemFault
 from service.errors import UnavailableError
 from service.meters import Meters
@@ -32,7 +33,7 @@ POOL_SIZE = 10
 CLASHES = 8
 Answer = TypeVar("Answer")
 _MIGRATION_LOCK = 0xD2F7
-_WRITES = "d2ft_writes"
+_WRITES, _HASTY = "d2ft_writes", "d2ft_hasty"
 _CHANGED = "d2ft_changed"
 
 
@@ -42,8 +43,9 @@ class Database:
     def __init__(self, url: str, meters: Meters | None = None) -> None:
         self.engine = _make_engine(url)
         self._writer = self.engine.execution_options(**{_WRITES: True})
+        self._hasty = self.engine.execution_options(**{_WRITES: True, _HASTY: True})
         self.is_sqlite = self.engine.dialect.name == "sqlite"
-        self._turn: AbstractContextManager[Any] = threading.Lock() if self.is_sqlite else nullcontext()
+        self._lock = threading.Lock()
         self._meters = meters or Meters()
         self.on_change: Callable[[str], None] = lambda job_id: None
         migrate(self.engine)
@@ -57,11 +59,22 @@ class Database:
     def write(self) -> Iterator[Session]:
         """A transaction that commits at the end, or not at all."""
         metered = self._meters.transaction("write")
-        with metered, _named_outage(), self._turn, Session(self._writer) as session, session.begin():
+        turn = self._turn(BUSY_TIMEOUT_MS / 1000)
+        with metered, _named_outage(), turn, Session(self._writer) as session, ExitStack() as commit, session.begin():
             yield session
             changed: set[str] = session.info.setdefault(_CHANGED, set())
+            commit.enter_context(failpoints.passing("store.commit"))
         for job_id in changed:
             self.on_change(job_id)
+
+    def write_if_free(self, work: Callable[[Session], object]) -> bool:
+        """Work in a transaction where no other writer is at it, otherwise not at all; whether it was done."""
+        try:
+            with _named_outage(), self._turn(0), Session(self._hasty) as session, session.begin():
+                work(session)
+        except UnavailableError:
+            return False
+        return True
 
     def write_again(self, work: Callable[[Session], Answer]) -> Answer:
         """Work in a transaction of its own, and again where another process wrote at the same time what it would write.
@@ -79,6 +92,19 @@ class Database:
 
     def close(self) -> None:
         self.engine.dispose()
+
+    @contextmanager
+    def _turn(self, seconds: float) -> Iterator[None]:
+        """Of the writers of this process, one. Raises UnavailableError where those before take longer than that."""
+        if not self.is_sqlite:
+            yield
+            return
+        if not self._lock.acquire(timeout=seconds):
+            raise UnavailableError("The store does not answer: others are writing.", code="store_unavailable")
+        try:
+            yield
+        finally:
+            self._lock.release()
 
 
 @contextmanager
@@ -133,5 +159,13 @@ def _set_pragmas(connection: Any, _: Any) -> None:
 
 
 def _begin(connection: Connection) -> None:
-    writes = connection.get_execution_options().get(_WRITES, False)
-    connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+    options = connection.get_execution_options()
+    begin = "BEGIN IMMEDIATE" if options.get(_WRITES, False) else "BEGIN"
+    if not options.get(_HASTY, False):
+        connection.exec_driver_sql(begin)
+        return
+    connection.exec_driver_sql("PRAGMA busy_timeout=0")
+    try:
+        connection.exec_driver_sql(begin)
+    finally:
+        connection.exec_driver_sql(f"PRAGMA busy_timeout={BUSY_TIMEOUT_MS}")

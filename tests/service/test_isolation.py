@@ -227,7 +227,8 @@ def test_the_token_of_one_run_tells_nothing_of_another(
     made = api.post("/v1/jobs", json={}, headers=bob).json()["id"]
     attempt = store_of(api).queue.claim(10)
     assert attempt and attempt.job_id == made
-    line = {"seq": 99, "at": 1.0, "type": "outcome", "data": {"status": "failed", "job_id": ids["job_id"]}}
+    failed = {"status": "failed", "error": {"fault": "user"}, "job_id": ids["job_id"]}
+    line = {"seq": 99, "at": 1.0, "type": "outcome", "data": failed}
     body = {"attempt": 1, "job_id": ids["job_id"], "events": [{**line, "job_id": ids["job_id"]}]}
     run = {"Authorization": f"Bearer {attempt.token}"}
     assert api.post("/v1/runs/events", json=body, headers=run).status_code == 200

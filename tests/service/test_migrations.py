@@ -15,17 +15,28 @@ from service.store import JobQuery, Store
 from service.store.access import FIRST_USER
 from workers.contract import JobSpec
 
-OLD = Path(__file__).parent / "data" / "store_0001.sql"
+DATA = Path(__file__).parent / "data"
+OLD, SECOND = DATA / "store_0001.sql", DATA / "store_0002.sql"
 OLD_KEY = "d2ft_old_key"  # its hash is in that file
 
 
 @pytest.fixture
 def old_url(home: Path) -> str:
     """A database as the first version left it: a job that is done, one that runs, one that waits."""
+    return loaded(home, OLD)
+
+
+@pytest.fixture
+def second_url(home: Path) -> str:
+    """A database as the second version left it: a job that failed, one that runs, one that waits."""
+    return loaded(home, SECOND)
+
+
+def loaded(home: Path, dump: Path) -> str:
     home.mkdir()
     path = home / "d2ft.db"
     with sqlite3.connect(path) as connection:
-        connection.executescript(OLD.read_text())
+        connection.executescript(dump.read_text())
     connection.close()
     return f"sqlite:///{path}"
 
@@ -60,6 +71,20 @@ def test_what_ran_and_waited_goes_on_after_the_change(old_url: str) -> None:
         idempotency_key="once",
     )
     assert fresh and again.status == "queued"
+    store.close()
+
+
+def test_what_ran_before_losses_were_counted_may_lose_as_much_as_any(second_url: str) -> None:
+    store = Store(second_url)
+    waiting, running, failed = store.jobs.list(JobQuery(owner=FIRST_USER)).data
+    assert [job.status for job in (waiting, running, failed)] == ["queued", "running", "failed"]
+    (attempt,) = store.attempts.open()
+    error = {"code": "driver_died", "fault": "system", "message": "gone", "param": None}
+    store.attempts.lose(attempt, error)
+    assert store.jobs.get(running.id).status == "queued"
+    lost = next(event for event in store.records.events(running.id).data if event.type == "attempt.lost")
+    assert (lost.data["faults"], lost.data["next"]) == (1, "queued")
+    assert store.actions.retry(failed.id).status == "queued"
     store.close()
 
 

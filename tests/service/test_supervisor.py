@@ -11,55 +11,19 @@ import pytest
 
 from service.lifecycle import JobState
 from service.ray_jobs import RayJob, RayJobs
-from service.schemas import Job
 from service.settings import Settings
 from service.store import Attempt, Store
 from service.store.access import FIRST_USER
 from service.supervisor import Step, Supervisor, decide
 from service.tail import read_batch
+from tests.service.bench import Bench, sid
 from tests.service.conftest import FakeRay
 from workers.contract import JobSpec, RunContext
-from workers.events import EventLog
-
-
-class Bench:
-    """A store, a fake Ray and supervisors over them; a restart of the API is a new supervisor."""
-
-    def __init__(self, settings: Settings, store: Store, ray: FakeRay) -> None:
-        self.settings = settings
-        self.store = store
-        self.ray = ray
-
-    def looks(self, count: int = 1) -> None:
-        """Some looks by a supervisor that remembers nothing of those before."""
-
-        async def look() -> None:
-            jobs = RayJobs("http://ray", "token", self.ray.transport())
-            supervisor = Supervisor(self.settings, self.store, jobs)
-            for _ in range(count):
-                await supervisor._guard(supervisor.look(), "look")
-            await supervisor._guard(supervisor.reconcile(), "reconcile")
-            await jobs.close()
-
-        asyncio.run(look())
-
-    def submit(self, **spec: object) -> str:
-        return self.store.jobs.create(JobSpec.model_validate(spec), owner=FIRST_USER)[0].id
-
-    def job(self, job_id: str) -> Job:
-        return self.store.jobs.get(job_id)
-
-    def events(self, job_id: str, n: int = 1) -> EventLog:
-        return EventLog(self.settings.attempt_dir(job_id, n))
 
 
 @pytest.fixture
 def bench(settings: Settings, store: Store, ray: FakeRay) -> Bench:
     return Bench(settings, store, ray)
-
-
-def sid(job_id: str, n: int = 1) -> str:
-    return f"job-{job_id}-a{n}"
 
 
 def test_a_queued_job_becomes_one_ray_job_with_its_context(bench: Bench) -> None:
@@ -119,6 +83,7 @@ def test_a_lost_reply_to_the_submit_makes_no_second_run(bench: Bench) -> None:
 
 
 def test_a_crash_without_a_last_word_fails_with_the_end_of_the_log(bench: Bench) -> None:
+    bench.store.attempts._max_faults = 0
     job_id = bench.submit()
     bench.looks()
     with bench.events(job_id) as events:
@@ -141,16 +106,6 @@ def test_a_last_word_counts_even_when_ray_says_failed(bench: Bench) -> None:
     bench.looks()
     error = bench.job(job_id).error
     assert error and (error.code, error.fault, error.param) == ("bad_image", "user", "dataset")
-
-
-def test_a_run_that_ray_has_forgotten_fails_by_name(bench: Bench) -> None:
-    job_id = bench.submit()
-    bench.looks()
-    bench.ray.jobs.clear()
-    bench.looks(2)
-    job = bench.job(job_id)
-    assert job.status == "failed" and job.error and "no longer knows" in job.error.message
-    assert bench.store.attempts.open() == []
 
 
 def test_a_run_that_goes_on_while_the_api_is_down_loses_nothing(bench: Bench) -> None:
