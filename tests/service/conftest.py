@@ -41,6 +41,7 @@ class FakeRay:
 
     def __init__(self, *, drives: bool = False) -> None:
         self.jobs: dict[str, dict[str, Any]] = {}
+        self.started: list[dict[str, Any]] = []  # the jobs of this cluster and of those before a restart
         self.submits: list[str] = []
         self.stops: list[str] = []
         self.down = False
@@ -52,13 +53,21 @@ class FakeRay:
         return httpx2.MockTransport(self.answer)
 
     def set_status(self, submission_id: str, status: str, message: str = "") -> None:
-        self.jobs[submission_id].update(status=status, message=message)
+        ended = None if status in ("PENDING", "RUNNING") else time.time()
+        self.jobs[submission_id].update(status=status, message=message, end_time=ended)
 
     def join(self) -> None:
         for job in self.jobs.values():
-            job["status"] = "STOPPED"
+            job["stopping"] = True
         for thread in self._threads:
             thread.join(10)
+
+    def restart(self) -> None:
+        """The cluster ends with all its drivers, and one that knows none of them takes its place."""
+        self.join()
+        for job in self.jobs.values():
+            job["end_time"] = job["end_time"] or time.time()
+        self.jobs = {}
 
     def answer(self, request: httpx2.Request) -> httpx2.Response:
         if self.down:
@@ -77,7 +86,9 @@ class FakeRay:
             return httpx2.Response(404, text="unknown")
         if parts[1:] == ["stop"]:
             self.stops.append(parts[0])
-            job["status"] = "STOPPED"
+            job["stopping"] = True
+            if not self._drives:
+                self.set_status(parts[0], "STOPPED")
             return httpx2.Response(200, json={"stopped": True})
         if parts[1:] == ["logs"]:
             return httpx2.Response(200, json={"logs": f"log of {parts[0]}\nlast words"})
@@ -88,9 +99,11 @@ class FakeRay:
         self.submits.append(key)
         if key in self.jobs:
             return httpx2.Response(500, text=f"Job with submission_id {key} already exists")
-        self.jobs[key] = {**body, "status": "RUNNING", "message": ""}
+        times = {"start_time": time.time(), "end_time": None}
+        job = self.jobs[key] = {**body, "status": "RUNNING", "message": "", "stopping": False, **times}
+        self.started.append(job)
         if self._drives:
-            thread = threading.Thread(target=self._drive, args=(key,), daemon=True)
+            thread = threading.Thread(target=self._drive, args=(job,), daemon=True)
             self._threads.append(thread)
             thread.start()
         if self.lose_reply:
@@ -98,13 +111,12 @@ class FakeRay:
             raise httpx2.ReadError("reply lost")
         return httpx2.Response(200, json={"submission_id": key})
 
-    def _drive(self, key: str) -> None:
-        path = shlex.split(self.jobs[key]["entrypoint"])[-1]
+    def _drive(self, job: dict[str, Any]) -> None:
+        path = shlex.split(job["entrypoint"])[-1]
         context = RunContext.model_validate_json(Path(path).read_text())
         with EventLog(context.run_dir) as events:
-            fake_driver.run(context, events, stopped=lambda: self.jobs[key]["status"] == "STOPPED")
-        if self.jobs[key]["status"] == "RUNNING":
-            self.jobs[key]["status"] = "SUCCEEDED"
+            fake_driver.run(context, events, stopped=lambda: bool(job["stopping"]))
+        job.update(status="STOPPED" if job["stopping"] else "SUCCEEDED", end_time=time.time())
 
 
 def sizes(**given: Any) -> dict[str, Any]:

@@ -1,6 +1,8 @@
 """A driver that behaves like `workers.loop --context FILE`, without a model: it writes a run's events and its result.
 
-What it does is in the spec's metadata: "outcome" succeeded (default), failed, crash (dies without a last word) or hang.
+What it does is in the spec's metadata: "outcome" succeeded (default), failed, crash (dies without a last word) or hang;
+"deaths", how many attempts end halfway without a last word; "saves", with which it writes a checkpoint halfway, and
+goes on from it.
 """
 
 from __future__ import annotations
@@ -8,12 +10,15 @@ from __future__ import annotations
 import argparse
 import hashlib
 import os
+import shutil
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from workers.contract import RunContext
 from workers.events import EventLog
+from workers.manifest import Manifest, describe, names, write_manifest
 
 
 def main() -> None:
@@ -34,7 +39,8 @@ def run(context: RunContext, events: EventLog, stopped: Callable[[], bool] = lam
     events.emit("phase", name="running")
     events.emit("evaluation", when="before", accuracy=0.11, loss=2.3, num_images=100)
     steps = context.spec.steps or 10
-    for step in range(1, steps + 1):
+    begin = newest(context, events) if "saves" in metadata else 0
+    for step in range(begin + 1, steps + 1):
         events.emit("metrics", **metrics(step, steps))
         time.sleep(pause_s)
         if stopped():
@@ -42,6 +48,10 @@ def run(context: RunContext, events: EventLog, stopped: Callable[[], bool] = lam
         if outcome == "crash" and step == steps // 2:
             print("about to crash", flush=True)
             os._exit(13)
+        if "saves" in metadata and step == steps // 2:
+            save(context, events, step)
+        if step >= steps // 2 and context.attempt <= int(metadata.get("deaths", "0")):
+            return
     events.emit("window", "window 1: +4% of the forecast", window=1, steps=steps, error=0.04)
     change = {"migrated": True, "moved_heads": 3, "reason": "worker 1 is slower", "before": {}, "after": {}}
     events.emit("plan.changed", **{**plan(), "version": 2, "window": 2}, change=change)
@@ -65,6 +75,32 @@ def finish(context: RunContext, events: EventLog, steps: int) -> None:
     events.emit("evaluation", when="after", accuracy=0.87, loss=0.4, num_images=100)
     events.emit("ledger", **ledger(steps, str(result)))
     events.emit("outcome", status="succeeded", error=None)
+
+
+def save(context: RunContext, events: EventLog, step: int) -> None:
+    """A checkpoint without tensors, whole by its manifest."""
+    manifest = Manifest(
+        job_id=context.job_id, fingerprint="", step=step, total_steps=step * 2, adam_step=step, workers=1, seed=0,
+        num_train=1, window={}, owners=[], held=None, ledger={},
+    )  # fmt: skip
+    directory = Path(context.storage_path) / "checkpoints" / context.job_id
+    draft = directory / f"{manifest.name}.tmp-a{context.attempt}"
+    draft.mkdir(parents=True, exist_ok=True)
+    (draft / "group.safetensors").write_bytes(b"state" * step)
+    told = write_manifest(draft, replace(manifest, files=(describe(draft / "group.safetensors"),)))
+    target = directory / manifest.name
+    shutil.rmtree(target, ignore_errors=True)
+    draft.rename(target)
+    facts = {"step": step, "path": str(target), "bytes": told.bytes, "sha256": told.sha256, "files": 1}
+    events.emit("checkpoint.saved", name=manifest.name, **facts)
+
+
+def newest(context: RunContext, events: EventLog) -> int:
+    """The step from which a run goes on."""
+    found = names(Path(context.resume_from)) if context.resume_from else []
+    step = int(found[0].removeprefix("step-")) if found else 0
+    events.emit("checkpoint.resumed", name=found[0] if found else None, step=step)
+    return step
 
 
 def metrics(step: int, steps: int) -> dict[str, float | int]:
