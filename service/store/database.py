@@ -91,6 +91,8 @@ class Database:
         raise AssertionError
 
     def close(self) -> None:
+        """Close all connections; one at which a thread is still busy is closed when that has ended."""
+        event.listen(self.engine, "checkin", lambda _, record: record.invalidate())
         self.engine.dispose()
 
     @contextmanager
