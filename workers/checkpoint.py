@@ -1,8 +1,10 @@
 """Checkpoints of a whole group between two steps: written together, read by any number of workers.
 
     every worker ── its heads, its trunk, AdamW's state ──► rank003.safetensors ─┐
-    rank 0 ── what all know alike ──► group.safetensors ─────────────────────────┤
+    rank 0 ── what all know alike ──► group.safetensors, plan.json ──────────────┤
                                                      manifest ► rename ► listed ◄┘
+
+`save` does this while all wait for it, `keeper` while training goes on.
 
 A worker writes what it speaks for (`Shard.spoken_for`), under the names that `migration` uses as well: b03.h1.qkv_w and
 timm's names, with |exp_avg, |exp_avg_sq and |step behind them. So a reader finds a head by its name, wherever it was,
@@ -12,8 +14,10 @@ of them finds damaged is damaged for all.
 
 from __future__ import annotations
 
+import json
+import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,10 +29,12 @@ from torch import Tensor
 
 from scheduler.domain import ModelShape
 from scheduler.errors import SystemFault, UserError
+from scheduler.failpoints import hit, passing
 from workers.disk import sync
 from workers.gather import gather_json
 from workers.manifest import (
     GROUP_FILE,
+    PLAN_FILE,
     File,
     Manifest,
     check_file,
@@ -47,17 +53,28 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Vault:
-    """Where an attempt leaves its checkpoints, and where it looks for one to go on from."""
+    """Where an attempt leaves its checkpoints, and where it looks for one to go on from.
+
+    `group` counts the groups of workers that the attempt has had.
+    """
 
     directory: Path
     job_id: str = "job"
     attempt: int = 1
     resume_from: Path | None = None
+    group: int = 0
+
+    def draft(self, name: str) -> Path:
+        """Where a checkpoint is written before it has its name; no other group's."""
+        return self.directory.absolute() / f"{name}.tmp-a{self.attempt}.{self.group}"
 
 
 @dataclass(frozen=True)
 class Saved:
-    """A checkpoint on the disk: `bytes` of the whole folder, `sha256` of its manifest, `files` named there."""
+    """A checkpoint on the disk: `bytes` of the whole folder, `sha256` of its manifest, `files` named there.
+
+    `accuracy` of the model then, where it was measured.
+    """
 
     step: int
     name: str
@@ -65,43 +82,96 @@ class Saved:
     bytes: int
     sha256: str
     files: int
+    accuracy: float | None = None
+
+
+Group = Mapping[str, Mapping[str, Tensor]]  # what all workers know alike, in parts
 
 
 def save(
-    vault: Vault,
-    manifest: Manifest,
-    shard: Shard,
-    adam: Adam,
-    transport: Transport,
-    group: Mapping[str, Mapping[str, Tensor]],
+    vault: Vault, manifest: Manifest, shard: Shard, adam: Adam, transport: Transport, group: Group, plan: Any
 ) -> Saved:
     """Write a checkpoint of this moment, which must be between two steps; collective, the same answer everywhere.
 
-    `manifest` comes without files; `group` has what all know alike, in parts, and rank 0's is kept. If any worker
-    cannot write, all raise SystemFault "checkpoint_failed", and nothing is left.
+    `manifest` comes without files; of `group` and `plan` rank 0's is kept. If any worker cannot write, all raise
+    SystemFault "checkpoint_failed", and nothing is left.
     """
-    target = vault.directory.absolute() / manifest.name
-    draft = target.with_name(f"{target.name}.tmp-a{vault.attempt}")
-    leads = transport.rank == 0
+    draft, leads = vault.draft(manifest.name), transport.rank == 0
 
     def together(work: Callable[[], T]) -> list[T]:
-        return _together(transport, shard.device, target, work)
+        return _together(transport, shard.device, draft, work)
 
     try:
-        together(lambda: _begin(draft) if leads else None)
-        parts = {rank_file(transport.rank): _part(shard, adam)}
-        if leads:
-            parts[GROUP_FILE] = {f"{part}.{name}": t for part, tensors in group.items() for name, t in tensors.items()}
-        written = together(lambda: [asdict(_write(draft / name, tensors)) for name, tensors in parts.items()])
-        files = tuple(File(**file) for of_rank in written for file in of_rank)
-        told, *_ = together(lambda: _finish(draft, target, replace(manifest, files=files)) if leads else {})
+        together(lambda: begin(draft) if leads else None)
+        written = together(
+            lambda: [asdict(f) for f in write_part(draft, transport.rank, part_of(shard, adam), group, plan)]
+        )
+        files = [File(**file) for of_rank in written for file in of_rank]
+        told, *_ = together(lambda: asdict(finish(draft, manifest, files)) if leads else {})
     except BaseException:
         if leads:
             shutil.rmtree(draft, ignore_errors=True)
         raise
-    if leads:
-        _drop_older_drafts(vault)
-    return Saved(manifest.step, manifest.name, str(target), **told, files=len(files))
+    return Saved(**told)
+
+
+def begin(draft: Path) -> None:
+    """An empty folder that all workers see; what this group left there before is gone."""
+    if draft.exists():
+        shutil.rmtree(draft)
+    draft.mkdir(parents=True)
+
+
+def part_of(shard: Shard, adam: Adam) -> dict[str, Tensor]:
+    """What a worker writes: the tensors themselves, no copies."""
+    tensors: dict[str, Tensor] = {}
+    for name, param in shard.spoken_for().items():
+        tensors[name] = param
+        tensors |= {f"{name}|{entry}": value for entry, value in adam.state_of(name).items()}
+    return tensors
+
+
+def write_part(draft: Path, rank: int, part: Mapping[str, Tensor], group: Group, plan: Any) -> list[File]:
+    """Write a worker's file, and rank 0's others, each safe on the disk when this returns."""
+    with passing("checkpoint.begin"):
+        files = [_write(draft / rank_file(rank), part)]
+    if rank == 0:
+        alike = {f"{name}.{key}": tensor for name, tensors in group.items() for key, tensor in tensors.items()}
+        files.append(_write(draft / GROUP_FILE, alike))
+        (draft / PLAN_FILE).write_text(json.dumps(plan))
+        sync(draft / PLAN_FILE)
+        files.append(describe(draft / PLAN_FILE))
+    hit("checkpoint.written")
+    return files
+
+
+def finish(draft: Path, manifest: Manifest, files: Sequence[File]) -> Saved:
+    """Complete the draft and give it its name; an older folder of that name, damaged or of another past, goes."""
+    target = draft.with_name(manifest.name)
+    with passing("checkpoint.manifest"):
+        told = write_manifest(draft, replace(manifest, files=tuple(files)))
+        sync(draft)
+    aside = target.with_name(f"{draft.name}.old")
+    with passing("checkpoint.rename"):
+        if target.exists():
+            target.rename(aside)
+        draft.rename(target)
+    try:
+        sync(target.parent)
+    except OSError:
+        target.rename(draft)  # not listed unless it is there for good
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
+    size = sum(path.stat().st_size for path in target.iterdir())
+    return Saved(manifest.step, manifest.name, str(target), size, told.sha256, len(files), manifest.accuracy)
+
+
+def drop_drafts(vault: Vault) -> None:
+    """Earlier groups are over: what they did not finish only takes room."""
+    for path in vault.directory.glob("step-*.tmp-a*"):
+        found = re.fullmatch(r"(\d+)\.(\d+)(\.old)?", path.name.partition(".tmp-a")[2])
+        if found and (int(found[1]), int(found[2])) < (vault.attempt, vault.group):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 class Checkpoint:
@@ -136,9 +206,15 @@ class Checkpoint:
             found = [name for name in file.keys() if name.startswith(f"{part}.")]  # noqa: SIM118 - no mapping
             return {name.removeprefix(f"{part}."): file.get_tensor(name) for name in found}
 
+    @property
+    def plan(self) -> dict[str, Any]:
+        """{"plan", "profiles"} that were in use, as dicts."""
+        found: dict[str, Any] = json.loads((self.folder / PLAN_FILE).read_bytes())
+        return found
+
     def _tensors(self, wanted: Callable[[str], bool]) -> Iterator[tuple[str, Tensor]]:
         for part in self.manifest.files:
-            if part.name != GROUP_FILE:
+            if part.name.startswith("rank"):
                 with safe_open(self.folder / part.name, "pt") as file:
                     for name in filter(wanted, file.keys()):
                         yield name, file.get_tensor(name)
@@ -168,67 +244,27 @@ def check_same_job(manifest: Manifest, spec_fingerprint: str, num_train: int) ->
         raise _mismatch(f"it was trained on {manifest.num_train} images, and the dataset has {num_train} now")
 
 
-def _together(transport: Transport, device: torch.device, target: Path, work: Callable[[], T]) -> list[T]:
+def _together(transport: Transport, device: torch.device, draft: Path, work: Callable[[], T]) -> list[T]:
     """What `work` gave on every worker, in rank order, as JSON carries it; where it failed on one, all raise."""
     value, why = None, ""
     try:
         value = work()
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, SystemFault) as error:
         why = f"worker {transport.rank}: {error}"
     everyone = gather_json(transport, [value, why], device)
     if whys := [why for _, why in everyone if why]:
         raise SystemFault(
-            f"The checkpoint {target} cannot be written; {whys[0]}.",
+            f"The checkpoint {draft} cannot be written; {whys[0]}.",
             code="checkpoint_failed",
             remedy="There must be room, and every worker must be able to write there.",
         )
     return [value for value, _ in everyone]
 
 
-def _begin(draft: Path) -> None:
-    """An empty folder that all workers see; what this attempt left there before is gone."""
-    if draft.exists():
-        shutil.rmtree(draft)
-    draft.mkdir(parents=True)
-
-
-def _part(shard: Shard, adam: Adam) -> dict[str, Tensor]:
-    tensors: dict[str, Tensor] = {}
-    for name, param in shard.spoken_for().items():
-        tensors[name] = param
-        tensors |= {f"{name}|{entry}": value for entry, value in adam.state_of(name).items()}
-    return tensors
-
-
 def _write(path: Path, tensors: Mapping[str, Tensor]) -> File:
     safetensors.torch.save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, path)
     sync(path)
     return describe(path)
-
-
-def _finish(draft: Path, target: Path, manifest: Manifest) -> dict[str, Any]:
-    """Complete the draft and give it its name; an older folder of that name, damaged or of another past, goes."""
-    told = write_manifest(draft, manifest)
-    sync(draft)
-    aside = target.with_name(f"{draft.name}.old")
-    if target.exists():
-        target.rename(aside)
-    draft.rename(target)
-    try:
-        sync(target.parent)
-    except OSError:
-        target.rename(draft)  # not listed unless it is there for good
-        raise
-    shutil.rmtree(aside, ignore_errors=True)
-    return {"bytes": sum(path.stat().st_size for path in target.iterdir()), "sha256": told.sha256}
-
-
-def _drop_older_drafts(vault: Vault) -> None:
-    """Earlier attempts are over: what they did not finish only takes room."""
-    for path in vault.directory.glob("step-*.tmp-a*"):
-        number = path.name.partition(".tmp-a")[2].partition(".")[0]
-        if number.isdigit() and int(number) < vault.attempt:
-            shutil.rmtree(path, ignore_errors=True)
 
 
 def _judge(folder: Path, rank: int, size: int) -> tuple[str, str]:

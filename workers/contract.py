@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, field_validator, model_validator
 
 DIGITS_MODEL = "d2ft_digits"
 DIGITS_RATE, RATE = 5e-4, 5e-5  # learning rates of the bundled model, and of any other
@@ -164,13 +164,32 @@ class Optimiser(Frozen):
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
 
+_NUMBER = {"type": "integer", "minimum": 1, "maximum": 256}
+_RANGE = {"type": "object", "properties": {"min": _NUMBER, "max": _NUMBER}, "required": ["min", "max"]}
+_NUMBER_OR_RANGE = {"anyOf": [_NUMBER, {**_RANGE, "additionalProperties": False}]}
+
+
+class Checkpoints(Frozen):
+    """When a run keeps what it has learnt: `every_s` seconds, or `every_steps`; both None means only when it is paused.
+
+    The newest `keep` stay. With `evaluate` the model is tried on the test images at each of them, and the best of them
+    all stays, too.
+    """
+
+    every_s: Annotated[float, Field(ge=1, le=10**6)] | None = 300.0
+    every_steps: Annotated[int, Field(ge=1, le=10_000_000)] | None = None
+    keep: Annotated[int, Field(ge=1, le=1000)] = 2
+    evaluate: bool = False
+
+
 class JobSpec(Frozen):
     """One fine-tuning job.
 
     `model` is a timm name, or "d2ft_digits" for the small bundled one; `model_args` are passed to `timm.create_model`.
     `dataset` is "digits" or "folder:///path" with `train/CLASS/*.jpg` and `test/` or `val/` beside it; the service
-    knows "dataset:NAME", too. Length is `epochs`, or `steps` when that is given. Of the jobs that wait, one of higher
-    `priority` goes first; one that has not started after `queue_timeout_s` fails.
+    knows "dataset:NAME", too. Length is `epochs`, or `steps` when that is given. When workers are lost, the job goes on
+    with as few as `min_workers`, and takes more in when they come; `workers` may be {"min": 2, "max": 4}. Of the jobs
+    that wait, one of higher `priority` goes first; one that has not started after `queue_timeout_s` fails.
     """
 
     name: Annotated[str, Field(max_length=200)] | None = None
@@ -182,7 +201,8 @@ class JobSpec(Frozen):
     images_per_class: Annotated[int, Field(ge=1)] | None = None
     method: Method = Field(default_factory=Method)
     optimiser: Optimiser = Field(default_factory=Optimiser)
-    workers: Annotated[int, Field(ge=1, le=256)] = 2
+    workers: Annotated[int, Field(ge=1, le=256), WithJsonSchema(_NUMBER_OR_RANGE)] = 2
+    min_workers: Annotated[int, Field(ge=1, le=256)] | None = None
     micro_batches: Annotated[int, Field(ge=1, le=256)] = 5
     micro_batch_size: Annotated[int, Field(ge=1, le=4096)] = 16
     epochs: Annotated[float, Field(gt=0, le=10_000)] = 3.0
@@ -190,10 +210,24 @@ class JobSpec(Frozen):
     window: Annotated[int, Field(ge=1, le=100_000)] = 100
     placement: Literal["auto", "split", "whole"] = "auto"
     train_embed: bool = True
+    checkpoint: Checkpoints = Field(default_factory=Checkpoints)
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     priority: Annotated[int, Field(ge=-100, le=100)] = 0
     queue_timeout_s: Annotated[float, Field(gt=0, le=10**8)] | None = None
     metadata: dict[MetadataKey, MetadataValue] = Field(default_factory=dict, max_length=16)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _worker_range(cls, given: Any) -> Any:
+        """{"workers": {"min": 2, "max": 4}} is another way to write 4 workers and 2 min_workers."""
+        if not isinstance(given, dict) or not isinstance(given.get("workers"), dict):
+            return given
+        bounds = given["workers"]
+        if set(bounds) != {"min", "max"}:
+            raise ValueError("workers is a number, or an object with min and max")
+        if given.get("min_workers") not in (None, bounds["min"]):
+            raise ValueError("give workers.min or min_workers, not both")
+        return {**given, "workers": bounds["max"], "min_workers": bounds["min"]}
 
     @field_validator("model_args")
     @classmethod
@@ -219,6 +253,17 @@ class JobSpec(Frozen):
                     f"make full + forward + skip = micro_batches"
                 )
         return self
+
+    @model_validator(mode="after")
+    def _fewest_workers(self) -> JobSpec:
+        if self.min_workers is not None and self.min_workers > self.workers:
+            raise ValueError(f"min_workers is {self.min_workers}, more than the {self.workers} workers; lower it")
+        return self
+
+    @property
+    def fewest_workers(self) -> int:
+        """As few as the job goes on with."""
+        return self.min_workers or self.workers
 
     @property
     def filled_optimiser(self) -> Optimiser:

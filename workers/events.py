@@ -14,12 +14,14 @@ reads on from there, so an outage of the reader loses nothing.
 |  | "busy": each worker's seconds of a step}, at the end of every window |
 | metrics | step, total_steps, epoch, loss, train_accuracy, learning_rate, grad_norm, step_seconds, idle_share, |
 |  | compute_fraction, bytes_fraction |
-| evaluation | {"when": "before" / "after", "accuracy", "loss", "num_images"} |
+| evaluation | {"when": "before" / "after" / "at step 42", "accuracy", "loss", "num_images"} |
 | data.skipped | {"count", "files": first names} |
 | artifact.ready | {"name", "path", "bytes", "sha256"} |
 | ledger | the ledger as a dict |
 | checkpoint.saved | {"step", "name": "step-00000042", "path", "bytes" of the folder, "sha256" of its manifest.json, |
-|  | "files": how many the manifest names} |
+|  | "files": how many the manifest names, "accuracy" or null; "seconds" that it took where training went on} |
+| checkpoint.failed | {"step", "why"}: none could be written there; training goes on |
+| checkpoint.dropped | {"name"}: an older one that made room |
 | checkpoint.resumed | {"name", "step"}: training goes on after it; name null and step 0 where none is whole |
 | checkpoint.damaged | {"name", "why"}: this one is passed over |
 | outcome | {"status": "succeeded" / "paused" / "failed", "error": {code, fault, message, param} or null}: the last |
@@ -31,6 +33,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -46,24 +49,20 @@ class EventLog:
         path = Path(run_dir)
         path.mkdir(parents=True, exist_ok=True)
         self.path = path / EVENTS_FILE
+        self._lock = threading.Lock()
         self._seq = sum(1 for _ in read_events(self.path, 0))
         self._file = self.path.open("a", encoding="utf-8")
         if _is_torn(self.path):
             self._file.write("\n")  # else the next event would be glued to what a killed writer left
 
     def emit(self, type: str, message: str = "", *, level: str = "info", **data: Any) -> None:
-        """Append one event and flush it to the file system."""
-        self._seq += 1
-        event = {
-            "seq": self._seq,
-            "at": time.time(),
-            "type": type,
-            "level": level,
-            "message": message,
-            "data": _finite(data),
-        }
-        self._file.write(json.dumps(event, separators=(",", ":"), allow_nan=False) + "\n")
-        self._file.flush()
+        """Append one event and flush it to the file system; from any thread."""
+        told = {"type": type, "level": level, "message": message, "data": _finite(data)}
+        with self._lock:
+            self._seq += 1
+            event = {"seq": self._seq, "at": time.time(), **told}
+            self._file.write(json.dumps(event, separators=(",", ":"), allow_nan=False) + "\n")
+            self._file.flush()
 
     def close(self) -> None:
         self._file.close()

@@ -61,8 +61,8 @@ class Executor:
     `means[block, part]` are the H × D mean outputs that skip_fill "mean" adds; with `measures_means` a forward pass
     finds those of this worker's heads. A pass without gradient hands its logits to `logits(micro_batch, logits_BC)`.
     With `autocast` the sub-layers compute in that type; messages stay in the shard's. `gates`, where there are any,
-    record what FULL heads are worth on steps that are due. While `wishes` is set, a step's tally tells all workers that
-    this one wants them to stop behind it.
+    record what FULL heads are worth on steps that are due. A step's tally tells all workers
+    what rank 0 has in `wishes`.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class Executor:
         self.measures_means = False
         self.logits: Callable[[int, Tensor], None] | None = None
         self.gates: Gates | None = None
-        self.wishes = False
+        self.wishes = 0
         self._recording: Gates | None = None
         self._state = _StepState(Batch({}, {}), 1)
         self._do = {
@@ -132,7 +132,7 @@ class Executor:
         return StepReport(
             loss=loss,
             correct=int(correct),
-            stop=correct % 1 > 0,
+            wishes=round(correct % 1 / WISH),
             grad_norm=squares**0.5,
             wall_s=time.perf_counter() - begin,
             wait_s=kind_s["recv"],
@@ -318,7 +318,7 @@ class Executor:
     def _tally(self, state: _StepState) -> Tensor:
         """[gradient norm² of what this worker speaks for, loss, correct answers, loss of every image].
 
-        Answers are whole: a fraction behind them is the wish to stop.
+        Answers are whole: a fraction behind them are the wishes.
         """
         if state.tally is None:
             self.shard.collect()

@@ -3,6 +3,7 @@
     step-00000042/
       rank000.safetensors …   a worker's part of the model and AdamW's state of it
       group.safetensors       what all workers know alike
+      plan.json               the plan in use and the profiles that it rests on
       manifest.json           all else, with size and SHA-256 of each file above
       manifest.sha256         SHA-256 of the manifest, as `sha256sum -c` reads it
 
@@ -23,10 +24,11 @@ from workers.contract import JobSpec
 from workers.disk import sha256_of, sync
 
 FORMAT = 1
-MANIFEST_FILE, DIGEST_FILE, GROUP_FILE = "manifest.json", "manifest.sha256", "group.safetensors"
+MANIFEST_FILE, DIGEST_FILE = "manifest.json", "manifest.sha256"
+GROUP_FILE, PLAN_FILE = "group.safetensors", "plan.json"
 _NAME = re.compile(r"step-(\d{8,})")
 # Fields of a job that do not change what is trained: a paused one may go on with others.
-OUTSIDE = ("name", "metadata", "priority", "queue_timeout_s", "workers")
+OUTSIDE = ("name", "metadata", "priority", "queue_timeout_s", "workers", "min_workers", "checkpoint")
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,8 @@ class Manifest:
 
     `step` of `total_steps` are done, as `adam_step` of the learning rate's schedule are. `window` is {number, begin,
     end} of the span that the step lies in; the rest of it is the next window. `held` are the heads that its plan held
-    FULL, `owners` the worker of every head then, `ledger` the sums so far.
+    FULL, `owners` the worker of every head then, `ledger` the sums so far, `accuracy` of this moment where that was
+    measured.
     """
 
     job_id: str
@@ -59,6 +62,7 @@ class Manifest:
     owners: list[list[int]]
     held: list[str] | None
     ledger: dict[str, Any]
+    accuracy: float | None = None
     files: tuple[File, ...] = ()
     format: int = FORMAT
 

@@ -6,8 +6,9 @@
     plan      announce, get the placement                  export     gather heads at rank 0, write plain timm weights
 
 Every worker runs the same phases in the same order; what they exchange goes through the transport or the planner. With
-a vault a run can be paused: training stops between two steps, and a checkpoint takes the place of the export. One that
-goes on from a checkpoint loads it in `prepare`, and neither scores nor evaluates what was before.
+a vault checkpoints are kept while training goes on, and a run can be paused: training stops between two steps, and a
+checkpoint takes the place of the export. One that goes on from a checkpoint loads it in `prepare`, neither scores nor
+evaluates what was before, and ends the window under the plan that it had, if it has workers of the same kind.
 """
 
 from __future__ import annotations
@@ -22,18 +23,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from scheduler.cost import Costs, residual_bytes
-from scheduler.domain import StepShape
+from scheduler.domain import DeviceProfile, Plan, StepShape
 from workers.artifact import write_result
-from workers.checkpoint import Checkpoint, Saved, Vault, check_same_job, newest_whole, save
+from workers.checkpoint import Checkpoint, Saved, Vault, check_same_job, newest_whole, part_of, save
 from workers.contract import JobSpec
-from workers.control import PAUSE, asked
+from workers.control import DRAIN, PAUSE, REGROUP, asked
 from workers.data import open_dataset
 from workers.events import EventLog
 from workers.executor import Executor
 from workers.forward import ForwardPasses
 from workers.gather import gather_json, gather_state
+from workers.keeper import Keeper
 from workers.ledger import Ledger
 from workers.liveworth import LiveWorth
 from workers.manifest import Manifest, fingerprint
@@ -44,6 +47,7 @@ from workers.partition import model_shape
 from workers.profiling import profile_device
 from workers.shard import Shard
 from workers.spans import Span
+from workers.steps import SAVE, STOP
 from workers.transport import Transport
 from workers.windows import Engine, Planned, Planner, Windows
 
@@ -91,9 +95,19 @@ class Session:
         self.vault = vault
         self.saved: Saved | None = None
         self._found: Checkpoint | None = None
+        self._keeper: Keeper | None = None
+        if vault is not None:
+            self._keeper = Keeper(vault, spec.checkpoint, self.rank, transport.size, self._emit)
 
     def run(self) -> dict[str, Any]:
         """The whole job, or up to a pause; returns the ledger (the same on every rank but for who wrote the result)."""
+        try:
+            return self._run()
+        finally:
+            if self._keeper is not None:
+                self._keeper.give_up()
+
+    def _run(self) -> dict[str, Any]:
         with self._phase("prepare"):
             self._prepare()
             self._find()
@@ -107,6 +121,8 @@ class Session:
             report = windows.rehearse(planned)
         with self._phase("train"):
             rest = windows.train(planned, report)
+        if self._keeper is not None:
+            self._keeper.finish()
         if rest is not None:
             with self._phase("checkpoint"):
                 self.saved = self._save(windows, rest)
@@ -183,7 +199,9 @@ class Session:
                 }
             )
             done = None if self._found is None else self._found.manifest.step / self.total_steps
-            return self.planner.plan(0, None if done is None else {"progress": done})
+            planned = self.planner.plan(0, None if done is None else {"progress": done})
+            self._kept_plan = None if self._found is None else kept_plan(self._found, planned.profiles)
+            return self._kept_plan or planned
 
     def _settle(self, planned: Planned) -> Windows:
         """Cut the model under the plan's placement and let go of the whole one."""
@@ -204,7 +222,7 @@ class Session:
         )
         windows = Windows(
             self.spec, self.engine, self.profile, self.data, self.order, self.total_steps, self.worth, self.planner,
-            self.ledger, self._emit, self._wishes_to_stop,
+            self.ledger, self._emit, self._wishes, lambda rest, ledger: self._keep(windows, rest, ledger),
         )  # fmt: skip
         if self._found is not None:
             told = self._found.manifest
@@ -212,7 +230,8 @@ class Session:
             adam.rebuild(
                 shard, self._found.optimiser_state([name for name, _ in shard.named_parameters()], self.device)
             )
-            windows.go_on(told.step, self._found.group("hardest"), self._found.group("means"), told.held)
+            hardest, means = self._found.group("hardest"), self._found.group("means")
+            windows.go_on(told.step, hardest, means, told.held, planned if planned is self._kept_plan else None)
         return windows
 
     def _evaluate(self, when: str) -> float:
@@ -227,33 +246,52 @@ class Session:
         )
         return accuracy
 
-    def _wishes_to_stop(self) -> bool:
-        """Only rank 0 looks; the others hear of it with the step's tallies."""
-        return self.rank == 0 and self.vault is not None and asked(self.run_dir) == PAUSE
+    def _wishes(self, span: Span, step: int) -> int:
+        """What is wanted behind this step. Only rank 0 looks; the others hear of it with the step's tallies."""
+        if self.rank != 0 or self._keeper is None:
+            return 0
+        want, ends = asked(self.run_dir), step + 1 == span.end
+        stop = want in (PAUSE, DRAIN) or (want == REGROUP and ends)
+        return (STOP if stop else 0) + (SAVE if self._keeper.is_due(step + 1) else 0)
+
+    def _keep(self, windows: Windows, rest: Span, ledger: Ledger) -> None:
+        """Have a checkpoint written while training goes on; between two steps, collective."""
+        assert self._keeper is not None
+        accuracy = None
+        if self.spec.checkpoint.evaluate:
+            accuracy = self._evaluate(f"at step {rest.first}")
+        part, group = part_of(self.engine.shard, self.engine.adam), self._known_alike(windows)
+        self._keeper.begin(self._manifest(windows, rest, ledger, accuracy), part, group, plan_dict(windows.in_use))
 
     def _save(self, windows: Windows, rest: Span) -> Saved:
-        """Write a checkpoint between two steps, `rest` being what is left of the window; collective."""
-        assert self.vault is not None and windows.plan_in_use is not None
-        shard, adam = self.engine.shard, self.engine.adam
-        manifest = Manifest(
+        """Write a checkpoint between two steps, `rest` being what is left of the window, while all wait; collective."""
+        assert self.vault is not None and self._keeper is not None
+        manifest, engine = self._manifest(windows, rest, self.ledger, None), self.engine
+        group, plan = self._known_alike(windows), plan_dict(windows.in_use)
+        saved = save(self.vault, manifest, engine.shard, engine.adam, self.transport, group, plan)
+        self._keeper.listed(saved)
+        return saved
+
+    def _known_alike(self, windows: Windows) -> dict[str, dict[str, Tensor]]:
+        return {**windows.state(), "worth": self.worth.state()}
+
+    def _manifest(self, windows: Windows, rest: Span, ledger: Ledger, accuracy: float | None) -> Manifest:
+        assert self.vault is not None and windows.in_use is not None
+        return Manifest(
             job_id=self.vault.job_id,
             fingerprint=fingerprint(self.spec),
             step=rest.first,
             total_steps=self.total_steps,
-            adam_step=adam.step,
+            adam_step=self.engine.adam.step,
             workers=self.transport.size,
             seed=self.spec.seed,
             num_train=self.data.num_train,
             window={"number": rest.number, "begin": rest.begin, "end": rest.end},
-            owners=shard.placement.owner_LH.tolist(),
-            held=windows.plan_in_use.policy.get("held"),
-            ledger=self.ledger.sums(),
+            owners=self.engine.shard.placement.owner_LH.tolist(),
+            held=windows.in_use.plan.policy.get("held"),
+            ledger=ledger.sums(),
+            accuracy=accuracy,
         )
-        saved = save(
-            self.vault, manifest, shard, adam, self.transport, {**windows.state(), "worth": self.worth.state()}
-        )
-        self._emit("checkpoint.saved", f"checkpoint after step {saved.step}", **asdict(saved))
-        return saved
 
     def _export(self) -> None:
         """Gather every worker's part at rank 0, which writes the result folder."""
@@ -284,6 +322,30 @@ class Session:
         seconds = time.perf_counter() - begin
         _LOG.info("%s took %.2f s", name, seconds)
         self.ledger.phases[name] = self.ledger.phases.get(name, 0.0) + seconds
+
+
+def plan_dict(planned: Planned | None) -> dict[str, Any]:
+    """A plan in use and the profiles that it rests on, for a checkpoint."""
+    assert planned is not None
+    return {"plan": planned.plan.to_dict(), "profiles": [asdict(profile) for profile in planned.profiles]}
+
+
+def kept_plan(found: Checkpoint, profiles: list[DeviceProfile]) -> Planned | None:
+    """The plan that a checkpoint was trained under, if today's workers are of the same kind; with its profiles.
+
+    Programs follow from both, and the order in which sums are added from the programs: under the same plan a resumed
+    run computes, bit for bit, what it would have computed.
+    """
+    told = found.plan
+    then = [DeviceProfile.from_dict(profile) for profile in told["profiles"]]
+    if [_kind(profile) for profile in then] != [_kind(profile) for profile in profiles]:
+        return None
+    return Planned(Plan.from_dict(told["plan"]), then)
+
+
+def _kind(profile: DeviceProfile) -> tuple[str, Any]:
+    """What two devices have in common that may stand in for each other."""
+    return profile.device.partition(":")[0], profile.facts.get("name")
 
 
 def plan_request(spec: JobSpec) -> dict[str, Any]:

@@ -17,14 +17,15 @@ from scheduler.simulate import program_flops
 from workers.transport import Parcel
 
 TimingKey = tuple[str, str, int, int]
-WISH = 2.0**-10  # a worker's wish to stop, beside whole numbers; those of 256 workers do not make one
+STOP, SAVE = 1, 2  # what rank 0 may wish for behind a step, to be added
+WISH = 2.0**-10  # of a wish, beside whole numbers
 
 
 @dataclass(frozen=True)
 class StepReport:
     """What one worker measured in one step. Loss and counts are sums over all workers once the tallies are in.
 
-    `stop` says that a worker wishes to, the same on all. `losses_MB` has every image's loss, 0 where a micro-batch sat
+    `wishes` are rank 0's, the same on all. `losses_MB` has every image's loss, 0 where a micro-batch sat
     out; `wait_s` is time blocked in receives; `kind_s` seconds per instruction kind; `sent_bytes` per destination;
     `timings_us` how long each instruction took, under its `timing_keys`; none when the step was not `timed`. A step on
     CUDA that is not has `kind_s` of what the processor did, not the device.
@@ -32,7 +33,7 @@ class StepReport:
 
     loss: float
     correct: int
-    stop: bool
+    wishes: int
     grad_norm: float
     wall_s: float
     wait_s: float

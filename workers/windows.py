@@ -11,6 +11,7 @@ to the planner and get the same plan.
 
 from __future__ import annotations
 
+import copy
 import math
 import statistics
 import time
@@ -41,7 +42,7 @@ from workers.optimiser import Adam
 from workers.order import MicroBatches
 from workers.shard import Shard
 from workers.spans import Span, spans_from, window_spans
-from workers.steps import Batch, StepPrograms, StepReport
+from workers.steps import STOP, Batch, StepPrograms, StepReport
 from workers.transport import Transport, all_sum
 
 REHEARSED_STEPS = 2
@@ -101,7 +102,8 @@ class _Seen:
 class Windows:
     """Runs all windows of a job on one worker; methods are collective. `emit(type, message, **data)` tells the log.
 
-    `wishes` says, before every step, whether this worker wants training to stop behind it.
+    `wishes` says, before every step, what this worker wants behind it: STOP, SAVE or both; `save` is called between two
+    steps, with what is left of the window and the ledger up to there, when rank 0 has wished for it.
     """
 
     def __init__(
@@ -116,21 +118,34 @@ class Windows:
         planner: Planner,
         ledger: Ledger,
         emit: Callable[..., None],
-        wishes: Callable[[], bool] = lambda: False,
+        wishes: Callable[[Span, int], int] = lambda span, step: 0,
+        save: Callable[[Span, Ledger], None] = lambda rest, ledger: None,
     ) -> None:
         self.spec, self.engine, self.profile, self.data, self.order = spec, engine, profile, data, order
         self.total_steps, self.worth, self.planner, self.ledger, self.emit = total_steps, worth, planner, ledger, emit
-        self.wishes = wishes
-        self.plan_in_use: Plan | None = None
+        self.wishes, self.save = wishes, save
+        self.in_use: Planned | None = None
+        self._kept: Planned | None = None  # the plan that the rest of a window goes on under
         self._held: Any = None  # heads that a plan before the first one here held FULL
         self.spans = window_spans(total_steps, spec.window, [phase.share for phase in spec.method.schedule])
         self.device = engine.shard.device
         self.hardest = HardestFirst(order) if spec.method.sorts_images else None
         self._full = Measured()  # all-FULL steps under the placement in use
 
-    def go_on(self, step: int, hardest: Mapping[str, Tensor], means: Mapping[str, Tensor], held: Any) -> None:
-        """Begin at a step in the middle, with what `state` said there and the heads that were held FULL."""
+    def go_on(
+        self,
+        step: int,
+        hardest: Mapping[str, Tensor],
+        means: Mapping[str, Tensor],
+        held: Any,
+        kept: Planned | None = None,
+    ) -> None:
+        """Begin at a step in the middle, with what `state` said there and the heads that were held FULL.
+
+        With `kept` the window ends under the plan that it began with.
+        """
         self.spans, self._held = spans_from(self.spans, step), held
+        self._kept = kept if kept is not None and self.spans[0].first > self.spans[0].begin else None
         if self.hardest is not None:
             self.hardest.restore(hardest)
         for name, mean_HD in means.items():
@@ -158,17 +173,17 @@ class Windows:
         engine = self.engine
         engine.executor.gates = self.worth.gates
         for span, following in zip(self.spans, [*self.spans[1:], None], strict=True):
-            before, planned = planned, self.planner.plan(span.number, report)
+            before, planned = planned, self._kept or self.planner.plan(span.number, report)
+            self._kept = None
             self._change(before.plan, planned, span.first)
-            plan = self.plan_in_use = planned.plan
+            self.in_use, plan = planned, planned.plan
             if plan.skip_fill == "mean" and span.first == span.begin:
                 images_BCHW, _ = self.data.train_batch(self.order.indices(span.begin)[0])
                 engine.executor.means = engine.passes.measure_means(images_BCHW.to(self.device))
             engine.executor.update = engine.adam
             seen, rest = self._steps(plan, span)
             engine.executor.update = None
-            self.ledger.training.add(self._over_workers(seen.measured))
-            self.ledger.rehearsal.add(self._full.of_steps(len(seen.reports)))
+            self._with(self.ledger, seen)
             report = self._close(span.number, plan, plan.forecast.step_us, seen, following)
             if rest is not None:
                 return rest
@@ -188,7 +203,7 @@ class Windows:
                 which = (step - span.begin) % len(compiled)
                 learning_rate = self.engine.adam.learning_rate
                 timed = span.first < step <= span.first + TIMED_STEPS if on_cuda else None
-                executor.wishes = self.wishes()
+                executor.wishes = self.wishes(span, step)
                 report = executor.run(compiled[which], self._batch(batches, step), step=step, timed=timed)
                 _check_finite(report, step)
                 if self.hardest is not None:
@@ -196,9 +211,18 @@ class Windows:
                 seen.add(report)
                 self.ledger.planned(plan, *tolls[which])
                 self._emit_metrics(report, step, learning_rate, plan, len(compiled[which].running), *tolls[which])
-                if report.stop and step + 1 < self.total_steps:
-                    return seen, replace(span, first=step + 1)
+                if report.wishes and step + 1 < self.total_steps:
+                    rest = replace(span, first=step + 1)
+                    if report.wishes & STOP:
+                        return seen, rest
+                    self.save(rest, self._with(copy.deepcopy(self.ledger), seen))
         return seen, None
+
+    def _with(self, ledger: Ledger, seen: _Seen) -> Ledger:
+        """The ledger, to which the steps of a window are added; collective."""
+        ledger.training.add(self._over_workers(seen.measured))
+        ledger.rehearsal.add(self._full.of_steps(len(seen.reports)))
+        return ledger
 
     def _close(self, window: int, plan: Plan, forecast_us: int, seen: _Seen, following: Span | None) -> Report:
         """Fold what was timed, gather it, and say how good the forecast was; the report for the next plan."""

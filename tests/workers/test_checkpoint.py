@@ -17,7 +17,7 @@ from scheduler.domain import Placement
 from scheduler.errors import SystemFault, UserError
 from tests.workers.engine import on_threads, tiny_vit
 from workers import checkpoint, manifest
-from workers.checkpoint import Vault, check_same_job, newest_whole, save
+from workers.checkpoint import Vault, check_same_job, drop_drafts, newest_whole, save
 from workers.contract import JobSpec, Optimiser
 from workers.manifest import Manifest, fingerprint
 from workers.optimiser import Adam
@@ -55,6 +55,7 @@ def trained(model, rank, size, owners):
     return shard, adam
 
 
+PLAN = {"plan": {"version": 1}, "profiles": []}
 GROUP = {"hardest": {"loss_N": torch.tensor([1.0, float("inf")], dtype=torch.float64)}, "means": {}}
 
 
@@ -63,7 +64,7 @@ def saved_at(directory, step=42, attempt=1, owners=OWNERS):
 
     def work(rank, transport):
         shard, adam = trained(model, rank, 2, owners)
-        return save(Vault(directory, "job", attempt), manifest_of(step), shard, adam, transport, GROUP)
+        return save(Vault(directory, "job", attempt), manifest_of(step), shard, adam, transport, GROUP, PLAN)
 
     one, two = on_threads(2, work)
     assert one == two
@@ -121,7 +122,14 @@ def test_any_placement_finds_its_heads_and_their_state_by_name(vault):
 
 def test_what_is_on_the_disk_is_tensors_and_json_and_can_be_checked_by_hand(vault):
     folder = vault / "step-00000042"
-    names = {"rank000.safetensors", "rank001.safetensors", "group.safetensors", "manifest.json", "manifest.sha256"}
+    names = {
+        "rank000.safetensors",
+        "rank001.safetensors",
+        "group.safetensors",
+        "manifest.json",
+        "manifest.sha256",
+        "plan.json",
+    }
     assert {path.name for path in folder.iterdir()} == names
     told = json.loads((folder / "manifest.json").read_text())
     assert (
@@ -139,7 +147,14 @@ def test_what_is_on_the_disk_is_tensors_and_json_and_can_be_checked_by_hand(vaul
     assert os.system(f"cd {folder} && sha256sum --status -c manifest.sha256") == 0
 
 
-FILES = ("rank000.safetensors", "rank001.safetensors", "group.safetensors", "manifest.json", "manifest.sha256")
+FILES = (
+    "rank000.safetensors",
+    "rank001.safetensors",
+    "group.safetensors",
+    "plan.json",
+    "manifest.json",
+    "manifest.sha256",
+)
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -268,12 +283,14 @@ def test_a_step_that_is_saved_again_replaces_what_was_there(vault):
     assert sorted(path.name for path in vault.iterdir()) == ["step-00000007", "step-00000042"]
 
 
-def test_drafts_of_earlier_attempts_go_and_those_of_later_ones_stay(tmp_path):
-    for name in ("step-00000009.tmp-a1", "step-00000009.tmp-a3", "step-00000042.tmp-a2", "step-1.tmp-a1.old"):
+def test_drafts_of_earlier_groups_go_and_those_of_later_ones_stay(tmp_path):
+    later = ["step-00000009.tmp-a2.1", "step-00000009.tmp-a3.0", "step-00000042.tmp-a10.0"]
+    for name in ("step-00000009.tmp-a1.7", "step-00000042.tmp-a2.0", "step-00000001.tmp-a1.0.old", *later):
         (tmp_path / name).mkdir()
         (tmp_path / name / "rank000.safetensors").write_bytes(b"half")
-    saved_at(tmp_path, attempt=2)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000009.tmp-a3", "step-00000042"]
+    drop_drafts(Vault(tmp_path, attempt=2, group=1))
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(later)
+    saved_at(tmp_path)
     assert manifest.names(tmp_path) == ["step-00000042"]
 
 
@@ -285,7 +302,14 @@ def test_the_newest_is_the_one_of_the_last_step(tmp_path):
 
 def test_a_spec_that_trains_alike_has_the_same_fingerprint():
     spec = JobSpec(steps=5)
-    outside = {"name": "n", "metadata": {"a": "b"}, "priority": 1, "queue_timeout_s": 5.0, "workers": 7}
+    outside = {
+        "name": "n",
+        "metadata": {"a": "b"},
+        "priority": 1,
+        "queue_timeout_s": 5.0,
+        "workers": 7,
+        "min_workers": 2,
+    }
     assert fingerprint(JobSpec(steps=5, **outside)) == fingerprint(spec)
     assert fingerprint(JobSpec(steps=5, optimiser={"learning_rate": 5e-4})) == fingerprint(spec)
     for other in ({"seed": 1}, {"window": 7}, {"optimiser": {"weight_decay": 0.1}}, {"method": {"strategy": "full"}}):

@@ -131,7 +131,7 @@ def test_the_pause_is_told_and_the_files_are_listed(tmp_path):
     run = Run(tmp_path / "a1", spec_of(), vault_at(tmp_path), pause_at=3)
     (event,) = run.told("checkpoint.saved")
     folder = tmp_path / "checkpoints" / "job" / "step-00000003"
-    assert event["data"]["path"] == str(folder) and event["data"]["step"] == 3 and event["data"]["files"] == 3
+    assert event["data"]["path"] == str(folder) and event["data"]["step"] == 3 and event["data"]["files"] == 4
     assert event["data"]["bytes"] == sum(path.stat().st_size for path in folder.iterdir())
     assert {event["type"] for event in run.events}.isdisjoint({"artifact.ready", "ledger"})
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
