@@ -16,7 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from sqlalchemy import create_engine
 
 from service.errors import ConflictError, InvalidRequestError, Issue, LostAttemptError, NotFoundError
-from service.lifecycle import JobState, may_move
+from service.lifecycle import HOLDING, JobState, may_move
 from service.schemas import UserBody
 from service.store import JobQuery, Store
 from service.store.access import FIRST_USER
@@ -301,7 +301,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.store.queue.claim(1)
 
     @precondition(lambda self: self.attempt is not None)
-    @rule(name=st.sampled_from(["planning", "starting", "running", "finalizing"]), replay=st.booleans())
+    @rule(name=st.sampled_from(["planning", "starting", "running", "finalizing", "recovering"]), replay=st.booleans())
     def phase(self, name: str, replay: bool) -> None:
         self.seq += 0 if replay and self.seq else 1
         self._write([line(self.seq, "phase", name=name)])
@@ -363,7 +363,7 @@ class StoreMachine(RuleBasedStateMachine):
         assert job.status == state
         open_attempts = self.store.attempts.open()
         assert len(open_attempts) <= 1, "two attempts of one job"
-        working = state in ("planning", "starting", "running", "finalizing", "pausing", "cancelling")
+        working = state in HOLDING
         assert working == any(attempt.state in ("created", "submitted") for attempt in open_attempts)
         assert self.ended in (None, state), "an end was left"
         self.ended = state if job.is_final else None
