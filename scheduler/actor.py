@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import ray
 
+from scheduler import failpoints
 from scheduler.book import FILE, Book, book_ids
 from scheduler.cost import Costs
 from scheduler.domain import DeviceProfile, FloatArray, ModelShape, Placement, Scores, StepShape
@@ -143,6 +144,7 @@ class Scheduler:
         `steps_left`, `measured`, `placement` in use and the last plan's `policy`. A caller that gives its `rank` is
         told `unknown_attempt` when it has to announce.
         """
+        failpoints.hit("scheduler.plan")
         found = self._attempts.get((job, attempt))
         if found is None or (rank is not None and rank not in found.announcements):
             return {"error": SystemFault("The scheduler does not know this attempt.", code="unknown_attempt").to_dict()}

@@ -103,6 +103,11 @@ def _act(name: str, action: str) -> None:
     raise SystemFault(f"The failpoint {name} fails on purpose.", code="failpoint")
 
 
+def told() -> dict[str, str]:
+    """The variables, for processes that do not inherit them."""
+    return {name: os.environ[name] for name in (VARIABLE, DIRECTORY) if name in os.environ}
+
+
 @functools.lru_cache
 def _parse(told: str) -> tuple[tuple[str, str, int], ...]:
     """(name, action, the time that it is to happen) of each part. Raises ValueError."""

@@ -293,7 +293,8 @@ class RunContext(Frozen):
     `run_dir` holds this attempt's `events.jsonl` and, at the end, `result/`. `storage_path` is Ray Train's. `cores`
     pins the worker of each rank to a processor core; cores may be shared. With `resume_from`, a directory of
     checkpoints, the run goes on from the newest that is whole. Events are sent to `post_url` with `post_token`, too,
-    where the service gives them. `use_gpu` None means: where the cluster has any.
+    where the service gives them. `use_gpu` None means: where the cluster has any. `group` counts the groups of workers
+    that the attempt has had; `max_losses` of them may be lost by faults of the system.
     """
 
     job_id: str
@@ -306,8 +307,15 @@ class RunContext(Frozen):
     start_timeout_s: Annotated[float, Field(gt=0)] = 60.0
     cores: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(strict=False)] | None = None
     resume_from: str | None = None
+    group: Annotated[int, Field(ge=0)] = 0
+    max_losses: Annotated[int, Field(ge=0)] = 8
     post_url: str | None = None
     post_token: str | None = Field(default=None, repr=False)
+
+    @property
+    def vault_dir(self) -> str:
+        """Where the job's checkpoints lie, next to what Ray Train keeps."""
+        return str(Path(self.storage_path) / "checkpoints" / self.job_id)
 
     @property
     def scheduler_dir(self) -> str:

@@ -28,6 +28,11 @@ def ask(run_dir: str | Path, want: str) -> None:
     draft.replace(path)
 
 
+def take_back(run_dir: str | Path) -> None:
+    """What was wanted has been done, and the run goes on."""
+    (Path(run_dir) / CONTROL_FILE).unlink(missing_ok=True)
+
+
 def asked(run_dir: str | Path) -> str | None:
     """What is wanted; None where nothing is. Without a file this is one look at a directory."""
     path = Path(run_dir) / CONTROL_FILE

@@ -24,6 +24,7 @@ from torch import Tensor
 from scheduler.cost import TALLIED
 from scheduler.program import Instruction, MessageKey
 from workers.gates import Gates
+from workers.pulse import Pulse, Quiet
 from workers.shard import Shard
 from workers.steps import WISH, Batch, StepPrograms, StepReport, TimingKey
 from workers.transport import Transport
@@ -62,7 +63,7 @@ class Executor:
     finds those of this worker's heads. A pass without gradient hands its logits to `logits(micro_batch, logits_BC)`.
     With `autocast` the sub-layers compute in that type; messages stay in the shard's. `gates`, where there are any,
     record what FULL heads are worth on steps that are due. A step's tally tells all workers
-    what rank 0 has in `wishes`.
+    what rank 0 has in `wishes`; `pulse` hears of every instruction.
     """
 
     def __init__(
@@ -82,6 +83,7 @@ class Executor:
         self.logits: Callable[[int, Tensor], None] | None = None
         self.gates: Gates | None = None
         self.wishes = 0
+        self.pulse: Pulse = Quiet()
         self._recording: Gates | None = None
         self._state = _StepState(Batch({}, {}), 1)
         self._do = {
@@ -114,7 +116,8 @@ class Executor:
         begin, cpu = time.perf_counter(), time.process_time()
         self.transport.open(programs.incoming)
         before = time.perf_counter()
-        for instruction, key in zip(programs.own.instructions, programs.timing_keys, strict=True):
+        for index, (instruction, key) in enumerate(zip(programs.own.instructions, programs.timing_keys, strict=True)):
+            self.pulse.at(index)
             self._do[instruction.kind](instruction)
             if timed and on_cuda:
                 torch.cuda.synchronize(self.shard.device)
@@ -262,7 +265,9 @@ class Executor:
 
     def _recv(self, i: Instruction) -> None:
         key = i.key(self.rank)
+        self.pulse.waits(i.peer)
         tensor = self.transport.recv(i.peer, key)
+        self.pulse.waits(None)
         if i.cargo == "x":
             self._state.x[i.mb] = tensor
         elif i.cargo == "g":

@@ -1,8 +1,9 @@
 """Runs one attempt of a job on a Ray cluster: `python -m workers.loop --context FILE` or `--spec job.json`.
 
 The driver waits until the cluster can hold the workers, finds or starts the scheduler actor, and hands a Ray Train
-group to `Session`. It runs alike as a Ray job of our service and under plain `ray job submit`. What happened is in the
-run's event file, whose last line is the outcome; the exit status is 0 for succeeded and paused, 1 for failed.
+group to `Session`. A group that is lost is followed by another, which goes on from the newest checkpoint. It runs alike
+as a Ray job of our service and under plain `ray job submit`. What happened is in the run's event file, whose last line
+is the outcome; the exit status is 0 for succeeded and paused, 1 for failed.
 
 Neither this process nor Ray Train's controller loads torch: each would spend seconds on it before a worker starts. So
 the trainer is not `TorchTrainer`, whose configuration is torch's, but the class below it with a `Meeting`.
@@ -15,6 +16,8 @@ import contextlib
 import importlib
 import logging
 import os
+import shutil
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -24,16 +27,21 @@ from typing import Any
 import ray
 from pydantic import ValidationError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from scheduler import actor
-from scheduler.errors import CapacityError, D2ftError, SystemFault
-from workers import early, logs
+from scheduler import actor, failpoints
+from scheduler.errors import D2ftError, SystemFault
+from workers import control, early, logs
 from workers.contract import JobSpec, RunContext
 from workers.control import PAUSED_FILE
 from workers.events import EventLog
-from workers.failures import root_cause
+from workers.failures import FAILURES_DIR, root_cause
 from workers.meeting import Meeting, Trainer
+from workers.muster import Recruiter, muster, resources_of
 from workers.poster import posting
+from workers.pulse import Account, accounts
+from workers.recovery import Losses, last_step
+from workers.watch import Watchdog, strike_here
 
 RANK = "workers.rank"  # what a worker runs
 FORGET_TIMEOUT_S = 10.0
@@ -44,23 +52,49 @@ def main(argv: Sequence[str] | None = None) -> int:
     context = read_context(argv)
     with logs.kept(logs.log_path(context.run_dir, "driver")) as say:
         _LOG.info("job %s, attempt %d", context.job_id, context.attempt)
-        paused = Path(context.run_dir) / PAUSED_FILE
-        paused.unlink(missing_ok=True)
         hook = {"worker_process_setup_hook": early.HOOK}
         ray.init(namespace=actor.NAMESPACE, log_to_driver=True, logging_level=logging.WARNING, runtime_env=hook)
+        before = signal.signal(signal.SIGTERM, lambda *_: _switched_off(Path(context.run_dir)))
         if context.use_gpu is None:
             context = context.model_copy(update={"use_gpu": ray.cluster_resources().get("GPU", 0) > 0})
         _emit(context, "phase", name="starting")
-        error = _attempt(context)
+        try:
+            error = _attempt(context)
+            why = _paused(context)
+        except _SwitchedOffError:
+            error, why = None, control.DRAIN
+        finally:
+            signal.signal(signal.SIGTERM, before)
         told = error.to_dict() if error else None
-        status = "failed" if error else "paused" if paused.exists() else "succeeded"
+        status = "failed" if error else "paused" if why else "succeeded"
         message = str(told["message"]) if told else status
         with posting(context):
-            _emit(context, "outcome", message, status=status, error=told)
+            _emit(context, "outcome", message, status=status, error=told, **({"why": why} if why else {}))
         ray.shutdown()  # it prints what the workers said, and the last word is to be ours
         if error is not None:
             say(f"d2ft: job {context.job_id} failed: {message}")
     return 0 if error is None else 1
+
+
+class _SwitchedOffError(BaseException):
+    """The driver is to end, and no step has been made that would be lost."""
+
+
+def _switched_off(run_dir: Path) -> None:
+    """SIGTERM: the end at once for a job that is cancelled, else a checkpoint, which is asked for like a pause."""
+    if control.asked(run_dir) == control.CANCEL:
+        os._exit(128 + signal.SIGTERM)  # what Ray runs for this driver ends with it
+    _LOG.info("SIGTERM: this machine is to be switched off")
+    if not any(account.phase == "train" for account in accounts(run_dir)):
+        raise _SwitchedOffError
+    control.ask(run_dir, control.DRAIN)
+
+
+def _paused(context: RunContext) -> str | None:
+    """Why the group has stopped at a checkpoint; None where it has not."""
+    if not (Path(context.run_dir) / PAUSED_FILE).exists():
+        return None
+    return control.asked(context.run_dir) or control.PAUSE
 
 
 def read_context(argv: Sequence[str] | None) -> RunContext:
@@ -91,13 +125,44 @@ def _context_of(spec: JobSpec, out: Path | None) -> RunContext:
 
 
 def _attempt(context: RunContext) -> D2ftError | None:
-    """Run the job; the error that ended it, or None."""
+    """Run the job, by as many groups of workers as it takes; the error that ended it, or None."""
+    losses = Losses(context.max_losses)
+    while True:
+        _clear(Path(context.run_dir))
+        error = _group(context)
+        if error is not None:
+            step = last_step(context.run_dir)
+            if end := losses.end(error, step):
+                return end
+            _LOG.warning("group %d is lost after step %d: %s", context.group, step, error.message)
+            reason = {"reason": error.message, "code": error.code, "failures": losses.count, "step": step}
+            _emit(context, "phase", f"lost after step {step}: {error.message}", name="recovering", **reason)
+        elif _paused(context) == control.REGROUP:
+            _emit(
+                context, "phase", "a group of another size", name="recovering", reason="regroup", failures=losses.count
+            )
+        else:
+            return None
+        context = context.model_copy(update={"group": context.group + 1, "resume_from": context.vault_dir})
+
+
+def _clear(run_dir: Path) -> None:
+    """What the group before has left and would be taken for this one's."""
+    shutil.rmtree(run_dir / FAILURES_DIR, ignore_errors=True)
+    (run_dir / PAUSED_FILE).unlink(missing_ok=True)
+    if control.asked(run_dir) == control.REGROUP:
+        control.take_back(run_dir)
+
+
+def _group(context: RunContext) -> D2ftError | None:
+    """Have one group run the job, or what is left of it; the error that ended it, or None."""
     try:
         with posting(context):  # while the group runs, it is rank 0 that posts
-            wait_for_capacity(context)
+            size = muster(context)
             scheduler = actor.connect(context.scheduler_dir)
         try:
-            _trainer(context).fit()
+            with Watchdog(context.run_dir, size, strike), Recruiter(context, size):
+                _trainer(context, size).fit()
         finally:
             _forget(scheduler, context.job_id)
     except D2ftError as error:
@@ -109,6 +174,16 @@ def _attempt(context: RunContext) -> D2ftError | None:
             code="driver_failed",
         )
     return None
+
+
+def strike(account: Account, number: int) -> None:
+    """Send a worker's process a signal, on whatever machine of the cluster it is."""
+    if account.node == ray.get_runtime_context().get_node_id():
+        strike_here(account, number)
+        return
+    there = NodeAffinitySchedulingStrategy(account.node, soft=False)
+    task: Any = ray.remote(strike_here)
+    ray.get(task.options(num_cpus=0, scheduling_strategy=there).remote(account, number))
 
 
 def _forget(scheduler: Any, job_id: str) -> None:
@@ -123,28 +198,7 @@ def _emit(context: RunContext, type: str, message: str = "", **data: Any) -> Non
         log.emit(type, message, **data)
 
 
-def wait_for_capacity(context: RunContext) -> None:
-    """Wait until the cluster is large enough; raises CapacityError after `start_timeout_s`."""
-    need = {name: amount * context.spec.workers for name, amount in _resources(context).items()}
-    deadline = time.monotonic() + context.start_timeout_s
-    while True:
-        have = ray.cluster_resources()
-        short = [name for name, amount in need.items() if have.get(name, 0) + 1e-9 < amount]
-        if not short:
-            return
-        if time.monotonic() > deadline:
-            name = short[0]
-            raise CapacityError(
-                f"{context.spec.workers} workers need {need[name]:g} {name}, "
-                f"but after {context.start_timeout_s:g} s the cluster has {have.get(name, 0):g}.",
-                code="cluster_too_small",
-                param="workers",
-                remedy="Ask for fewer workers or add nodes.",
-            )
-        time.sleep(0.5)
-
-
-def _trainer(context: RunContext) -> Trainer:
+def _trainer(context: RunContext, size: int) -> Trainer:
     def work() -> None:
         importlib.import_module(RANK).run(context)  # by name: it loads torch
 
@@ -152,20 +206,15 @@ def _trainer(context: RunContext) -> Trainer:
         work,  # not by `train_loop_config`, which Ray shows on its dashboard: the context has a token
         backend_config=Meeting(),
         scaling_config=ScalingConfig(
-            num_workers=context.spec.workers, use_gpu=bool(context.use_gpu), resources_per_worker=_resources(context)
+            num_workers=size, use_gpu=bool(context.use_gpu), resources_per_worker=resources_of(context)
         ),
         run_config=RunConfig(
-            name=f"{context.job_id}-a{context.attempt}",
+            name=f"{context.job_id}-a{context.attempt}.{context.group}",
             storage_path=context.storage_path,
-            worker_runtime_env={"env_vars": {early.MODULE: RANK}},
+            worker_runtime_env={"env_vars": {early.MODULE: RANK, **failpoints.told()}},
             failure_config=FailureConfig(max_failures=0, controller_failure_limit=1),  # type: ignore[call-arg]
         ),
     )
-
-
-def _resources(context: RunContext) -> dict[str, float]:
-    gpu = {"GPU": 1.0} if context.use_gpu else {}
-    return {**gpu, **context.resources_per_worker}
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from scheduler import actor
 from scheduler.domain import DeviceProfile, Plan
 from scheduler.errors import CapacityError, D2ftError, SystemFault, from_dict
 from workers import logs
+from workers.changes import Planned
 from workers.checkpoint import Vault
 from workers.contract import RunContext
 from workers.control import PAUSED_FILE
@@ -31,9 +32,10 @@ from workers.events import EventLog
 from workers.failures import record
 from workers.poster import posting
 from workers.profiling import keep_freed_memory
+from workers.pulse import Pulse
 from workers.session import Place, Session
 from workers.transport import Nccl, Shared
-from workers.windows import Planned, Report
+from workers.windows import Report
 
 POLL_S = 0.05
 PLAN_TIMEOUT_S = 300.0
@@ -46,8 +48,12 @@ def run(context: RunContext) -> None:
     """All that one worker does in an attempt."""
     ranks = ray.train.get_context()
     rank, size = ranks.get_world_rank(), ranks.get_world_size()
-    with logs.kept(logs.log_path(context.run_dir, f"rank{rank}")), _group(rank, size, bool(context.use_gpu)):
-        _work(context)
+    with (
+        logs.kept(logs.log_path(context.run_dir, f"rank{rank}")),
+        Pulse(context.run_dir, rank, ray.get_runtime_context().get_node_id()) as pulse,
+        _group(rank, size, bool(context.use_gpu)),
+    ):
+        _work(context, pulse)
 
 
 @contextlib.contextmanager
@@ -63,7 +69,7 @@ def _group(rank: int, size: int, use_gpu: bool) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def _work(context: RunContext) -> None:
+def _work(context: RunContext, pulse: Pulse) -> None:
     ranks = ray.train.get_context()
     rank = ranks.get_world_rank()
     _LOG.info("job %s, attempt %d: rank %d of %d", context.job_id, context.attempt, rank, ranks.get_world_size())
@@ -81,7 +87,7 @@ def _work(context: RunContext) -> None:
     planner = ActorPlanner(context, rank, ranks.get_world_size())
     with posting(context) if rank == 0 else contextlib.nullcontext():
         log = EventLog(context.run_dir) if rank == 0 else None
-        session = Session(context.spec, context.run_dir, transport, planner, log, place, vault_of(context))
+        session = Session(context.spec, context.run_dir, transport, planner, log, place, vault_of(context), pulse)
         try:
             session.run()
             if rank == 0 and session.saved is not None:
@@ -95,10 +101,9 @@ def _work(context: RunContext) -> None:
 
 
 def vault_of(context: RunContext) -> Vault:
-    """Where the job's checkpoints go, next to what Ray Train keeps, and where this attempt looks for one."""
-    directory = Path(context.storage_path) / "checkpoints" / context.job_id
+    """Where the job's checkpoints go, and where this attempt looks for one."""
     resume_from = None if context.resume_from is None else Path(context.resume_from)
-    return Vault(directory, context.job_id, context.attempt, resume_from)
+    return Vault(Path(context.vault_dir), context.job_id, context.attempt, resume_from, context.group)
 
 
 @dataclass

@@ -25,9 +25,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from scheduler import failpoints
 from scheduler.cost import Costs, residual_bytes
 from scheduler.domain import DeviceProfile, Plan, StepShape
 from workers.artifact import write_result
+from workers.changes import Planned
 from workers.checkpoint import Checkpoint, Saved, Vault, check_same_job, newest_whole, part_of, save
 from workers.contract import JobSpec
 from workers.control import DRAIN, PAUSE, REGROUP, asked
@@ -45,11 +47,12 @@ from workers.optimiser import Adam
 from workers.order import MicroBatches
 from workers.partition import model_shape
 from workers.profiling import profile_device
+from workers.pulse import Pulse, Quiet
 from workers.shard import Shard
 from workers.spans import Span
 from workers.steps import SAVE, STOP
 from workers.transport import Transport
-from workers.windows import Engine, Planned, Planner, Windows
+from workers.windows import Engine, Planner, Windows
 
 _LOG = logging.getLogger(__name__)
 
@@ -79,6 +82,7 @@ class Session:
         log: EventLog | None,
         place: Place,
         vault: Vault | None = None,
+        pulse: Pulse | None = None,
     ) -> None:
         self.spec, self.run_dir, self.transport, self.planner, self.log, self.place = (
             spec,
@@ -92,7 +96,7 @@ class Session:
         self.device = torch.device(place.device)
         self.autocast = torch.bfloat16 if self.device.type == "cuda" and torch.cuda.is_bf16_supported() else None
         self.ledger = Ledger()
-        self.vault = vault
+        self.vault, self.pulse = vault, pulse or Quiet()
         self.saved: Saved | None = None
         self._found: Checkpoint | None = None
         self._keeper: Keeper | None = None
@@ -212,6 +216,7 @@ class Session:
         del self.model
         adam = Adam(shard, optimiser, self.total_steps)
         executor = Executor(shard, self.transport, label_smoothing=optimiser.label_smoothing, autocast=self.autocast)
+        executor.pulse = self.pulse
         self.engine = Engine(
             self.transport, costs, shard, adam, executor, ForwardPasses(executor, plan.placement, costs)
         )
@@ -304,6 +309,7 @@ class Session:
         # The ledger is one of the files: its own phase is what has passed until it is written.
         self.ledger.phases["export"] = time.perf_counter() - begin
         ledger = self.ledger.to_dict()
+        failpoints.hit("result.write")
         written = write_result(
             directory, state, spec=self.spec, model_input=self.input, classes=self.data.classes, ledger=ledger
         )
@@ -318,6 +324,7 @@ class Session:
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:
         begin = time.perf_counter()
+        self.pulse.phase(name)
         yield
         seconds = time.perf_counter() - begin
         _LOG.info("%s took %.2f s", name, seconds)

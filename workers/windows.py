@@ -23,12 +23,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from scheduler import failpoints
 from scheduler.compiler import compile_step
 from scheduler.cost import Costs
 from scheduler.domain import DeviceProfile, Op, OpTable, Plan, step_flops, uniform_ops
 from scheduler.errors import SystemFault
 from scheduler.profiles import Observations, fold
 from scheduler.transfers import step_bytes
+from workers.changes import Planned, changed, look, owners
 from workers.contract import JobSpec
 from workers.data import Dataset, Needs, Prefetcher
 from workers.executor import Executor
@@ -49,15 +51,6 @@ REHEARSED_STEPS = 2
 TIMED_STEPS = 2  # of a window on CUDA, where timing an instruction means waiting for it
 
 Report = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Planned:
-    """The planner's answer: the plan, the profiles in rank order that it rests on, and why it is what it is."""
-
-    plan: Plan
-    profiles: list[DeviceProfile]
-    change: dict[str, Any] = field(default_factory=dict)
 
 
 class Planner(Protocol):
@@ -123,7 +116,7 @@ class Windows:
     ) -> None:
         self.spec, self.engine, self.profile, self.data, self.order = spec, engine, profile, data, order
         self.total_steps, self.worth, self.planner, self.ledger, self.emit = total_steps, worth, planner, ledger, emit
-        self.wishes, self.save = wishes, save
+        self.wishes, self.save, self.pulse = wishes, save, engine.executor.pulse
         self.in_use: Planned | None = None
         self._kept: Planned | None = None  # the plan that the rest of a window goes on under
         self._held: Any = None  # heads that a plan before the first one here held FULL
@@ -171,8 +164,9 @@ class Windows:
         A wish at the last step comes too late.
         """
         engine = self.engine
-        engine.executor.gates = self.worth.gates
+        engine.executor.gates, self.pulse = self.worth.gates, engine.executor.pulse
         for span, following in zip(self.spans, [*self.spans[1:], None], strict=True):
+            self.pulse.phase("plan")
             before, planned = planned, self._kept or self.planner.plan(span.number, report)
             self._kept = None
             self._change(before.plan, planned, span.first)
@@ -198,14 +192,17 @@ class Windows:
         def needs(step: int) -> Needs | None:
             return _needs(compiled[(step - span.begin) % len(compiled)]) if step < span.end else None
 
+        self.pulse.phase("train")
         with Prefetcher(self.data, self.hardest or self.order, needs) as batches:
             for step in range(span.first, span.end):
+                self.pulse.step(step)
+                failpoints.hit("step.begin")
                 which = (step - span.begin) % len(compiled)
                 learning_rate = self.engine.adam.learning_rate
                 timed = span.first < step <= span.first + TIMED_STEPS if on_cuda else None
                 executor.wishes = self.wishes(span, step)
                 report = executor.run(compiled[which], self._batch(batches, step), step=step, timed=timed)
-                _check_finite(report, step)
+                self._check_finite(report, step)
                 if self.hardest is not None:
                     self.hardest.learn(step, report.losses_MB, compiled[which].running)
                 seen.add(report)
@@ -215,8 +212,28 @@ class Windows:
                     rest = replace(span, first=step + 1)
                     if report.wishes & STOP:
                         return seen, rest
+                    self.pulse.phase("checkpoint")
                     self.save(rest, self._with(copy.deepcopy(self.ledger), seen))
+                    self.pulse.phase("train")
         return seen, None
+
+    def _check_finite(self, report: StepReport, step: int) -> None:
+        """Raise on all workers, with where it shows, when loss or gradients are no numbers; collective then."""
+        if math.isfinite(report.loss) and math.isfinite(report.grad_norm):
+            return
+        shard = self.engine.shard
+        mine = all(bool(param.isfinite().all()) for _, param in shard.named_parameters())
+        ranks = [rank for rank, fine in enumerate(gather_json(self.engine.transport, mine, self.device)) if not fine]
+        images = (self.hardest or self.order).indices(step)
+        bad = sorted({int(images[m][b]) for m, b in np.argwhere(~np.isfinite(report.losses_MB))})
+        where = f"weights of the workers {ranks}" if ranks else "no weights"
+        raise SystemFault(
+            f"Step {step + 1}: the loss is {report.loss} and the gradient norm {report.grad_norm}; this shows in the "
+            f"losses of the images {bad[:20] or 'none'} and in {where}.",
+            code="not_finite",
+            param="optimiser.learning_rate",
+            remedy="Lower the learning rate, or set optimiser.clip_norm.",
+        )
 
     def _with(self, ledger: Ledger, seen: _Seen) -> Ledger:
         """The ledger, to which the steps of a window are added; collective."""
@@ -259,13 +276,13 @@ class Windows:
         engine.costs = Costs(engine.costs.shape, engine.costs.step, planned.profiles)
         engine.passes = ForwardPasses(engine.executor, plan.placement, engine.costs)
         migration = None
-        if _owners(plan) != _owners(before):
+        if owners(plan) != owners(before):
             moved = migrate(engine.shard, engine.adam, engine.transport, plan.placement)
             sent = all_sum(engine.transport, torch.tensor([sum(moved.sent_bytes)], device=self.device))
             migration = {"heads": moved.moved_heads, "bytes": int(sent), "seconds": moved.seconds}
             self.ledger.migrations.append(migration)
             self._all_full(1, begin=begin)
-        if _look(plan) != _look(before):
+        if look(plan) != look(before):
             told = changed(before, planned, migration)
             what = f"{told['moved_heads']} heads move" if migration else "other operations, heads stay"
             why = f"{told['cause']}; {told['reason']}"
@@ -335,65 +352,9 @@ class Windows:
         return Measured(mine.steps, flops, sent_bytes, mine.wall_s, cpu_s, idle / self.engine.transport.size)
 
 
-def changed(before: Plan, planned: Planned, migration: dict[str, Any] | None) -> dict[str, Any]:
-    """What a new plan changes, for the event; the planner's own words where it has some."""
-    told, plan = planned.change, planned.plan
-    old, new = (
-        {
-            "version": p.version,
-            "step_us": p.forecast.step_us,
-            "heads": p.placement.heads_owned.tolist(),
-            "full_heads": full_heads_of(p),
-        }
-        for p in (before, plan)
-    )
-    return {
-        "migrated": migration is not None,
-        "moved_heads": migration["heads"] if migration else 0,
-        "migration": migration,
-        "cause": told.get("cause") or "the planner does not say",
-        "reason": told.get("reason") or "the planner does not say",
-        # Of a move the planner has forecast the old placement under today's profiles: that is what the new one beats.
-        "before": {**old, **(_known(told.get("before")) if migration else {})},
-        "after": new,
-    }
-
-
-def full_heads_of(plan: Plan) -> list[float]:
-    """FULL heads of each worker: the mean over micro-batches and the plan's cycle."""
-    full_LH = np.mean([(ops_LHM == Op.FULL).mean(axis=2) for ops_LHM in plan.cycle], axis=0)
-    counts = np.bincount(plan.placement.owner_LH.ravel(), full_LH.ravel(), plan.placement.num_workers)
-    return counts.round(2).tolist()
-
-
-def _known(figures: Mapping[str, Any] | None) -> dict[str, Any]:
-    return {name: value for name, value in (figures or {}).items() if value is not None}
-
-
-def _owners(plan: Plan) -> tuple[Any, int]:
-    return plan.placement.owner_LH.tolist(), plan.placement.classifier
-
-
-def _look(plan: Plan) -> tuple[Any, ...]:
-    """What makes a plan another one to its reader: who owns what, which heads train, how much; not which SKIPs fell."""
-    trained_LH = np.any([(ops_LHM == Op.FULL).any(axis=2) for ops_LHM in plan.cycle], axis=0)
-    fractions = round(plan.compute_fraction, 3), round(plan.bytes_fraction, 3)
-    return _owners(plan), trained_LH.tolist(), [round(n, 1) for n in full_heads_of(plan)], fractions
-
-
 def _needs(steps: StepPrograms) -> Needs:
     return Needs(frozenset(steps.own.image_micro_batches), frozenset(steps.own.label_micro_batches))
 
 
 def _measured(report: StepReport) -> Measured:
     return Measured(1, report.flops, float(sum(report.sent_bytes)), report.wall_s, report.cpu_s, report.idle_share)
-
-
-def _check_finite(report: StepReport, step: int) -> None:
-    if not (math.isfinite(report.loss) and math.isfinite(report.grad_norm)):
-        raise SystemFault(
-            f"Step {step + 1}: the loss is {report.loss} and the gradient norm {report.grad_norm}.",
-            code="not_finite",
-            param="optimiser.learning_rate",
-            remedy="Lower the learning rate, or set optimiser.clip_norm.",
-        )

@@ -32,11 +32,11 @@ from scheduler.domain import DeviceProfile, ModelShape, Op, StepShape
 from tests.bench.report import publish, target
 from tests.workers.planners import GroupPlanner, ScriptedPlanner, even_heads
 from tests.workers.processes import busy_guest, on_processes
+from workers.changes import full_heads_of
 from workers.contract import JobSpec
 from workers.profiling import keep_freed_memory
 from workers.session import Place, Session
 from workers.transport import Shared
-from workers.windows import full_heads_of
 
 CORES = (0, 1, 1)
 HEADS = 6

@@ -21,8 +21,8 @@ from scheduler.domain import (
 )
 from scheduler.errors import from_dict
 from scheduler.simulate import simulate
+from workers.changes import Planned
 from workers.gather import gather_json
-from workers.windows import Planned
 
 REPORT = SolverReport("scripted", "KEPT", 0.0, 0.0, 0.0, 0.0)
 

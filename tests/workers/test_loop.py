@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,9 +22,10 @@ from scheduler.plan import make_plan
 from scheduler.request import PlanRequest
 from scheduler.scores import make_scores
 from tests.scheduler.test_program import SHAPE, costs_of
-from workers import failures, loop, rank
+from workers import control, failures, loop, muster, rank
 from workers.contract import JobSpec, RunContext
-from workers.events import read_events
+from workers.events import EventLog, read_events
+from workers.pulse import Pulse, accounts
 
 
 def context_of(tmp_path, **spec):
@@ -58,10 +60,120 @@ def test_a_bad_spec_ends_with_status_2_and_says_why(tmp_path, capsys, text):
 
 def test_more_workers_than_the_cluster_holds_is_said_with_numbers(tmp_path, monkeypatch):
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0})
-    loop.wait_for_capacity(context_of(tmp_path, workers=4))
+    assert muster.muster(context_of(tmp_path, workers=4)) == 4
     with pytest.raises(CapacityError, match=r"5 workers need 2\.5 CPU.*the cluster has 2") as error:
-        loop.wait_for_capacity(context_of(tmp_path, workers=5))
+        muster.muster(context_of(tmp_path, workers=5))
     assert error.value.param == "workers" and error.value.code == "cluster_too_small"
+
+
+def test_fewer_workers_are_enough_after_a_wait_or_at_once_for_a_later_group(tmp_path, monkeypatch):
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 1.0})
+    context = context_of(tmp_path, workers={"min": 2, "max": 4})
+    assert (context.spec.workers, context.spec.fewest_workers) == (4, 2)
+    assert muster.muster(context) == 2
+    patient = context.model_copy(update={"start_timeout_s": 1000.0, "group": 1})
+    assert muster.muster(patient) == 2
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 0.5})
+    with pytest.raises(CapacityError, match=r"2 workers need 1 CPU.*the cluster has 0\.5"):
+        muster.muster(context)
+
+
+def test_more_workers_are_taken_in_once_the_cluster_holds_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(muster, "RECRUIT_S", 0.01)
+    have = {"CPU": 1.0}
+    monkeypatch.setattr(ray, "cluster_resources", lambda: have)
+    context = context_of(tmp_path, workers={"min": 2, "max": 4})
+    with muster.Recruiter(context, 2):
+        time.sleep(0.1)
+        assert control.asked(tmp_path) is None
+        have["CPU"] = 1.5
+        for _ in range(500):
+            if control.asked(tmp_path):
+                break
+            time.sleep(0.01)
+    assert control.asked(tmp_path) == control.REGROUP
+
+
+def lose(tmp_path, monkeypatch, *outcomes, **context):
+    """How an attempt ended, and the contexts of its groups; an outcome is (error, step that was reached)."""
+    left, seen = list(outcomes), []
+
+    def group(context):
+        seen.append(context)
+        error, step = left.pop(0)
+        with EventLog(tmp_path) as log:
+            log.emit("metrics", step=step)
+        return error
+
+    monkeypatch.setattr(loop, "_group", group)
+    return loop._attempt(context_of(tmp_path).model_copy(update=context)), seen
+
+
+GONE = SystemFault("worker 1 is gone", code="worker_failed")
+
+
+def test_a_lost_group_is_followed_by_one_that_goes_on(tmp_path, monkeypatch):
+    end, seen = lose(tmp_path, monkeypatch, (GONE, 3), (GONE, 9), (None, 20))
+    assert end is None and [context.group for context in seen] == [0, 1, 2]
+    assert [context.resume_from for context in seen] == [None, seen[0].vault_dir, seen[0].vault_dir]
+    told = [event for _, event in read_events(tmp_path / "events.jsonl", 0) if event["type"] == "phase"]
+    assert [event["data"]["failures"] for event in told] == [1, 2] and "worker 1 is gone" in told[0]["message"]
+
+
+def test_losses_have_an_end(tmp_path, monkeypatch):
+    end, seen = lose(tmp_path, monkeypatch, *((GONE, step) for step in (1, 2, 3)), max_losses=2)
+    assert end.code == "worker_failed" and "3 groups of workers were lost" in end.message and len(seen) == 3
+
+
+def test_what_stops_every_group_at_one_step_is_poison(tmp_path, monkeypatch):
+    end, seen = lose(tmp_path, monkeypatch, *((GONE, step) for step in (5, 7, 6, 7)))
+    assert end.code == "poisoned" and "step 7" in end.message and len(seen) == 4
+
+
+@pytest.mark.parametrize(
+    "error",
+    [UserError("bad weights", code="weights_mismatch"), SystemFault("nan", code="not_finite"),
+     CapacityError("too small", code="cluster_too_small")],
+)  # fmt: skip
+def test_what_would_go_the_same_way_again_ends_at_once(tmp_path, monkeypatch, error):
+    end, seen = lose(tmp_path, monkeypatch, (error, 3))
+    assert end is error and len(seen) == 1
+
+
+def test_a_group_that_makes_room_for_more_is_no_loss(tmp_path, monkeypatch):
+    control.ask(tmp_path, control.REGROUP)
+    calls = []
+
+    def group(context):
+        calls.append((context.group, control.asked(tmp_path)))
+        if len(calls) == 1:
+            control.ask(tmp_path, control.REGROUP)
+            (tmp_path / loop.PAUSED_FILE).write_text("{}")
+
+    monkeypatch.setattr(loop, "_group", group)
+    assert loop._attempt(context_of(tmp_path).model_copy(update={"max_losses": 0})) is None
+    assert calls == [(0, None), (1, None)] and loop._paused(context_of(tmp_path)) is None
+
+
+def test_a_machine_that_is_switched_off_asks_for_a_checkpoint_once_there_is_training(tmp_path):
+    with pytest.raises(loop._SwitchedOffError):
+        loop._switched_off(tmp_path)
+    with Pulse(tmp_path, 0) as pulse:
+        pulse.phase("train")
+        for _ in range(300):
+            if any(account.phase == "train" for account in accounts(tmp_path)):
+                break
+            time.sleep(0.02)
+        loop._switched_off(tmp_path)
+    assert control.asked(tmp_path) == control.DRAIN
+
+
+def test_a_cancelled_run_ends_at_once(tmp_path):
+    code = (
+        "import sys; from pathlib import Path; from workers import control, loop; "
+        "run_dir = Path(sys.argv[1]); control.ask(run_dir, control.CANCEL); loop._switched_off(run_dir)"
+    )
+    assert subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False).returncode == 143
 
 
 def fail(tmp_path, number, error):
@@ -86,20 +198,21 @@ def test_out_of_memory_is_a_matter_of_capacity(tmp_path):
     ("ended", "status", "code"), [("all", "succeeded", 0), ("pause", "paused", 0), ("no", "failed", 1)]
 )
 def test_the_last_line_of_a_run_is_its_outcome(tmp_path, monkeypatch, capfd, ended, status, code):
-    def attempt(context):
+    def group(context):
         if ended == "pause":
             (tmp_path / loop.PAUSED_FILE).write_text("{}")
-        return SystemFault("all is lost", code="lost") if ended == "no" else None
+        return UserError("all is lost", code="lost") if ended == "no" else None
 
     (tmp_path / loop.PAUSED_FILE).write_text("{}")  # of an earlier attempt in the same directory
     monkeypatch.setattr(ray, "init", lambda **_: os.write(1, b"what Ray has to say\n"))
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0})
-    monkeypatch.setattr(loop, "_attempt", attempt)
+    monkeypatch.setattr(loop, "_group", group)
     (tmp_path / "context.json").write_text(context_of(tmp_path).model_dump_json())
     assert loop.main(["--context", str(tmp_path / "context.json")]) == code
     *_, (_, event) = read_events(tmp_path / "events.jsonl", 0)
-    error = SystemFault("all is lost", code="lost").to_dict() if ended == "no" else None
-    assert event["type"] == "outcome" and event["data"] == {"status": status, "error": error}
+    error = UserError("all is lost", code="lost").to_dict() if ended == "no" else None
+    why = {"why": "pause"} if ended == "pause" else {}
+    assert event["type"] == "outcome" and event["data"] == {"status": status, "error": error, **why}
     out, err = capfd.readouterr()
     assert out == "" and err == ("d2ft: job job failed: all is lost\n" if ended == "no" else "")
     assert "what Ray has to say" in (tmp_path / "logs" / "driver.log").read_text()
