@@ -7,7 +7,7 @@ STAMP := $(VENV)/.ready
 # One thread per process: the suites start several processes on few cores.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-slow fuzz lint bench-engine bench-planner bench-unlike bench-accuracy bench-peers bench-service clean
+.PHONY: demo test test-slow fuzz chaos lint bench-engine bench-planner bench-unlike bench-accuracy bench-peers bench-service clean
 
 demo: $(STAMP)
 	deploy/demo.sh $(BIN)
@@ -21,6 +21,9 @@ test-slow: $(STAMP)
 # The whole API by generated requests, for FUZZ_SECONDS.
 fuzz: $(STAMP)
 	$(BIN)/python -m tests.fuzz.api
+
+chaos: $(STAMP)
+	$(BIN)/python -m tests.chaos
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

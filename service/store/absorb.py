@@ -12,6 +12,7 @@ from functools import partial
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from sqlalchemy import delete
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
@@ -48,6 +49,10 @@ class _Artifact(_Data):
 class _Checkpoint(_Artifact):
     name: Annotated[str, Field(min_length=1, max_length=80)]
     step: Step
+
+
+class _Dropped(_Data):
+    name: Annotated[str, Field(min_length=1, max_length=80)]
 
 
 class _Error(_Data):
@@ -172,6 +177,13 @@ def _absorb_checkpoint(session: Session, job: JobRow, event: RunEvent) -> bool:
     return False
 
 
+def _absorb_dropped(session: Session, job: JobRow, event: RunEvent) -> bool:
+    said = _read(_Dropped, event)
+    if said is not None:
+        session.execute(delete(CheckpointRow).where(CheckpointRow.job_id == job.id, CheckpointRow.name == said.name))
+    return False
+
+
 def _absorb_outcome(session: Session, job: JobRow, event: RunEvent, max_faults: int) -> bool:
     """The run's last word. One that fails while it is being stopped failed of the stop.
 
@@ -232,4 +244,5 @@ _ABSORBERS: dict[str, _Absorber] = {
     "ledger": _absorb_ledger,
     "artifact.ready": _absorb_artifact,
     "checkpoint.saved": _absorb_checkpoint,
+    "checkpoint.dropped": _absorb_dropped,
 }

@@ -175,16 +175,17 @@ class Ray:
     def _start(self, *flags: str, cpus: float) -> subprocess.Popen[bytes]:
         before = self.cpus() if self.nodes else 0.0
         command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats"]
-        output = (self.home / f"ray{len(self.nodes)}.txt").open("wb")
-        node = subprocess.Popen(
-            [*command, f"--num-cpus={cpus:g}", *flags], env={**os.environ, **self.env, "RAY_ADDRESS": ""},
-            stdout=output, stderr=output, start_new_session=True,
-        )  # fmt: skip
+        log = self.home / f"ray{len(self.nodes)}.txt"
+        with log.open("wb") as output:
+            node = subprocess.Popen(
+                [*command, f"--num-cpus={cpus:g}", *flags], env={**os.environ, **self.env, "RAY_ADDRESS": ""},
+                stdout=output, stderr=output, start_new_session=True,
+            )  # fmt: skip
         self.nodes.append(node)
         deadline = time.monotonic() + 60
         while self.cpus() < before + cpus:
             if node.poll() is not None or time.monotonic() > deadline:
-                raise TimeoutError(f"Ray does not come up: {Path(output.name).read_text()[-2000:]}")
+                raise TimeoutError(f"Ray does not come up: {log.read_text()[-2000:]}")
         return node
 
 

@@ -59,7 +59,7 @@ def test_every_room_is_in_its_readme():
                 assert re.search(rf"\b{path.stem}\b", readme), f"{package}/{path.name}"
 
 
-def test_every_setting_route_and_command_is_in_the_service_readme():
+def test_every_setting_route_and_command_is_in_the_service_readme(tmp_path):
     from service.app import create_app
     from service.cli.commands import app as command_line
     from service.settings import Settings
@@ -69,7 +69,7 @@ def test_every_setting_route_and_command_is_in_the_service_readme():
         assert f"`D2FT_{name.upper()}`" in readme, name
     for command in command_line.registered_commands:
         assert f"`d2ft {command.name or command.callback.__name__}" in readme
-    paths = create_app(Settings(home=Path("/nonexistent"))).openapi()["paths"]
+    paths = create_app(Settings(home=tmp_path)).openapi()["paths"]
     for path in paths:
         if path.startswith("/v1"):
             assert path in readme, path

@@ -66,6 +66,9 @@ def test_what_a_run_left_can_be_fetched(api: TestClient, submit: Callable[..., s
         {"seq": 8, "at": 1.0, "type": "ledger", "data": {"rows": []}},
         checkpoint(9, 10),
         checkpoint(10, 20),
+        checkpoint(11, 30),
+        {"seq": 12, "at": 1.0, "type": "checkpoint.dropped", "data": {"name": "step-30"}},
+        {"seq": 13, "at": 1.0, "type": "checkpoint.dropped", "data": {"name": 7}},
     ]
     store.attempts.absorb(attempt, lines, 1)
     root = f"/v1/jobs/{job_id}"
