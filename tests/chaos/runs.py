@@ -97,6 +97,11 @@ class Run:
         """By step; of a step that was made twice the later."""
         return {event["data"]["step"]: event["data"]["loss"] for event in self.events("metrics")}
 
+    def owners(self) -> list[list[int]]:
+        """The workers that own heads, of every group's first plan."""
+        plans = [event["data"]["placement"]["owners"] for event in self.events("plan.created")]
+        return [sorted({owner for row in rows for owner in row}) for rows in plans]
+
     def repeated(self) -> bool:
         """Whether steps that were made twice had the same loss both times."""
         seen: dict[int, float] = {}

@@ -1,0 +1,164 @@
+"""Checkpoints that were damaged, and disks that run full while one is written.
+
+    python -m tests.chaos.damage
+
+A directory holds two checkpoints; the newer one is damaged in every way there is, and two workers look for one to go on
+from. What they find must be the older, or nothing: a newer one that is found is a silent load. Then checkpoints are
+written to a file system with room for a part of one only; whatever is listed afterwards must verify.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import random
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from scheduler.errors import SystemFault
+from tests.bench.report import publish, target
+from tests.workers.test_checkpoint import found_in, saved_at
+from workers.manifest import check_file, names, read_manifest
+
+FLIPS, CUTS, DISKS = 60, 20, 24
+OLDER, NEWER = 7, 42
+Row = dict[str, Any]
+
+
+def main() -> None:
+    rows, targets = rows_and_targets()
+    publish("chaos_damage", rows, targets, f"{FLIPS} flips, {CUTS} cuts")
+
+
+def rows_and_targets(seed: int = 0) -> tuple[list[Row], list[Row]]:
+    """Everything, a row for each kind of damage."""
+    rng = random.Random(seed)
+    with tempfile.TemporaryDirectory(prefix="d2ft-damage-") as home:
+        whole = Path(home) / "whole"
+        for step in (OLDER, NEWER):
+            saved_at(whole, step)
+        files = sorted(path.name for path in (whole / f"step-{NEWER:08d}").iterdir())
+        kinds: dict[str, list[Callable[[Path], None]]] = {
+            "bit flipped": [_flip(rng, files) for _ in range(FLIPS)],
+            "cut short": [_cut(rng, files) for _ in range(CUTS)],
+            "deleted": [_delete(name) for name in files],
+            "two exchanged": [_exchange(a, b) for a, b in itertools.combinations(files, 2)],
+            "of another checkpoint": [_foreign(name) for name in files],
+        }
+        rows = [_tried(whole, Path(home) / "hurt", kind, acts) for kind, acts in kinds.items()]
+        rows.append(_full_disks(Path(home), sum(p.stat().st_size for p in (whole / f"step-{NEWER:08d}").iterdir())))
+    return rows, [
+        target("damaged checkpoints that load silently", sum(row["silent"] for row in rows), "==", 0),
+        target("older checkpoints lost by it", sum(row["lost"] for row in rows), "==", 0),
+        target("listed checkpoints that do not verify after a full disk", rows[-1]["silent"], "==", 0),
+    ]
+
+
+def _tried(whole: Path, hurt: Path, kind: str, acts: list[Callable[[Path], None]]) -> Row:
+    silent = lost = 0
+    for act in acts:
+        shutil.copytree(whole, hurt)
+        act(hurt / f"step-{NEWER:08d}")
+        found, _ = found_in(hurt, size=2)
+        silent += found is not None and found.manifest.step == NEWER
+        lost += found is None
+        shutil.rmtree(hurt)
+    return {"damage": kind, "tried": len(acts), "silent": silent, "lost": lost}
+
+
+def _full_disks(home: Path, size: int) -> Row:
+    """Disks with room for the older checkpoint and for more and more of the newer."""
+    tried = silent = lost = 0
+    for part in range(1, DISKS + 1):
+        with _small_disk(home / "disk", size + 64_000 + part * (size + 200_000) // DISKS) as disk:
+            if disk is None:
+                break
+            tried += 1
+            saved_at(disk / "vault", OLDER)
+            with contextlib.suppress(SystemFault):
+                saved_at(disk / "vault", NEWER)
+            listed = names(disk / "vault")
+            lost += f"step-{OLDER:08d}" not in listed
+            silent += sum(not _verifies(disk / "vault" / name) for name in listed)
+    return {
+        "damage": "disk full" if tried else "disk full (no right to mount)",
+        "tried": tried,
+        "silent": silent,
+        "lost": lost,
+    }
+
+
+def _verifies(folder: Path) -> bool:
+    try:
+        for file in read_manifest(folder)[0].files:
+            check_file(folder, file)
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def _small_disk(path: Path, size: int) -> Iterator[Path | None]:
+    """A file system of so many bytes; None where this user may not mount one."""
+    path.mkdir(exist_ok=True)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(path)], capture_output=True, check=False
+    )
+    try:
+        yield path if mounted.returncode == 0 else None
+    finally:
+        if mounted.returncode == 0:
+            subprocess.run(["umount", str(path)], check=True)
+
+
+def _flip(rng: random.Random, files: list[str]) -> Callable[[Path], None]:
+    name, where, bit = rng.choice(files), rng.random(), rng.randrange(8)
+
+    def act(folder: Path) -> None:
+        content = bytearray((folder / name).read_bytes())
+        content[int(where * len(content))] ^= 1 << bit
+        (folder / name).write_bytes(content)
+
+    return act
+
+
+def _cut(rng: random.Random, files: list[str]) -> Callable[[Path], None]:
+    name, where = rng.choice(files), rng.random()
+
+    def act(folder: Path) -> None:
+        content = (folder / name).read_bytes()
+        (folder / name).write_bytes(content[: int(where * len(content))])
+
+    return act
+
+
+def _delete(name: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).unlink()
+
+
+def _exchange(a: str, b: str) -> Callable[[Path], None]:
+    def act(folder: Path) -> None:
+        (folder / a).rename(folder / "aside")
+        (folder / b).rename(folder / a)
+        (folder / "aside").rename(folder / b)
+
+    return act
+
+
+def _foreign(name: str) -> Callable[[Path], None]:
+    """The file of the same name out of the older checkpoint; of files that are the same there, one byte more."""
+
+    def act(folder: Path) -> None:
+        theirs = (folder.parent / f"step-{OLDER:08d}" / name).read_bytes()
+        same = theirs == (folder / name).read_bytes()
+        (folder / name).write_bytes(theirs + b"\n" if same else theirs)
+
+    return act
+
+
+if __name__ == "__main__":
+    main()
