@@ -73,6 +73,7 @@ def test_a_job_within_budgets_gives_a_checkpoint_that_timm_opens(service, tmp_pa
     assert {"job.created", "job.status", "plan.created", "metrics", "evaluation", "artifact.ready"} <= types
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_an_image_folder_and_a_timm_model_with_weights_of_ones_own(service):
     folder = service.home / "shapes"

@@ -202,7 +202,7 @@ def test_a_store_that_does_not_answer_is_a_503(api: TestClient, monkeypatch: pyt
 
     from service.store import database
 
-    def locked(*_: object) -> None:
+    def locked(*_: object, **__: object) -> None:
         raise OperationalError("x", {}, sqlite3.OperationalError("database is locked"))
 
     monkeypatch.setattr(database.Session, "get", locked)

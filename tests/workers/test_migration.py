@@ -103,6 +103,7 @@ grids = st.lists(st.lists(st.integers(0, 3), min_size=4, max_size=4), min_size=3
 
 @settings(max_examples=30, deadline=None, phases=NO_SHRINKING)
 @given(num_workers=st.integers(1, 4), old=grids, new=grids, init=st.sampled_from([None, 0.3]), seed=st.integers(0, 99))
+@pytest.mark.slow
 def test_training_goes_on_as_if_nothing_had_moved(num_workers, old, new, init, seed):
     old, new = old % num_workers, new % num_workers
     model, tables = tiny_vit(init_values=init), tables_of(seed)

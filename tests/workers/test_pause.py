@@ -158,6 +158,7 @@ def test_worths_of_heads_and_of_single_images_go_on(tmp_path):
     assert first.planners[0].reports[-1]["worth_TLHM"] is not None
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_passed_over_and_without_a_whole_one_training_begins_again(tmp_path, plain):
     (spec, cycle), vault = job_of("full"), vault_at(tmp_path, resumes=True)
     for pause_at in (2, 5):
