@@ -36,6 +36,7 @@ from workers.contract import JobSpec, RunContext
 from workers.control import PAUSED_FILE
 from workers.events import EventLog
 from workers.failures import FAILURES_DIR, root_cause
+from workers.manifest import names
 from workers.meeting import Meeting, Trainer
 from workers.muster import Recruiter, muster, resources_of
 from workers.poster import posting
@@ -143,7 +144,10 @@ def _attempt(context: RunContext) -> D2ftError | None:
             )
         else:
             return None
-        context = context.model_copy(update={"group": context.group + 1, "resume_from": context.vault_dir})
+        update: dict[str, Any] = {"group": context.group + 1}
+        if names(Path(context.vault_dir)):  # until this run has one of its own, it is the one that it began with
+            update["resume_from"] = context.vault_dir
+        context = context.model_copy(update=update)
 
 
 def _clear(run_dir: Path) -> None:

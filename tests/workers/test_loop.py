@@ -101,6 +101,8 @@ def lose(tmp_path, monkeypatch, *outcomes, **context):
     def group(context):
         seen.append(context)
         error, step = left.pop(0)
+        if step >= 5:
+            (Path(context.vault_dir) / "step-00000005").mkdir(parents=True, exist_ok=True)
         with EventLog(tmp_path) as log:
             log.emit("metrics", step=step)
         return error
@@ -113,9 +115,9 @@ GONE = SystemFault("worker 1 is gone", code="worker_failed")
 
 
 def test_a_lost_group_is_followed_by_one_that_goes_on(tmp_path, monkeypatch):
-    end, seen = lose(tmp_path, monkeypatch, (GONE, 3), (GONE, 9), (None, 20))
+    end, seen = lose(tmp_path, monkeypatch, (GONE, 3), (GONE, 9), (None, 20), resume_from="/earlier")
     assert end is None and [context.group for context in seen] == [0, 1, 2]
-    assert [context.resume_from for context in seen] == [None, seen[0].vault_dir, seen[0].vault_dir]
+    assert [context.resume_from for context in seen] == ["/earlier", "/earlier", seen[0].vault_dir]
     told = [event for _, event in read_events(tmp_path / "events.jsonl", 0) if event["type"] == "phase"]
     assert [event["data"]["failures"] for event in told] == [1, 2] and "worker 1 is gone" in told[0]["message"]
 
