@@ -51,8 +51,7 @@ def rows_and_targets(kills: int) -> tuple[list[Row], list[Row]]:
     with served() as (home, client, env):
         api = api_killed(home, client, env)
         cancels = [
-            cancelled(home, client, state)
-            for state in ("queued", "planning", "starting", "running", "recovering", "pausing")
+            cancelled(home, client, state) for state in ("queued", "starting", "running", "recovering", "pausing")
         ]
     return [planner, api, *cancels], [
         target("planner's actor: kills", planner["kills"], ">=", kills),
