@@ -20,7 +20,7 @@ from scheduler.errors import SystemFault
 
 DIED = "driver_died"  # without a last word, as Ray says
 FORGOTTEN = "ray_restarted"  # Ray no longer knows the run
-FINAL_CODES = frozenset({"not_finite", "poisoned", "checkpoint_mismatch", "budget_spent"})
+FINAL_CODES = frozenset({"not_finite", "poisoned", "checkpoint_mismatch"})
 POISONED_AFTER = 3
 
 

@@ -37,11 +37,11 @@ from workers.manifest import (
     PLAN_FILE,
     File,
     Manifest,
-    check_file,
     describe,
     names,
     rank_file,
     read_manifest,
+    verify,
     write_manifest,
 )
 from workers.optimiser import Adam, State
@@ -270,12 +270,9 @@ def _write(path: Path, tensors: Mapping[str, Tensor]) -> File:
 def _judge(folder: Path, rank: int, size: int) -> tuple[str, str]:
     """(what is wrong with the files that fall to this worker, SHA-256 of the manifest)."""
     try:
-        manifest, digest = read_manifest(folder)
-        for file in manifest.files[rank::size]:
-            check_file(folder, file)
+        return "", verify(folder, rank, size)[1]
     except (OSError, ValueError) as error:
         return str(error), ""
-    return "", digest
 
 
 def _mismatch(why: str) -> UserError:

@@ -12,8 +12,9 @@ run ended. What may be wanted:
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
+
+from workers.disk import leave
 
 CONTROL_FILE = "control.json"
 PAUSE, DRAIN, REGROUP, CANCEL = "pause", "drain", "regroup", "cancel"
@@ -22,10 +23,7 @@ PAUSED_FILE = "paused.json"  # what rank 0 leaves for the driver when the group 
 
 def ask(run_dir: str | Path, want: str) -> None:
     """Leave a wish; a reader finds it whole or not at all."""
-    path = Path(run_dir) / CONTROL_FILE
-    draft = path.with_name(f".{CONTROL_FILE}.{os.getpid()}")
-    draft.write_text(json.dumps({"want": want}))
-    draft.replace(path)
+    leave(Path(run_dir) / CONTROL_FILE, json.dumps({"want": want}))
 
 
 def take_back(run_dir: str | Path) -> None:

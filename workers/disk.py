@@ -1,4 +1,4 @@
-"""Files that are to outlast a power cut, and that are known again: flushing and digests."""
+"""Files that others read: flushed, known again by digests, and whole or not there."""
 
 from __future__ import annotations
 
@@ -14,6 +14,13 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def leave(path: Path, text: str) -> None:
+    """Write a file that a reader finds as it was or as it is, never half. It may be lost in a power cut."""
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    draft.write_text(text)
+    draft.replace(path)
 
 
 def sha256_of(path: Path) -> str:

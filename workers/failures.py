@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from scheduler.errors import D2ftError, from_dict
+from workers.disk import leave
 
 FAILURES_DIR = "failures"
 _ECHO_CODES = ("peer_lost", "transport_timeout")
@@ -47,9 +48,7 @@ def _records(run_dir: Path) -> list[dict[str, Any]]:
 def _leave(run_dir: Path, name: str, told: dict[str, Any]) -> None:
     path = run_dir / FAILURES_DIR / name
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{name}")
-    draft.write_text(json.dumps(told))
-    draft.replace(path)
+    leave(path, json.dumps(told))
 
 
 def _urgency(record: dict[str, Any]) -> tuple[bool, bool, float]:

@@ -26,6 +26,7 @@ from torch import Tensor
 from scheduler.failpoints import passing
 from workers.checkpoint import Group, Saved, Vault, drop_drafts, finish, write_part
 from workers.contract import Checkpoints
+from workers.disk import leave
 from workers.manifest import File, Manifest, names, rank_file, read_manifest
 
 WRITE_TIMEOUT_S = 300.0
@@ -130,12 +131,12 @@ class _Writing:
             files = write_part(draft, self.rank, part, group, plan)
         except Exception as error:
             with contextlib.suppress(OSError):
-                _leave(draft, self.rank, _FAILED, str(error))
+                leave(draft / (rank_file(self.rank) + _FAILED), str(error))
             if self.rank == 0:
                 shutil.rmtree(draft, ignore_errors=True)
             raise
         if self.rank != 0:
-            _leave(draft, self.rank, _WROTE, json.dumps([asdict(file) for file in files]))
+            leave(draft / (rank_file(self.rank) + _WROTE), json.dumps([asdict(file) for file in files]))
             return None
         try:
             for rank in range(1, self.size):
@@ -174,11 +175,3 @@ def surplus(directory: Path, keep: int) -> list[str]:
     if measured:
         kept.add(max(measured, key=lambda name: (known[name], name)))
     return [name for name in known if name not in kept]
-
-
-def _leave(draft: Path, rank: int, ending: str, content: str) -> None:
-    """A file that the others find whole or not at all."""
-    path = draft / (rank_file(rank) + ending)
-    hidden = path.with_name(f".{path.name}")
-    hidden.write_text(content)
-    hidden.rename(path)

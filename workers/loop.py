@@ -42,7 +42,7 @@ from workers.muster import Recruiter, muster, resources_of
 from workers.poster import posting
 from workers.pulse import Account, accounts
 from workers.recovery import Losses, last_step
-from workers.watch import Watchdog, strike_here
+from workers.watch import STRIKE_S, Watchdog, strike_here
 
 RANK = "workers.rank"  # what a worker runs
 FORGET_TIMEOUT_S = 10.0
@@ -187,7 +187,8 @@ def strike(account: Account, number: int) -> None:
         return
     there = NodeAffinitySchedulingStrategy(account.node, soft=False)
     task: Any = ray.remote(strike_here)
-    ray.get(task.options(num_cpus=0, scheduling_strategy=there).remote(account, number))
+    placed = task.options(num_cpus=0, scheduling_strategy=there, max_retries=0)
+    ray.get(placed.remote(account, number), timeout=STRIKE_S)  # the node may be gone
 
 
 def _forget(scheduler: Any, job_id: str) -> None:

@@ -128,6 +128,17 @@ def read_manifest(folder: Path) -> tuple[Manifest, str]:
     return manifest, hashlib.sha256(content).hexdigest()
 
 
+def verify(folder: Path, rank: int = 0, size: int = 1) -> tuple[Manifest, str]:
+    """(manifest, its SHA-256) of a checkpoint whose files are as they were written; every `size`-th of them is read.
+
+    Raises OSError, ValueError.
+    """
+    manifest, digest = read_manifest(folder)
+    for file in manifest.files[rank::size]:
+        check_file(folder, file)
+    return manifest, digest
+
+
 def check_file(folder: Path, file: File) -> None:
     """Raises OSError or ValueError unless the file is, byte for byte, what the manifest says."""
     path = folder / file.name

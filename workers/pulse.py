@@ -27,6 +27,8 @@ from types import TracebackType
 
 import psutil
 
+from workers.disk import leave
+
 PULSE_DIR, STACKS_DIR = "pulse", "stacks"
 STEPS_KEPT = 200  # whose durations say how long a step may take
 STEPS_KNOWN = 5  # fewer say too little
@@ -178,14 +180,12 @@ class Pulse:
 
     def _write(self, account: Account) -> None:
         """By renaming; where the disk is full, over the old text, since a worker with a full disk is not a dead one."""
-        told = json.dumps(asdict(account)).encode()
-        draft = self._path.with_name(f".{self._path.name}")
+        told = json.dumps(asdict(account))
         try:
-            draft.write_bytes(told)
-            draft.replace(self._path)
+            leave(self._path, told)
         except OSError:
             with open(self._path, "r+b") as old:
-                old.write(told.ljust(self._path.stat().st_size))
+                old.write(told.encode().ljust(self._path.stat().st_size))
 
 
 class Quiet(Pulse):

@@ -99,6 +99,7 @@ class Session:
         self.vault, self.pulse = vault, pulse or Quiet()
         self.saved: Saved | None = None
         self._found: Checkpoint | None = None
+        self._kept: Planned | None = None  # the plan that the checkpoint was trained under, where it holds on
         self._keeper: Keeper | None = None
         if vault is not None:
             self._keeper = Keeper(vault, spec.checkpoint, self.rank, transport.size, self._emit)
@@ -204,8 +205,8 @@ class Session:
             )
             done = None if self._found is None else self._found.manifest.step / self.total_steps
             planned = self.planner.plan(0, None if done is None else {"progress": done})
-            self._kept_plan = None if self._found is None else kept_plan(self._found, planned.profiles)
-            return self._kept_plan or planned
+            self._kept = None if self._found is None else kept_plan(self._found, planned.profiles)
+            return self._kept or planned
 
     def _settle(self, planned: Planned) -> Windows:
         """Cut the model under the plan's placement and let go of the whole one."""
@@ -236,7 +237,7 @@ class Session:
                 shard, self._found.optimiser_state([name for name, _ in shard.named_parameters()], self.device)
             )
             hardest, means = self._found.group("hardest"), self._found.group("means")
-            windows.go_on(told.step, hardest, means, told.held, planned if planned is self._kept_plan else None)
+            windows.go_on(told.step, hardest, means, told.held, self._kept)
         return windows
 
     def _evaluate(self, when: str) -> float:

@@ -239,12 +239,7 @@ def verdict_on(seen: Seen, frozen_s: float, stacks: list[Path]) -> Stall:
 def strike_here(account: Account, sig: int) -> bool:
     """Signal a worker's process on this machine, if it is still the one that wrote the account; whether it was.
 
-    On another machine the same happens through a Ray task on the account's node, whose result need not be awaited
-    for longer than STRIKE_S, since the node may be gone:
-
-        on_node = NodeAffinitySchedulingStrategy(node_id=account.node, soft=False)
-        task = ray.remote(num_cpus=0)(strike_here).options(scheduling_strategy=on_node, max_retries=0)
-        ray.get(task.remote(account, sig), timeout=STRIKE_S)
+    For another machine the driver has it run there, as a task of Ray on the account's node.
     """
     process = _process_of(account)
     if process is None:

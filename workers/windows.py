@@ -164,7 +164,7 @@ class Windows:
         A wish at the last step comes too late.
         """
         engine = self.engine
-        engine.executor.gates, self.pulse = self.worth.gates, engine.executor.pulse
+        engine.executor.gates = self.worth.gates
         for span, following in zip(self.spans, [*self.spans[1:], None], strict=True):
             self.pulse.phase("plan")
             before, planned = planned, self._kept or self.planner.plan(span.number, report)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from importlib.resources import files
 from typing import Any, TypeVar
 
@@ -81,14 +81,11 @@ class Database:
 
         Such a clash shows as a broken unique key; the next time the work finds what is there and can see to it.
         """
-        for attempt in range(CLASHES):
-            try:
-                with self.write() as session:
-                    return work(session)
-            except IntegrityError:
-                if attempt == CLASHES - 1:
-                    raise
-        raise AssertionError
+        for _ in range(CLASHES - 1):
+            with suppress(IntegrityError), self.write() as session:
+                return work(session)
+        with self.write() as session:
+            return work(session)
 
     def close(self) -> None:
         """Close all connections; one at which a thread is still busy is closed when that has ended."""

@@ -11,18 +11,13 @@ from __future__ import annotations
 import argparse
 import http.client
 import json
-import os
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from service.home import read_secret
 from tests.bench.report import publish, target
+from tests.served import served
 
 MARKS = {
     "accepted": lambda event: event["type"] == "job.created",
@@ -43,19 +38,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--jobs", type=int, default=5)
     given = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="d2ft-first-") as home:
-        env = {**os.environ, "D2FT_HOME": home, "D2FT_PORT": "7433"}
-        command = [sys.executable, "-c", "from service.cli import main; main()"]
-        subprocess.run([*command, "up", "--num-cpus", "2"], env=env, check=True)
-        try:
-            key = read_secret(Path(home) / "key") or ""
-            rows = []
-            for _ in range(given.jobs + 1):
-                rows.append(run(f"http://127.0.0.1:{env['D2FT_PORT']}", key))
-                time.sleep(SETTLED_S)
-            del rows[0]
-        finally:
-            subprocess.run([*command, "down"], env=env, check=True)
+    rows = []
+    with served() as service:
+        for _ in range(given.jobs + 1):
+            rows.append(run(service.url, service.key))
+            time.sleep(SETTLED_S)
+    del rows[0]
     medians = {name: statistics.median(row[name] for row in rows) for name in rows[0]}
     slowest = max(row["first step"] for row in rows)
     checks = [target("POST to first step, slowest s", slowest, "<=", 20.0)]

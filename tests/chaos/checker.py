@@ -32,7 +32,7 @@ from service.lifecycle import RETRIED, JobState, may_move
 from service.store.attempts import CREATED, SETTLED, SUBMITTED
 from service.tables import AttemptRow, CheckpointRow, EventRow, JobRow
 from tests.service.conftest import FakeRay
-from workers.manifest import check_file, read_manifest
+from workers.manifest import read_manifest, verify
 
 RULES = ("lost", "doubled", "run twice", "illegal", "damaged")
 AT_REST = frozenset({JobState.QUEUED, JobState.PAUSED})  # not over, and nothing of it runs
@@ -206,11 +206,9 @@ def _damaged(job: Job) -> Iterator[str]:
         if place > 0 and not folder.exists():
             continue  # only the newest few are kept
         try:
-            manifest, sha256 = read_manifest(folder)
-            if listed.sha256 is not None and sha256 != listed.sha256:
+            if listed.sha256 not in (None, read_manifest(folder)[1]):
                 raise ValueError("its manifest is another than was listed")
-            for file in manifest.files:
-                check_file(folder, file)
+            verify(folder)
         except (OSError, ValueError) as error:
             yield f"{job.id} {folder.name}: {error}"
 

@@ -9,29 +9,25 @@ back everything within seconds.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import psutil
 
 from scheduler import actor
-from service.client import Client
-from service.home import read_secret, read_server
+from service.home import read_server
 from tests.bench.report import publish, target
 from tests.chaos.runs import Run, ray_here
-from tests.service.conftest import free_port
+from tests.served import Served, served
+from tests.waiting import until
 from workers.pulse import accounts
 
-CANCEL_S = 10.0
+CANCEL_S = 10.0  # asked
+START_S, END_S = 120.0, 60.0  # waited for
 API_KILLS = 5
 LONG = {"steps": 3000, "window": 50, "method": {"budgets": {"compute": 0.6}}, "checkpoint": {"every_steps": 20}}
 Row = dict[str, Any]
@@ -48,11 +44,9 @@ def main() -> None:
 def rows_and_targets(kills: int) -> tuple[list[Row], list[Row]]:
     """All rows; what is asked of them."""
     planner = planner_killed(kills)
-    with served() as (home, client, env):
-        api = api_killed(home, client, env)
-        cancels = [
-            cancelled(home, client, state) for state in ("queued", "starting", "running", "recovering", "pausing")
-        ]
+    with served() as service:
+        api = api_killed(service)
+        cancels = [cancelled(service, state) for state in ("queued", "starting", "running", "recovering", "pausing")]
     return [planner, api, *cancels], [
         target("planner's actor: kills", planner["kills"], ">=", kills),
         target("planner's actor: steps lost or doubled, or groups lost", planner["wrong"], "==", 0),
@@ -90,74 +84,55 @@ def planner_killed(kills: int) -> Row:
     return {"fault": actor.NAME, "kills": done.stdout.count("killed"), "steps": step, "wrong": wrong + (not alive)}
 
 
-def api_killed(home: Path, client: Client, env: dict[str, str]) -> Row:
+def api_killed(service: Served) -> Row:
     """The API goes and comes back while a run trains."""
-    job = client.submit(LONG).id
-    run_dir = home / "runs" / job / "a1"
-    until(lambda: client.get(job).progress.step >= 3)
-    pids = {account.rank: account.pid for account in accounts(run_dir)}
-    kills = 0
+    client, job = service.client, service.client.submit(LONG).id
+    until(lambda: client.get(job).progress.step >= 3, START_S)
+    pids = pids_of(service, job)
+    assert len(pids) == 2, pids
     for _ in range(API_KILLS):
-        os.kill(read_server(home)["api"]["pid"], signal.SIGKILL)
-        kills += 1
+        os.kill(read_server(service.home)["api"]["pid"], signal.SIGKILL)
         time.sleep(3)
-        subprocess.run([*D2FT, "up"], env=env, check=True, capture_output=True)
-        before = client.get(job).progress.step
-        until(lambda before=before: client.get(job).progress.step > before)  # type: ignore[misc]
-    replaced = {account.rank: account.pid for account in accounts(run_dir)} != pids
+        service.up()
+        further = client.get(job).progress.step + 1
+        until(lambda further=further: client.get(job).progress.step >= further)
+    replaced = pids_of(service, job) != pids
+    end(service, job)
     steps = [event.data["step"] for event in client.events(job) if event.type == "metrics"]
-    client.cancel(job)
-    until(lambda: client.get(job).status == "cancelled")
-    return {"fault": "API", "kills": kills, "steps": len(steps), "wrong": _wrong(steps) + replaced}
+    return {"fault": "API", "kills": API_KILLS, "steps": len(steps), "wrong": _wrong(steps) + replaced}
 
 
-def cancelled(home: Path, client: Client, state: str) -> Row:
+def cancelled(service: Served, state: str) -> Row:
     """Seconds from the cancel until the job says so, and until nothing of it is left."""
+    client = service.client
     first = client.submit(LONG).id if state == "queued" else None
     job = client.submit(LONG).id
     if state in ("recovering", "pausing"):
-        until(lambda: client.get(job).progress.step >= 25)
+        until(lambda: client.get(job).progress.step >= 25, START_S)
     if state == "recovering":
-        os.kill(next(each.pid for each in accounts(home / "runs" / job / "a1") if each.rank == 1), signal.SIGKILL)
+        os.kill(pids_of(service, job)[1], signal.SIGKILL)
     if state == "pausing":
         client.pause(job)
-    until(lambda: client.get(job).status == state)
-    began = time.monotonic()
-    client.cancel(job)
-    until(lambda: client.get(job).status == "cancelled", 60)
-    said_s = time.monotonic() - began
-    until(lambda: not _processes(job), 60)
-    free_s = time.monotonic() - began
-    status = client.get(job).status
+    until(lambda: client.get(job).status == state, START_S)
+    said_s, free_s = end(service, job, alone=first is None)
     if first is not None:
-        client.cancel(first)
-        until(lambda: client.get(first).status == "cancelled" and not _processes(first))
-    return {"cancelled while": state, "status": status, "said s": said_s, "free s": free_s}
+        end(service, first)
+    return {"cancelled while": state, "status": client.get(job).status, "said s": said_s, "free s": free_s}
 
 
-D2FT = (sys.executable, "-c", "from service.cli import main; main()")
+def end(service: Served, job: str, *, alone: bool = True) -> tuple[float, float]:
+    """Cancel a job; seconds until it says so, and until no process is left of it, nor, if it ran alone, any worker."""
+    began = time.monotonic()
+    service.client.cancel(job)
+    until(lambda: service.client.get(job).status == "cancelled", END_S)
+    said_s = time.monotonic() - began
+    until(lambda: not _processes(job, alone=alone), END_S)
+    return said_s, time.monotonic() - began
 
 
-@contextlib.contextmanager
-def served() -> Iterator[tuple[Path, Client, dict[str, str]]]:
-    """A service with a real Ray; its home, a client, the environment of its commands."""
-    home = Path(tempfile.mkdtemp(prefix="d2k", dir="/tmp"))
-    env = {**os.environ, "D2FT_HOME": str(home), "D2FT_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
-    try:
-        subprocess.run([*D2FT, "up", "--num-cpus", "2"], env=env, check=True, capture_output=True)
-        with Client(f"http://127.0.0.1:{env['D2FT_PORT']}", read_secret(home / "key") or "") as client:
-            yield home, client, env
-    finally:
-        subprocess.run([*D2FT, "down"], env=env, check=False, capture_output=True)
-        shutil.rmtree(home, ignore_errors=True)
-
-
-def until(done: Callable[[], bool], timeout_s: float = 120.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not done():
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"not within {timeout_s:g} s")
-        time.sleep(0.1)
+def pids_of(service: Served, job: str) -> dict[int, int]:
+    """The processes of a job's workers, by rank."""
+    return {account.rank: account.pid for account in accounts(service.run_dir(job))}
 
 
 def _wrong(steps: list[int]) -> int:
@@ -165,14 +140,11 @@ def _wrong(steps: list[int]) -> int:
     return len(steps) - len(set(steps)) + len(set(range(1, max(steps, default=0) + 1)) - set(steps))
 
 
-def _processes(job: str) -> list[int]:
-    """Drivers of a job, and workers of whatever job: there is one at a time."""
-    found = []
-    for process in psutil.process_iter(["pid", "cmdline"]):
-        line = " ".join(process.info["cmdline"] or [])
-        if job in line or "RayTrainWorker" in line or "TrainController" in line:
-            found.append(process.info["pid"])
-    return found
+def _processes(job: str, *, alone: bool) -> list[int]:
+    """What still runs of a job: its driver, and where it is alone all workers and controllers."""
+    wanted = (job, "RayTrainWorker", "TrainController") if alone else (job,)
+    found = ((each.pid, " ".join(each.info["cmdline"] or [])) for each in psutil.process_iter(["cmdline"]))
+    return [pid for pid, line in found if any(word in line for word in wanted)]
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from typing import Any
 from scheduler.errors import SystemFault
 from tests.bench.report import publish, target
 from tests.workers.test_checkpoint import found_in, saved_at
-from workers.manifest import check_file, names, read_manifest
+from workers.manifest import names, verify
 
 FLIPS, CUTS, DISKS = 60, 20, 24
 OLDER, NEWER = 7, 42
@@ -94,8 +94,7 @@ def _full_disks(home: Path, size: int) -> Row:
 
 def _verifies(folder: Path) -> bool:
     try:
-        for file in read_manifest(folder)[0].files:
-            check_file(folder, file)
+        verify(folder)
     except (OSError, ValueError):
         return False
     return True

@@ -5,8 +5,6 @@ from __future__ import annotations
 import io
 import json
 import logging
-import time
-from collections.abc import Callable
 from typing import Any
 
 from service import logs
@@ -43,10 +41,3 @@ class Log:
 
     def of(self, **facts: Any) -> list[dict[str, Any]]:
         return [line for line in self.lines if facts.items() <= line.items()]
-
-
-def until(done: Callable[[], Any], patience_s: float = 30.0) -> None:
-    deadline = time.monotonic() + patience_s
-    while not done():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)

@@ -23,7 +23,8 @@ from service.home import KEY_FILE, SECRET_FILE, ensure_ray_token, make_home, rea
 from service.settings import Settings
 from service.store import Store
 from tests.service.conftest import URL, FakeRay, free_port
-from tests.service.logged import Log, until
+from tests.service.logged import Log
+from tests.waiting import until
 from workers.contract import RunContext
 
 ROOT = Path(__file__).parents[2]

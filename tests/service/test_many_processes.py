@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Any
 
@@ -17,6 +16,7 @@ from service.errors import UnavailableError
 from service.home import read_secret
 from service.settings import Settings
 from tests.service.conftest import FakeRay, free_port, serving
+from tests.waiting import until
 
 
 @pytest.fixture
@@ -45,7 +45,10 @@ class Doors:
         stack = ExitStack()
         self._open.append(stack)
         url = stack.enter_context(serving(self._settings.model_copy(update={"port": free_port()}), self._ray))
-        return stack.enter_context(client_of(url, key or read_secret(self._settings.home / "key")))
+        client = stack.enter_context(client_of(url, key or read_secret(self._settings.home / "key")))
+        # Routes are built at the first request, under filters of warnings that two threads of one process would mix up.
+        client.get("/v1/jobs")
+        return client
 
     def close_first(self) -> None:
         self._open.pop(0).close()
@@ -65,13 +68,6 @@ def doors(shared: Settings, ray: FakeRay) -> Iterator[Doors]:
     doors = Doors(shared, ray)
     yield doors
     doors.close()
-
-
-def until(found: Callable[[], bool], seconds: float = 15.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not found():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.05)
 
 
 def test_a_job_made_at_one_is_followed_at_the_other(doors: Doors, ray: FakeRay) -> None:

@@ -25,9 +25,9 @@ from service import host
 from service.home import read_secret
 from service.store import JobQuery, Store, database
 from tests.service.conftest import FakeRay, free_port
-from tests.service.logged import until
 from tests.service.ray_server import ray_server
 from tests.service.walk import received, status_of, store_of
+from tests.waiting import until
 
 ROOT = Path(__file__).parents[2]
 

@@ -24,7 +24,8 @@ from service.home import KEY_FILE, read_secret
 from service.settings import Settings
 from service.telemetry import Tracing, current_trace, header_secrets, start_tracing
 from tests.service.conftest import URL, FakeRay
-from tests.service.logged import Log, until
+from tests.service.logged import Log
+from tests.waiting import until
 
 CALLER = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 

@@ -219,14 +219,14 @@ def test_where_nothing_is_whole_nothing_is_found(vault, tmp_path):
 
 
 def test_damage_that_only_one_worker_sees_counts_for_all(vault, monkeypatch):
-    real = checkpoint.check_file
+    real = manifest.check_file
 
     def check(folder, file):
         if folder.name == "step-00000042" and file.name == "rank001.safetensors":
             raise OSError("Input/output error")
         real(folder, file)
 
-    monkeypatch.setattr(checkpoint, "check_file", check)
+    monkeypatch.setattr(manifest, "check_file", check)
     found, told = found_in(vault, size=3)
     assert found.manifest.step == 7 and told[0][1]["why"] == "Input/output error"
 

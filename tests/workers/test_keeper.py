@@ -17,7 +17,7 @@ from workers import checkpoint, control, keeper
 from workers.checkpoint import Vault
 from workers.contract import Checkpoints
 from workers.keeper import Keeper, surplus
-from workers.manifest import check_file, names, read_manifest
+from workers.manifest import names, read_manifest, verify
 
 
 @pytest.fixture(autouse=True)
@@ -40,9 +40,7 @@ def kept(**fields):
 def verified(directory):
     """Names of the checkpoints, all of which are as they were written."""
     for name in names(directory):
-        told, _ = read_manifest(directory / name)
-        for file in told.files:
-            check_file(directory / name, file)
+        verify(directory / name)
     return names(directory)
 
 

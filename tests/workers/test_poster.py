@@ -12,6 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
+from tests.waiting import until
 from workers import control, poster
 from workers.contract import JobSpec, RunContext
 from workers.events import EventLog, read_events
@@ -89,13 +90,6 @@ def a_run(tmp_path, service, close_s=5.0, **fields):
 
 def in_file(tmp_path):
     return [{**event, "seq": offset} for offset, event in read_events(tmp_path / "events.jsonl", 0)]
-
-
-def until(condition, timeout_s=5.0):
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
 
 
 def test_every_event_arrives_once_with_the_offset_behind_its_line(tmp_path, service):

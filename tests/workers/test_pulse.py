@@ -7,23 +7,16 @@ import json
 import os
 import signal
 import threading
-import time
 from pathlib import Path
 
 import psutil
 import pytest
 
+from tests.waiting import until
 from workers import pulse
 from workers.pulse import Patience, Pulse, created, p99, pulse_path, read, stacks_path
 
 QUICK = Patience(beat_s=0.05)
-
-
-def until(true, seconds=10.0):
-    deadline = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def test_the_file_says_where_the_worker_is_and_beats(tmp_path):

@@ -15,6 +15,7 @@ import psutil
 import pytest
 
 from scheduler.errors import SystemFault, UserError
+from tests.waiting import until
 from workers import watch
 from workers.failures import record, root_cause
 from workers.pulse import Account, Patience, created, pulse_path, read, stacks_path
@@ -98,13 +99,6 @@ def start(tmp_path, monkeypatch):
     for process in processes:
         process.kill()
         process.wait(timeout=10)
-
-
-def until(true, seconds=20.0):
-    deadline = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def step_of(run_dir, rank):
