@@ -41,7 +41,7 @@ class Run:
 
     def __init__(
         self, ray: Ray, name: str, *, resume_from: Path | None = None,
-        fail: str | None = None, **spec: Any,
+        fail: str | None = None, cpus_each: float = 0.5, **spec: Any,
     ) -> None:  # fmt: skip
         self.folder = ray.home / name
         self.run_dir = self.folder / "run"
@@ -51,6 +51,7 @@ class Run:
             spec=JobSpec.model_validate({**SPEC, **spec}),
             run_dir=str(self.run_dir),
             storage_path=str(self.folder),
+            resources_per_worker={"CPU": cpus_each},
             cores=(0, 1) if spec.get("workers", 2) == 2 and (os.cpu_count() or 1) > 1 else None,
             resume_from=None if resume_from is None else str(resume_from),
         )
@@ -151,7 +152,7 @@ class Run:
 class Ray:
     """A Ray on this machine with a token of its own: a head, and more nodes where they are wanted."""
 
-    def __init__(self, home: Path, cpus: float) -> None:
+    def __init__(self, home: Path, cpus: int) -> None:
         self.home, self.address = home, f"127.0.0.1:{free_port()}"
         self.env = {
             "RAY_ADDRESS": self.address, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32),
@@ -161,7 +162,7 @@ class Ray:
         port = self.address.rpartition(":")[2]
         self._start("--head", f"--port={port}", "--include-dashboard=false", f"--temp-dir={home / 'r'}", cpus=cpus)
 
-    def add_node(self, cpus: float) -> subprocess.Popen[bytes]:
+    def add_node(self, cpus: int) -> subprocess.Popen[bytes]:
         """Another node, on the same machine."""
         return self._start(f"--address={self.address}", cpus=cpus)
 
@@ -177,13 +178,13 @@ class Ray:
         for node in reversed(self.nodes):
             end_tree(node)
 
-    def _start(self, *flags: str, cpus: float) -> subprocess.Popen[bytes]:
+    def _start(self, *flags: str, cpus: int) -> subprocess.Popen[bytes]:
         before = self.cpus() if self.nodes else 0.0
         command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats"]
         log = self.home / f"ray{len(self.nodes)}.txt"
         with log.open("wb") as output:
             node = subprocess.Popen(
-                [*command, f"--num-cpus={cpus:g}", *flags], env={**os.environ, **self.env, "RAY_ADDRESS": ""},
+                [*command, f"--num-cpus={cpus}", *flags], env={**os.environ, **self.env, "RAY_ADDRESS": ""},
                 stdout=output, stderr=output, start_new_session=True,
             )  # fmt: skip
         self.nodes.append(node)
@@ -205,7 +206,7 @@ def end_tree(process: subprocess.Popen[bytes]) -> None:
 
 
 @contextlib.contextmanager
-def ray_here(cpus: float = 2) -> Iterator[Ray]:
+def ray_here(cpus: int = 2) -> Iterator[Ray]:
     """A Ray and a folder for its runs; both are gone afterwards."""
     home = Path(tempfile.mkdtemp(prefix="d2c", dir="/tmp"))
     ray = Ray(home, cpus)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -22,6 +23,7 @@ from scheduler.plan import make_plan
 from scheduler.request import PlanRequest
 from scheduler.scores import make_scores
 from tests.scheduler.test_program import SHAPE, costs_of
+from tests.service.conftest import free_port
 from workers import control, failures, loop, muster, rank
 from workers.contract import JobSpec, RunContext
 from workers.events import EventLog, read_events
@@ -59,21 +61,36 @@ def test_a_bad_spec_ends_with_status_2_and_says_why(tmp_path, capsys, text):
 
 
 def test_more_workers_than_the_cluster_holds_is_said_with_numbers(tmp_path, monkeypatch):
-    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0})
+    monkeypatch.setattr(muster, "cluster", lambda: [{"CPU": 1.5}, {"CPU": 0.5}])
     assert muster.muster(context_of(tmp_path, workers=4)) == 4
-    with pytest.raises(CapacityError, match=r"5 workers need 2\.5 CPU.*the cluster has 2") as error:
+    with pytest.raises(CapacityError, match=r"5 workers need 2\.5 CPU.*the cluster has 1\.5 CPU \+ 0\.5 CPU") as error:
         muster.muster(context_of(tmp_path, workers=5))
     assert error.value.param == "workers" and error.value.code == "cluster_too_small"
+    monkeypatch.setattr(muster, "cluster", lambda: [{"CPU": 0.9}, {"CPU": 0.9}])  # 1.8, but in parts
+    with pytest.raises(CapacityError, match=r"3 workers need 1\.5 CPU.*the cluster has 0\.9 CPU \+ 0\.9 CPU"):
+        muster.muster(context_of(tmp_path, workers=3))
+
+
+def test_a_node_whose_raylet_is_gone_does_not_count_though_ray_still_believes_in_it(monkeypatch):
+    def node(port, alive=True):
+        return {
+            "Alive": alive, "NodeManagerAddress": "127.0.0.1", "NodeManagerPort": port, "Resources": {"CPU": 1.0}
+        }  # fmt: skip
+
+    with socket.create_server(("127.0.0.1", 0)) as raylet:
+        port = raylet.getsockname()[1]
+        monkeypatch.setattr(ray, "nodes", lambda: [node(port), node(free_port()), node(port, alive=False)])
+        assert muster.cluster() == [{"CPU": 1.0}]
 
 
 def test_fewer_workers_are_enough_after_a_wait_or_at_once_for_a_later_group(tmp_path, monkeypatch):
-    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 1.0})
+    monkeypatch.setattr(muster, "cluster", lambda: [{"CPU": 1.0}])
     context = context_of(tmp_path, workers={"min": 2, "max": 4})
     assert (context.spec.workers, context.spec.fewest_workers) == (4, 2)
     assert muster.muster(context) == 2
     patient = context.model_copy(update={"start_timeout_s": 1000.0, "group": 1})
     assert muster.muster(patient) == 2
-    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 0.5})
+    monkeypatch.setattr(muster, "cluster", lambda: [{"CPU": 0.5}])
     with pytest.raises(CapacityError, match=r"2 workers need 1 CPU.*the cluster has 0\.5"):
         muster.muster(context)
 
@@ -81,7 +98,7 @@ def test_fewer_workers_are_enough_after_a_wait_or_at_once_for_a_later_group(tmp_
 def test_more_workers_are_taken_in_once_the_cluster_holds_them(tmp_path, monkeypatch):
     monkeypatch.setattr(muster, "RECRUIT_S", 0.01)
     have = {"CPU": 1.0}
-    monkeypatch.setattr(ray, "cluster_resources", lambda: have)
+    monkeypatch.setattr(muster, "cluster", lambda: [have])
     context = context_of(tmp_path, workers={"min": 2, "max": 4})
     with muster.Recruiter(context, 2):
         time.sleep(0.1)
