@@ -83,8 +83,8 @@ class Recruiter:
 def cluster() -> list[Mapping[str, float]]:
     """What every node of the cluster has.
 
-    Ray believes in a lost node for a while longer, and a group that is started meanwhile waits for workers there until its
-    time is up. So a node counts only where its raylet still takes a connection.
+    Ray believes in a lost node for a while longer, and a group started meanwhile waits for workers there until its time
+    is up. So a node counts only where its raylet still takes a connection.
     """
     return [node["Resources"] for node in ray.nodes() if node["Alive"] and _answers(node)]
 
