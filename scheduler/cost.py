@@ -85,7 +85,7 @@ class Costs:
     def kept_bytes(self, sublayer: str, num_heads: int) -> int:
         """What `num_heads` FULL heads of a sub-layer keep for backward: input, its norm, the heads' inner width."""
         tokens = self.step.micro_batch_size * self.shape.num_tokens
-        inner = 4 * self.shape.head_dim if sublayer == "attn" else 2 * max(self.shape.mlp_dims)
+        inner = 4 * self.shape.head_dim if sublayer == "attn" else self.shape.mlp_matrices * max(self.shape.mlp_dims)
         return tokens * (2 * self.shape.dim + num_heads * inner) * self.step.wire_itemsize
 
 

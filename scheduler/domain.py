@@ -44,8 +44,9 @@ OP_LETTERS = {Op.SKIP: "S", Op.FORWARD: "O", Op.FULL: "F"}
 class ModelShape:
     """Sizes of a vision transformer cut into heads and a trunk.
 
-    `mlp_dims[h]` is the width of head h's slice of the MLP. Parameter counts: `head_params[h]` of one head with its
-    slices, `embed_params`, `norm_params` (norms, layer scales and output biases of one block), `classifier_params`.
+    `mlp_dims[h]` is the width of head h's slice of the MLP, which has `mlp_matrices` such matrices: three where it is
+    gated. Parameter counts: `head_params[h]` of one head with its slices, `embed_params`, `norm_params` (norms, layer
+    scales and output biases of one block), `classifier_params`.
     """
 
     num_blocks: int
@@ -60,12 +61,13 @@ class ModelShape:
     embed_params: int
     norm_params: int
     classifier_params: int
+    mlp_matrices: int = 2
 
     def head_forward_flops(self, head: int, batch: int) -> int:
         """Multiply-adds × 2 of one head (attention and MLP slice) in one forward pass over `batch` images."""
         tokens = batch * self.num_tokens
         attn = tokens * self.dim * 4 * self.head_dim + 2 * tokens * self.num_tokens * self.head_dim
-        return 2 * (attn + 2 * tokens * self.dim * self.mlp_dims[head])
+        return 2 * (attn + self.mlp_matrices * tokens * self.dim * self.mlp_dims[head])
 
     def trunk_flops(self, batch: int) -> int:
         """FLOPs of the trunk in one micro-batch, forward and backward: it always runs."""

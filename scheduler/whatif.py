@@ -116,7 +116,7 @@ def _default_link(data: Any) -> LinkProfile | None:
 
 
 def _shape(data: Any) -> ModelShape:
-    sizes = _sizes(_object(data, "shape"), ModelShape, "shape")
+    sizes = _sizes({"mlp_matrices": 2, **_object(data, "shape")}, ModelShape, "shape")
     heads = sizes["num_heads"]
     for name in ("mlp_dims", "head_params"):
         if len(sizes[name]) != heads:
@@ -141,12 +141,13 @@ def _sizes(data: Mapping[str, Any], kind: type, param: str) -> dict[str, Any]:
                 raise _bad(f"{param}.{name}", "is not a list", "Give one number per head.")
             sizes[name] = tuple(_whole(v, f"{param}.{name}.{i}", MOST_SIZE) for i, v in enumerate(value))
         else:
-            sizes[name] = _whole(value, f"{param}.{name}", MOST.get(name, MOST_SIZE))
+            fewest = 0 if name == "norm_params" else 1
+            sizes[name] = _whole(value, f"{param}.{name}", MOST.get(name, MOST_SIZE), fewest)
     return sizes
 
 
-def _whole(value: Any, param: str, most: int) -> int:
-    number = checked_number(value, param, 1, most)
+def _whole(value: Any, param: str, most: int, fewest: int = 1) -> int:
+    number = checked_number(value, param, fewest, most)
     if number != int(number):
         raise _bad(param, f"is {number}, not a whole number", "Give a whole number.")
     return int(number)

@@ -17,11 +17,11 @@ from typing import Any
 from service.errors import UnavailableError
 from service.processes import child_env
 from service.settings import Settings
-from workers.shapes import Sizes
+from workers.shapes import Entry, read_entry
 
 log = logging.getLogger(__name__)
-FORMAT = 2  # of the file, as workers.catalog writes it
-Models = dict[str, Sizes | str]  # name → its sizes, or why it cannot be trained
+FORMAT = 3  # of the file, as workers.catalog writes it
+Models = dict[str, Entry | str]  # name → its sizes, or why it cannot be trained
 
 
 class Catalogue:
@@ -101,7 +101,7 @@ def _read(path: Path) -> Models | None:
         if (content["format"], content["timm"]) != (FORMAT, importlib.metadata.version("timm")):
             return None
         models: dict[str, Any] = content["models"]
-        return {name: entry if isinstance(entry, str) else Sizes.from_dict(entry) for name, entry in models.items()}
+        return {name: entry if isinstance(entry, str) else read_entry(entry) for name, entry in models.items()}
     except (OSError, ValueError, LookupError, TypeError, importlib.metadata.PackageNotFoundError):
         return None
 

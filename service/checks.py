@@ -17,7 +17,7 @@ from service.catalogue import Models
 from service.errors import InvalidRequestError, Issue
 from workers.contract import DIGITS_MODEL, JobSpec
 from workers.folder import check_inside, parse_uri, scan_classes
-from workers.shapes import Sizes
+from workers.shapes import Entry
 
 MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
 
@@ -45,12 +45,12 @@ def check_model(name: str, models: Models) -> list[Issue]:
     return [Issue("model", f"There is no model '{name[:100]}'. {hint}", "unknown_model")]
 
 
-def sizes_of(name: str, models: Models) -> Sizes:
+def sizes_of(name: str, models: Models) -> Entry:
     """The sizes of a model. Raises InvalidRequestError where `check_model` finds something wrong."""
     if issues := check_model(name, models):
         raise InvalidRequestError(issues)
     sizes = models[_plain(name, models)]
-    assert isinstance(sizes, Sizes)
+    assert not isinstance(sizes, str)
     return sizes
 
 

@@ -16,7 +16,7 @@ from scheduler.book import read_book
 from scheduler.devices import DeviceRecord
 from service.errors import ConflictError
 from service.schemas import Device, DeviceList, PreviewBody
-from workers.shapes import Sizes, resized, shape_of
+from workers.shapes import Entry, resized, shape_of
 
 STALE_S = 6 * 3600  # other jobs, heat and drivers change a device within hours
 
@@ -41,9 +41,9 @@ def read_live(path: Path) -> tuple[list[DeviceRecord], list[str]]:
     return records, ["; ".join(old) + ": it may be another device by now."] if old else []
 
 
-def question(body: PreviewBody, sizes: Sizes, live: Sequence[DeviceRecord]) -> dict[str, Any]:
+def question(body: PreviewBody, entry: Entry, live: Sequence[DeviceRecord]) -> dict[str, Any]:
     """What `scheduler.whatif` is asked. Raises UserError where the model cannot be built so."""
-    shape = shape_of(resized(sizes, body.model_args, body.img_size), body.num_classes)
+    shape = shape_of(resized(entry, body.model_args, body.img_size), body.num_classes)
     method = body.method.to_plan()
     fleet: dict[str, Any] = {"records": [record.to_dict() for record in live]}
     if body.devices != "live":

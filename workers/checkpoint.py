@@ -27,7 +27,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from scheduler.domain import ModelShape
 from scheduler.errors import SystemFault, UserError
 from scheduler.failpoints import hit, passing
 from workers.disk import sync
@@ -45,6 +44,7 @@ from workers.manifest import (
     write_manifest,
 )
 from workers.optimiser import Adam, State
+from workers.partition import Cut
 from workers.shard import Shard, join
 from workers.transport import Transport
 
@@ -180,12 +180,12 @@ class Checkpoint:
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         self.folder, self.manifest = folder, manifest
 
-    def load_weights(self, state: Mapping[str, Tensor], shape: ModelShape) -> None:
+    def load_weights(self, state: Mapping[str, Tensor], cut: Cut) -> None:
         """Write the whole model's weights into a plain timm state dict, in place."""
         found, wanted = 0, sum(tensor.numel() for tensor in state.values())
         try:
             for name, tensor in self._tensors(lambda name: "|" not in name):
-                join({name: tensor}, state, shape)
+                join({name: tensor}, state, cut)
                 found += tensor.numel()
         except (KeyError, RuntimeError) as error:
             raise _mismatch(f"its weights do not fit the model: {error}") from error

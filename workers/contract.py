@@ -281,8 +281,10 @@ MODEL_ARGS = (
     "num_heads",
     "mlp_ratio",
     "qkv_bias",
+    "qk_norm",
     "init_values",
     "class_token",
+    "reg_tokens",
     "global_pool",
 )
 

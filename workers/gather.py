@@ -34,7 +34,7 @@ def gather_state(shard: Shard, transport: Transport, template: dict[str, Tensor]
     transport.open({src: [Parcel(_key(src), (int(sizes[src]),), torch.uint8)] for src in peers})
     state = {name: torch.empty(t.shape, dtype=t.dtype) for name, t in template.items()}
     for blob_of in [payload, *(transport.recv(src, _key(src)) for src in peers)]:
-        join(safetensors.torch.load(blob_of.cpu().numpy().tobytes()), state, shard.shape)
+        join(safetensors.torch.load(blob_of.cpu().numpy().tobytes()), state, shard.cut)
     transport.close()
     return state
 

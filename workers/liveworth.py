@@ -18,11 +18,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from scheduler.domain import ModelShape, StepShape
 from scheduler.scores import BY_SAMPLE, merge, refresh
+from workers.anatomy import Model
 from workers.contract import JobSpec
 from workers.data import Dataset
 from workers.gates import Gates, Recorded
@@ -55,7 +55,7 @@ class LiveWorth:
         self._worth_LH: npt.NDArray[np.float64] = np.ones(self.grid)
         self._forward_LH: npt.NDArray[np.float64] = np.ones(self.grid)
 
-    def score(self, model: VisionTransformer, data: Dataset, run_dir: Path) -> dict[str, Any]:
+    def score(self, model: Model, data: Dataset, run_dir: Path) -> dict[str, Any]:
         """Score this worker's share of the images: the first ones of an order of their own. What to announce.
 
         Where no head is chosen, all are worth the same, and no image is read.

@@ -1,7 +1,6 @@
-"""Models: from a job's words to a plain timm VisionTransformer with weights, or a reason why not.
+"""Models: from a job's words to one of timm's vision transformers with weights, or a reason why not.
 
-The engine cuts timm's `VisionTransformer` with `Block`, `Attention` and `Mlp` into heads; `refusal` names the first
-feature it cannot cut. Weights are safetensors in timm's own key names.
+What the engine can run of timm says `anatomy`. Weights are safetensors in timm's own key names.
 
 Axes: B images, C channels, H W pixels, N tokens, D width, K classes.
 """
@@ -10,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,23 +18,23 @@ import safetensors
 import safetensors.torch
 import timm
 import torch
-from timm.layers.attention import Attention
-from timm.layers.layer_scale import LayerScale
-from timm.layers.mlp import Mlp
-from timm.layers.norm import LayerNorm
 from timm.layers.patch_embed import PatchEmbed
+from timm.models import beit, eva
 from timm.models import vision_transformer as vit
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from scheduler.errors import UserError
 from workers import bundled
+from workers.anatomy import Model, foreign_architecture, refusal
 from workers.contract import DIGITS_MODEL, JobSpec
 
 CLASSIFIER_STD = 0.02
-_POOLS = ("token", "avg")
-# timm's modules whose models may be plain VisionTransformers; the catalogue and `build_model` look no further.
-_PLAIN_MODULES = frozenset({"vision_transformer", "deit"})
+# How timm fits a checkpoint to a model of its own: old names, positions and patches of another size.
+_FITTING: dict[type, Callable[..., dict[str, Tensor]]] = {
+    vit.VisionTransformer: vit.checkpoint_filter_fn,
+    eva.Eva: eva.checkpoint_filter_fn,
+    beit.Beit: beit.checkpoint_filter_fn,
+}
 _HEAD_KEYS = ("head.weight", "head.bias")
 
 
@@ -67,7 +66,7 @@ def resolve(spec: JobSpec) -> Resolved:
     return Resolved(bundled.TIMM_NAME if digits else spec.model, args, weights)
 
 
-def build_model(spec: JobSpec, num_classes: int, *, load: bool = True) -> VisionTransformer:
+def build_model(spec: JobSpec, num_classes: int, *, load: bool = True) -> Model:
     """Build the spec's model for `num_classes` classes, in float32 on the CPU, with its weights unless `load` is False.
 
     Everything random is drawn from `spec.seed` in a forked generator: every worker gets the same bits, and the
@@ -80,44 +79,30 @@ def build_model(spec: JobSpec, num_classes: int, *, load: bool = True) -> Vision
     with _seeded(spec.seed):
         model = _create(resolved, num_classes)
         _refuse(spec.model, refusal(model))
-        assert isinstance(model, VisionTransformer)
+        assert isinstance(model, Model)
         init_classifier(model)
         if load and resolved.weights is not None:
             load_weights(model, resolved.weights)
     return model
 
 
-def refusal(model: nn.Module) -> str | None:
-    """The first feature of `model` that the engine cannot cut into heads, in words; None when there is none."""
-    if type(model) is not VisionTransformer:
-        return f"architecture {type(model).__name__} is not a plain VisionTransformer"
-    return next((reason for found, reason in _trunk_features(model) if found), None) or next(
-        (reason for block in model.blocks for found, reason in _block_features(block) if found), None
-    )
-
-
-def foreign_architecture(timm_name: str) -> str | None:
-    """Why a timm name cannot be a plain VisionTransformer, known from its module alone; None when it may be one."""
-    module = timm.models.model_entrypoint(timm_name).__module__.rpartition(".")[2]
-    return None if module in _PLAIN_MODULES else f"architecture {module} is not a plain VisionTransformer"
-
-
-def init_classifier(model: VisionTransformer) -> None:
+def init_classifier(model: Model) -> None:
     """Start the classifier afresh from the current generator: truncated normal weights, zero bias."""
     assert isinstance(model.head, nn.Linear)
     nn.init.trunc_normal_(model.head.weight, std=CLASSIFIER_STD)
     nn.init.zeros_(model.head.bias)
 
 
-def model_input(model: VisionTransformer) -> ModelInput:
+def model_input(model: Model) -> ModelInput:
     """What images `model` wants; a one-channel model is given the mean of the channels' mean and std."""
     assert isinstance(model.patch_embed, PatchEmbed) and model.patch_embed.img_size is not None
     cfg: dict[str, Any] = vars(model)["pretrained_cfg"]
-    mean, std = (_per_channel(cfg[key], model.in_chans) for key in ("mean", "std"))
-    return ModelInput(model.patch_embed.img_size[0], int(model.in_chans), mean, std, str(cfg["interpolation"]))
+    in_chans = int(model.patch_embed.proj.in_channels)
+    mean, std = (_per_channel(cfg[key], in_chans) for key in ("mean", "std"))
+    return ModelInput(model.patch_embed.img_size[0], in_chans, mean, std, str(cfg["interpolation"]))
 
 
-def load_weights(model: VisionTransformer, path: str | Path) -> None:
+def load_weights(model: Model, path: str | Path) -> None:
     """Load a safetensors file into `model`, in place; float16 and bfloat16 become the model's dtype.
 
     The position table and patch embedding are resampled to the model's sizes; `norm.*` serves as `fc_norm.*` where the
@@ -181,53 +166,6 @@ def _seeded(seed: int) -> Iterator[None]:
         yield
 
 
-def _trunk_features(model: Any) -> Iterator[tuple[bool, str]]:
-    """(present, name) of each feature around the blocks that is not supported."""
-    embed = model.patch_embed
-    yield len(model.blocks) == 0, "no blocks"
-    yield bool(model.num_reg_tokens), "register tokens"
-    yield model.global_pool in ("map", "prr"), "attention pooling"
-    yield model.global_pool not in _POOLS, f"pooling '{model.global_pool}'"
-    yield model.pool_include_prefix, "average pooling over prefix tokens"
-    yield model.dynamic_img_size, "dynamic image size"
-    yield model.pos_embed is None, "no position embedding"
-    yield not isinstance(model.norm_pre, nn.Identity), "norm before the blocks"
-    yield type(embed) is not PatchEmbed, f"patch embedding {type(embed).__name__}"
-    yield not isinstance(embed.norm, nn.Identity), "norm in the patch embedding"
-    yield embed.dynamic_img_pad, "dynamic image padding"
-    yield embed.img_size[0] != embed.img_size[1], "image that is not square"
-    yield embed.num_patches < 1, "image smaller than one patch"
-    yield embed.patch_size[0] != embed.patch_size[1], "patch that is not square"
-    yield not isinstance(model.patch_drop, nn.Identity), "patch drop"
-    yield model.pos_drop.p > 0 or model.head_drop.p > 0, "dropout"
-    yield not isinstance(model.head, nn.Linear), "no classifier"
-    yield from ((not _is_norm(norm), f"norm {type(norm).__name__}") for norm in (model.norm, model.fc_norm))
-
-
-def _block_features(block: Any) -> Iterator[tuple[bool, str]]:
-    """(present, name) of each feature of one block that is not supported, outermost first."""
-    yield type(block) is not vit.Block, f"block {type(block).__name__}"
-    attn, mlp = block.attn, block.mlp
-    yield type(attn) is not Attention, f"attention {type(attn).__name__}"
-    yield not isinstance(attn.q_norm, nn.Identity) or not isinstance(attn.k_norm, nn.Identity), "qk-norm"
-    yield not isinstance(attn.norm, nn.Identity), "norm inside the attention"
-    yield attn.gate is not None, "gated attention"
-    yield type(mlp) is not Mlp, f"MLP {type(mlp).__name__}"
-    yield not isinstance(mlp.norm, nn.Identity), "norm inside the MLP"
-    yield not isinstance(mlp.fc1, nn.Linear), "convolutions in the MLP"
-    yield mlp.fc1.out_features < attn.num_heads, "MLP narrower than the number of heads"
-    drops = (attn.attn_drop, attn.proj_drop, mlp.drop1, mlp.drop2)
-    yield any(drop.p > 0 for drop in drops), "dropout"
-    yield any(not isinstance(path, nn.Identity) for path in (block.drop_path1, block.drop_path2)), "drop path"
-    yield from ((not _is_norm(norm), f"norm {type(norm).__name__}") for norm in (block.norm1, block.norm2))
-    scales = (block.ls1, block.ls2)
-    yield any(type(scale) not in (LayerScale, nn.Identity) for scale in scales), "layer scale of another kind"
-
-
-def _is_norm(norm: nn.Module) -> bool:
-    return type(norm) in (nn.LayerNorm, LayerNorm, nn.Identity)
-
-
 def _per_channel(values: tuple[float, ...], in_chans: int) -> tuple[float, ...]:
     if len(values) == in_chans:
         return tuple(values)
@@ -253,21 +191,21 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         ) from error
 
 
-def _fit(tensors: dict[str, Tensor], model: VisionTransformer, path: Path) -> dict[str, Tensor]:
+def _fit(tensors: dict[str, Tensor], model: Model, path: Path) -> dict[str, Tensor]:
     """The file's tensors under the model's keys, as floats, resampled to the model's sizes."""
     tensors = {key: value.float() if value.is_floating_point() else value for key, value in tensors.items()}
     tensors = _move_norm(tensors, model)
     if any(tensors[key].shape[:1] != (model.num_classes,) for key in _HEAD_KEYS if key in tensors):
         tensors = {key: value for key, value in tensors.items() if key not in _HEAD_KEYS}
     try:
-        return vit.checkpoint_filter_fn(tensors, model)
+        return _FITTING[type(model)](tensors, model)
     except (KeyError, RuntimeError, ValueError, AttributeError, IndexError, AssertionError) as error:
         # Resampling stumbles over tensors that do not belong; the plain comparison names them.
         _check_match(tensors, model.state_dict(), tensors, path)
         raise _mismatch(path, [f"they cannot be fitted to the model ({error})"]) from error
 
 
-def _move_norm(tensors: dict[str, Tensor], model: VisionTransformer) -> dict[str, Tensor]:
+def _move_norm(tensors: dict[str, Tensor], model: Model) -> dict[str, Tensor]:
     """Rename the final norm to where the model has it: before the pooling (`norm`) or after (`fc_norm`)."""
     source, target = ("norm.", "fc_norm.") if isinstance(model.norm, nn.Identity) else ("fc_norm.", "norm.")
     if any(key.startswith(target) for key in tensors):

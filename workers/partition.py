@@ -1,107 +1,203 @@
-"""Cuts the state dict of a timm VisionTransformer into head slices and joins them again, bit for bit.
+"""Cuts the state dict of a timm vision transformer into head slices and joins them again, bit for bit.
 
 A head's slices, every one with the head's own rows first so that several heads are a concatenation (D width, K head
-width, F the head's share of the MLP's hidden width):
+width, F the head's share of the MLP's hidden width, R relative positions):
 
-    qkv_w [3K, D], qkv_b [3K]   its rows of attn.qkv, in the order q, k, v
-    proj_w [K, D]               its columns of attn.proj, transposed
-    fc1_w [F, D], fc1_b [F]     its rows of mlp.fc1
-    fc2_w [F, D]                its columns of mlp.fc2, transposed
+    qkv_w [3K, D], qkv_b [3K]        its rows of attn.qkv, in the order q, k, v
+    q_b, k_b, v_b [K]                biases of models that keep them apart
+    table [1, R]                     its column of BEiT's relative position biases, transposed
+    proj_w [K, D]                    its columns of attn.proj, transposed
+    fc1_w [F, D], fc1_b [F]          its rows of mlp.fc1
+    gate_w [F, D], gate_b [F]        of a gated MLP: its rows of the half that is activated
+    fc2_w [F, D]                     its columns of mlp.fc2, transposed
 
-All else is trunk. A hidden width that H does not divide is shared out as evenly as whole rows allow.
+All else is trunk. A hidden width that H does not divide is shared out as evenly as whole rows allow. A block that is
+`bound` is one head, and its slices are the parameters of its sub-layers under timm's names.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor
+from timm.layers.mlp import GluMlp, SwiGLU
+from torch import Tensor, nn
 
 from scheduler.domain import ModelShape
-
-ATTN_SLICES = ("qkv_w", "qkv_b", "proj_w")
-MLP_SLICES = ("fc1_w", "fc1_b", "fc2_w")
-SLICES = ATTN_SLICES + MLP_SLICES
-
-_SOURCES = {
-    "qkv_w": "attn.qkv.weight",
-    "qkv_b": "attn.qkv.bias",
-    "proj_w": "attn.proj.weight",
-    "fc1_w": "mlp.fc1.weight",
-    "fc1_b": "mlp.fc1.bias",
-    "fc2_w": "mlp.fc2.weight",
-}
+from workers.anatomy import Half, Model, bound, halves, is_classifier
 
 
-def model_shape(model: VisionTransformer) -> ModelShape:
-    """The sizes that the planner needs to know of a supported model."""
+class Piece(NamedTuple):
+    """Where a slice comes from: a parameter of the block; head 0's first row, or column where `axis` is 1."""
+
+    key: str
+    begin: int = 0
+    axis: int = 0
+
+
+Pieces = dict[str, tuple[Piece, ...]]
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How the blocks of a model are cut: `pieces[part][slice]` together are the rows of that slice."""
+
+    shape: ModelShape
+    pieces: Mapping[str, Pieces]
+    whole: bool
+
+    @property
+    def slices(self) -> Pieces:
+        """Those of both parts."""
+        return {**self.pieces["attn"], **self.pieces["mlp"]}
+
+    def width(self, name: str, head: int) -> int:
+        """How many rows of each of its pieces are a head's; not asked of a bound block."""
+        if name.startswith(("fc", "gate")):
+            return self.shape.mlp_dims[head]
+        return 1 if name == "table" else self.shape.head_dim
+
+    def begin(self, name: str, head: int) -> int:
+        return sum(self.width(name, before) for before in range(head))
+
+
+def cut_of(model: Model) -> Cut:
+    """The cut of a supported model."""
     block: Any = model.blocks[0]
-    num_heads, head_dim, dim = block.attn.num_heads, block.attn.head_dim, model.embed_dim
-    mlp_dims = _shares(block.mlp.fc1.out_features, num_heads)
-    per_width = 2 * dim + (block.mlp.fc1.bias is not None)
-    attn = 4 * head_dim * dim + (3 * head_dim if block.attn.qkv.bias is not None else 0)
-    embed = [model.patch_embed, *([] if isinstance(model.norm_pre, torch.nn.Identity) else [model.norm_pre])]
-    extra = [p for p in (model.cls_token, model.reg_token, model.pos_embed) if p is not None]
-    block_params, head_params = _count(block), tuple(attn + width * per_width for width in mlp_dims)
-    height, width = model.patch_embed.patch_size
-    return ModelShape(
+    attn, mlp, is_whole = block.attn, block.mlp, bound(block) is not None
+    num_heads = 1 if is_whole else attn.num_heads
+    head_dim = attn.proj.in_features // num_heads
+    mlp_dims = _shares(mlp.fc2.in_features, num_heads)
+    if is_whole:
+        pieces = {half.part: _whole_pieces(block, half) for half in halves(block)}
+    else:
+        pieces = {"attn": _attn_pieces(attn, attn.num_heads * head_dim), "mlp": _mlp_pieces(mlp)}
+    params = dict(model.named_parameters())
+    embed, classifier, in_blocks = (_count(params, of) for of in (_is_embed, is_classifier, _is_of_blocks))
+    shape = ModelShape(
         num_blocks=len(model.blocks),
         num_heads=num_heads,
-        dim=dim,
+        dim=model.embed_dim,
         head_dim=head_dim,
         mlp_dims=mlp_dims,
-        num_tokens=model.patch_embed.num_patches + model.num_prefix_tokens,
-        patch_dim=model.in_chans * height * width,
+        num_tokens=int(model.patch_embed.num_patches) + model.num_prefix_tokens,
+        patch_dim=_patch_dim(model),
         num_classes=model.num_classes,
-        head_params=head_params,
-        embed_params=sum(map(_count, embed)) + sum(p.numel() for p in extra),
-        norm_params=block_params - sum(head_params),
-        classifier_params=_count(model.norm) + _count(model.fc_norm) + _count(model.head),
+        head_params=tuple(_head_params(block, pieces, head_dim, width, num_heads) for width in mlp_dims),
+        embed_params=embed,
+        norm_params=0,
+        classifier_params=classifier,
+        mlp_matrices=3 if isinstance(mlp, GluMlp | SwiGLU) else 2,
     )
+    trunk = in_blocks // shape.num_blocks - sum(shape.head_params)
+    return Cut(ModelShape(**{**vars(shape), "norm_params": trunk}), pieces, is_whole)
 
 
-def head_slices(state: Mapping[str, Tensor], block: int, head: int, shape: ModelShape) -> dict[str, Tensor]:
-    """The slices of one head as contiguous copies; a bias that the model lacks is left out."""
-    out = {}
-    for name in SLICES:
-        source = state.get(f"blocks.{block}.{_SOURCES[name]}")
-        if source is not None:
-            out[name] = _view(name, source, head, shape).flatten(0, -2 if name.endswith("w") else -1).clone()
-    return out
+def model_shape(model: Model) -> ModelShape:
+    """The sizes that the planner needs to know of a supported model."""
+    return cut_of(model).shape
 
 
-def write_head(
-    state: Mapping[str, Tensor], block: int, head: int, slices: Mapping[str, Tensor], shape: ModelShape
-) -> None:
+def head_slices(state: Mapping[str, Tensor], block: int, head: int, cut: Cut) -> dict[str, Tensor]:
+    """The slices of one head as contiguous copies, of those tensors that `state` has."""
+    found = {}
+    for name, pieces in cut.slices.items():
+        if f"blocks.{block}.{pieces[0].key}" in state:
+            found[name] = torch.cat([_view(state, block, name, piece, head, cut) for piece in pieces])
+    return found
+
+
+def write_head(state: Mapping[str, Tensor], block: int, head: int, slices: Mapping[str, Tensor], cut: Cut) -> None:
     """Write one head's slices back to their places in `state`; inverse of `head_slices`."""
     for name, value in slices.items():
-        target = _view(name, state[f"blocks.{block}.{_SOURCES[name]}"], head, shape)
-        target.copy_(value.reshape(target.shape))
+        views = [_view(state, block, name, piece, head, cut) for piece in cut.slices[name]]
+        for view, part in zip(views, value.split([len(view) for view in views]), strict=True):
+            view.copy_(part)
 
 
-def slice_rows(name: str, heads: Sequence[int], shape: ModelShape) -> list[int]:
-    """How many rows of slice `name` each of the heads takes."""
-    if name.startswith("fc"):
-        return [shape.mlp_dims[h] for h in heads]
-    return [shape.head_dim * (3 if name.startswith("qkv") else 1)] * len(heads)
-
-
-def _view(name: str, source: Tensor, head: int, shape: ModelShape) -> Tensor:
+def _view(state: Mapping[str, Tensor], block: int, name: str, piece: Piece, head: int, cut: Cut) -> Tensor:
     """The part of a timm tensor that belongs to a head, rows first."""
-    if name.startswith("qkv"):
-        return source.view(3, shape.num_heads, shape.head_dim, *source.shape[1:])[:, head]
-    width = shape.head_dim if name == "proj_w" else shape.mlp_dims[head]
-    begin = head * shape.head_dim if name == "proj_w" else sum(shape.mlp_dims[:head])
-    rows = source.T if name in ("proj_w", "fc2_w") else source
-    return rows[begin : begin + width]
+    source = state[f"blocks.{block}.{piece.key}"]
+    if cut.whole:
+        return source
+    begin = piece.begin + cut.begin(name, head)
+    return (source.T if piece.axis else source)[begin : begin + cut.width(name, head)]
+
+
+def _attn_pieces(attn: Any, inner: int) -> Pieces:
+    """Of an attention whose heads are `inner` wide, all together."""
+    pieces: Pieces = {}
+    if attn.qkv is not None:
+        pieces["qkv_w"] = tuple(Piece("attn.qkv.weight", i * inner) for i in range(3))
+        if attn.qkv.bias is not None:
+            pieces["qkv_b"] = tuple(Piece("attn.qkv.bias", i * inner) for i in range(3))
+        apart = {name: f"{name}_bias" for name in "qv" if getattr(attn, f"{name}_bias", None) is not None}
+    else:
+        pieces["qkv_w"] = tuple(Piece(f"attn.{name}_proj.weight") for name in "qkv")
+        apart = {name: f"{name}_proj.bias" for name in "qkv" if getattr(attn, f"{name}_proj").bias is not None}
+    pieces |= {f"{name}_b": (Piece(f"attn.{key}"),) for name, key in apart.items()}
+    if getattr(attn, "relative_position_bias_table", None) is not None:
+        pieces["table"] = (Piece("attn.relative_position_bias_table", axis=1),)
+    return {**pieces, "proj_w": (Piece("attn.proj.weight", axis=1),)}
+
+
+def _mlp_pieces(mlp: Any) -> Pieces:
+    hidden = mlp.fc2.in_features
+    if isinstance(mlp, SwiGLU):
+        sources = {"gate": ("mlp.fc1_g", 0), "fc1": ("mlp.fc1_x", 0)}
+    elif isinstance(mlp, GluMlp):
+        gate, other = (hidden, 0) if mlp.gate_last else (0, hidden)
+        sources = {"gate": ("mlp.fc1", gate), "fc1": ("mlp.fc1", other)}
+    else:
+        sources = {"fc1": ("mlp.fc1", 0)}
+    biased = mlp.fc1_g.bias is not None if isinstance(mlp, SwiGLU) else mlp.fc1.bias is not None
+    pieces: Pieces = {}
+    for name, (key, begin) in sources.items():
+        pieces[f"{name}_w"] = (Piece(f"{key}.weight", begin),)
+        if biased:
+            pieces[f"{name}_b"] = (Piece(f"{key}.bias", begin),)
+    return {**pieces, "fc2_w": (Piece("mlp.fc2.weight", axis=1),)}
+
+
+def _whole_pieces(block: nn.Module, half: Half) -> Pieces:
+    inside = [half.part, half.after] if half.after else [half.part]
+    names = [f"{path}.{name}" for path in inside for name, _ in block.get_submodule(path).named_parameters()]
+    return {name: (Piece(name),) for name in names}
+
+
+def _head_params(block: nn.Module, pieces: Mapping[str, Pieces], head_dim: int, mlp_dim: int, num_heads: int) -> int:
+    """Parameters of a head whose share of the MLP is `mlp_dim` wide."""
+    params = dict(block.named_parameters())
+    if num_heads == 1:
+        keys = {piece.key for of_part in pieces.values() for each in of_part.values() for piece in each}
+        return sum(params[key].numel() for key in keys)
+    widths = {"attn": head_dim, "mlp": mlp_dim}
+    total = 0
+    for part, of_part in pieces.items():
+        for name, each in of_part.items():
+            width = 1 if name == "table" else widths[part]
+            total += sum(width * params[p.key].numel() // params[p.key].shape[p.axis] for p in each)
+    return total
+
+
+def _patch_dim(model: Any) -> int:
+    height, width = model.patch_embed.patch_size
+    return int(model.patch_embed.proj.in_channels) * height * width
+
+
+def _is_of_blocks(name: str) -> bool:
+    return name.startswith("blocks.")
+
+
+def _is_embed(name: str) -> bool:
+    return not _is_of_blocks(name) and not is_classifier(name)
+
+
+def _count(params: Mapping[str, nn.Parameter], of: Any) -> int:
+    return sum(param.numel() for name, param in params.items() if of(name))
 
 
 def _shares(total: int, parts: int) -> tuple[int, ...]:
     return tuple(total * (i + 1) // parts - total * i // parts for i in range(parts))
-
-
-def _count(module: torch.nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())

@@ -18,12 +18,12 @@ import numpy as np
 import psutil
 import torch
 import torch.nn.functional as F
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from scheduler.cost import residual_bytes
 from scheduler.domain import SUBLAYERS, DeviceProfile, LinkProfile, Placement, StepShape
 from scheduler.program import MessageKey
+from workers.anatomy import Model
 from workers.facts import device_facts, device_id, device_name
 from workers.lean import update
 from workers.partition import model_shape
@@ -52,7 +52,7 @@ def keep_freed_memory() -> bool:
 
 
 def profile_device(
-    model: VisionTransformer,
+    model: Model,
     step: StepShape,
     transport: Transport,
     *,

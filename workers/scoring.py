@@ -16,25 +16,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from scheduler.domain import ModelShape
 from scheduler.scores import BY_SAMPLE, KINDS
-from workers.partition import head_slices, model_shape
+from workers.anatomy import Half, Model, halves
+from workers.partition import Cut, cut_of, head_slices
 
-OF_HEADS = (".attn.qkv.", ".attn.proj.weight", ".mlp.fc1.", ".mlp.fc2.weight")  # parameters that are cut into heads
 Batches = Iterable[tuple[Tensor, Tensor]]
 Scored = tuple[Tensor, Tensor, int]
 
 
 def score(
-    model: VisionTransformer,
+    model: Model,
     batches: Batches,
     kind: str,
     *,
@@ -70,92 +67,111 @@ def score(
     return total_LH, samples * weight_LH if kind == "fisher" else total_LH, samples
 
 
-def gate_slopes(model: VisionTransformer, batches: Batches, label_smoothing: float = 0.0) -> Iterator[Tensor]:
+def gate_slopes(model: Model, batches: Batches, label_smoothing: float = 0.0) -> Iterator[Tensor]:
     """∂loss_i/∂gate of every image: [B, L, H] in float64 on the CPU, batch by batch; weights are frozen meanwhile."""
-    shape = model_shape(model)
+    cut = cut_of(model)
     example = next(model.parameters())
     with _trained(model, ()):
         for images_BCHW, labels_B in batches:
-            sizes = (shape.num_blocks, len(labels_B), shape.num_heads)
+            sizes = (cut.shape.num_blocks, len(labels_B), cut.shape.num_heads)
             gates_LBH = torch.ones(sizes, dtype=example.dtype, device=example.device, requires_grad=True)
             with ExitStack() as stack:
                 for block, gates_BH in zip(model.blocks, gates_LBH, strict=True):
-                    stack.callback(_gate_attention(block, gates_BH, shape).remove)
-                    stack.callback(_gate_mlp(block, gates_BH, shape).remove)
+                    for half in halves(block):
+                        stack.callback(_gate(block, half, gates_BH, cut).remove)
                 loss = _loss(model, images_BCHW, labels_B, label_smoothing, "sum")
             (slopes_LBH,) = torch.autograd.grad(loss, gates_LBH)
             yield slopes_LBH.double().cpu().transpose(0, 1)
 
 
 @torch.no_grad()
-def weight_sizes(model: VisionTransformer) -> Tensor:
+def weight_sizes(model: Model) -> Tensor:
     """Root of the mean square of each head's weights, [L, H] in float64."""
-    shape, state = model_shape(model), model.state_dict()
-    counts_H = torch.tensor(shape.head_params, dtype=torch.float64)
-    return _norms(state, shape) / counts_H.sqrt()
+    cut = cut_of(model)
+    counts_H = torch.tensor(cut.shape.head_params, dtype=torch.float64)
+    return _norms(model.state_dict(), cut) / counts_H.sqrt()
 
 
-def _gradient_sums(model: VisionTransformer, batches: Batches, label_smoothing: float) -> tuple[Tensor, int]:
+def _gradient_sums(model: Model, batches: Batches, label_smoothing: float) -> tuple[Tensor, int]:
     """(Σ over micro-batches of the norm of ∂(mean loss)/∂(head's weights), number of micro-batches)."""
-    shape = model_shape(model)
-    wanted = [name for name, _ in model.named_parameters() if any(part in name for part in OF_HEADS)]
+    cut = cut_of(model)
+    keys = {piece.key for pieces in cut.slices.values() for piece in pieces}
+    wanted = [f"blocks.{block}.{key}" for block in range(cut.shape.num_blocks) for key in sorted(keys)]
     params = dict(model.named_parameters())
-    total_LH, count = torch.zeros(shape.num_blocks, shape.num_heads, dtype=torch.float64), 0
+    total_LH, count = torch.zeros(cut.shape.num_blocks, cut.shape.num_heads, dtype=torch.float64), 0
     with _trained(model, wanted):
         for images_BCHW, labels_B in batches:
             loss = _loss(model, images_BCHW, labels_B, label_smoothing, "mean")
             grads = torch.autograd.grad(loss, [params[name] for name in wanted])
-            total_LH += _norms(dict(zip(wanted, grads, strict=True)), shape)
+            total_LH += _norms(dict(zip(wanted, grads, strict=True)), cut)
             count += 1
     return total_LH, count
 
 
 @torch.no_grad()
-def _activation_sums(model: VisionTransformer, batches: Batches) -> tuple[Tensor, int]:
+def _activation_sums(model: Model, batches: Batches) -> tuple[Tensor, int]:
     """(Σ over images of ‖γ1·attn_h‖ + ‖γ2·mlp_h‖, mean over tokens; number of images)."""
-    shape, device = model_shape(model), next(model.parameters()).device
-    total_LH, count = torch.zeros(shape.num_blocks, shape.num_heads, dtype=torch.float64), 0
+    cut, device = cut_of(model), next(model.parameters()).device
+    total_LH, count = torch.zeros(cut.shape.num_blocks, cut.shape.num_heads, dtype=torch.float64), 0
     with ExitStack() as stack:
-        block: Any
         for index, block in enumerate(model.blocks):
-            for linear, scale, widths in (
-                (block.attn.proj, block.ls1, [shape.head_dim] * shape.num_heads),
-                (block.mlp.fc2, block.ls2, list(shape.mlp_dims)),
-            ):
-                stack.callback(_measure_output(linear, scale, widths, total_LH[index]).remove)
+            for half in halves(block):
+                stack.callback(_measure_output(block, half, cut, total_LH[index]).remove)
         for images_BCHW, labels_B in batches:
             model(images_BCHW.to(device))
             count += len(labels_B)
     return total_LH, count
 
 
-def _measure_output(linear: nn.Linear, scale: Any, widths: list[int], total_H: Tensor) -> RemovableHandle:
+def _measure_output(block: nn.Module, half: Half, cut: Cut, total_H: Tensor) -> RemovableHandle:
+    scale = block.get_parameter(half.scale) if half.scale else 1.0
+
+    def whole(_: nn.Module, args: tuple[Tensor], out_BND: Tensor) -> None:
+        total_H[0] += _mean_norm(scale * out_BND)
+
+    if cut.whole:
+        return block.get_submodule(half.after or half.part).register_forward_hook(whole)
+    linear = _output_of(block, half)
+
     def measure(_: nn.Module, args: tuple[Tensor]) -> None:
-        slices = zip(args[0].split(widths, -1), linear.weight.split(widths, 1), strict=True)
-        for head, (x_BNk, w_Dk) in enumerate(slices):
-            total_H[head] += scale(x_BNk @ w_Dk.T).norm(dim=-1).double().mean(1).sum().cpu()
+        widths = _widths(half, cut)
+        of_heads = zip(args[0].split(widths, -1), linear.weight.split(widths, 1), strict=True)
+        for head, (x_BNk, w_Dk) in enumerate(of_heads):
+            total_H[head] += _mean_norm(scale * (x_BNk @ w_Dk.T))
 
     return linear.register_forward_pre_hook(measure)
 
 
-def _gate_attention(block: Any, gates_BH: Tensor, shape: ModelShape) -> RemovableHandle:
-    def gate(_: nn.Module, args: tuple[Tensor]) -> Tensor:
-        heads_BNHK = args[0].unflatten(2, (shape.num_heads, -1))
-        return (heads_BNHK * gates_BH[:, None, :, None]).flatten(2)
-
-    return block.attn.proj.register_forward_pre_hook(gate)
+def _mean_norm(out_BND: Tensor) -> Tensor:
+    """‖out‖, mean over tokens, sum over images."""
+    return out_BND.norm(dim=-1).double().mean(1).sum().cpu()
 
 
-def _gate_mlp(block: Any, gates_BH: Tensor, shape: ModelShape) -> RemovableHandle:
-    widths = torch.tensor(shape.mlp_dims, device=gates_BH.device)
+def _gate(block: nn.Module, half: Half, gates_BH: Tensor, cut: Cut) -> RemovableHandle:
+    if cut.whole:
+        added = block.get_submodule(half.after or half.part)
+        return added.register_forward_hook(lambda _module, _args, out_BND: out_BND * gates_BH[:, :1, None])
+    widths = torch.tensor(_widths(half, cut), device=gates_BH.device)
 
     def gate(_: nn.Module, args: tuple[Tensor]) -> Tensor:
         return args[0] * gates_BH.repeat_interleave(widths, dim=1)[:, None]
 
-    return block.mlp.fc2.register_forward_pre_hook(gate)
+    return _output_of(block, half).register_forward_pre_hook(gate)
 
 
-def _loss(model: VisionTransformer, images_BCHW: Tensor, labels_B: Tensor, smoothing: float, over: str) -> Tensor:
+def _output_of(block: nn.Module, half: Half) -> nn.Linear:
+    """What sums the heads up."""
+    linear = block.get_submodule("attn.proj" if half.part == "attn" else "mlp.fc2")
+    assert isinstance(linear, nn.Linear)
+    return linear
+
+
+def _widths(half: Half, cut: Cut) -> list[int]:
+    shape = cut.shape
+    return [shape.head_dim] * shape.num_heads if half.part == "attn" else list(shape.mlp_dims)
+
+
+def _loss(model: Model, images_BCHW: Tensor, labels_B: Tensor, smoothing: float, over: str) -> Tensor:
     device = next(model.parameters()).device
     return F.cross_entropy(
         model(images_BCHW.to(device)), labels_B.to(device), label_smoothing=smoothing, reduction=over
@@ -163,7 +179,7 @@ def _loss(model: VisionTransformer, images_BCHW: Tensor, labels_B: Tensor, smoot
 
 
 @contextmanager
-def _trained(model: VisionTransformer, names: Iterable[str]) -> Iterator[None]:
+def _trained(model: Model, names: Iterable[str]) -> Iterator[None]:
     """Only the named parameters require gradients here."""
     before = {param: param.requires_grad for param in model.parameters()}
     wanted = set(names)
@@ -176,11 +192,11 @@ def _trained(model: VisionTransformer, names: Iterable[str]) -> Iterator[None]:
             param.requires_grad_(requires_grad)
 
 
-def _norms(tensors: dict[str, Tensor], shape: ModelShape) -> Tensor:
+def _norms(tensors: dict[str, Tensor], cut: Cut) -> Tensor:
     """Norm of all slices of each head, [L, H] in float64; `tensors` under timm's names."""
     squares = [
-        [_square(head_slices(tensors, block, head, shape)) for head in range(shape.num_heads)]
-        for block in range(shape.num_blocks)
+        [_square(head_slices(tensors, block, head, cut)) for head in range(cut.shape.num_heads)]
+        for block in range(cut.shape.num_blocks)
     ]
     return torch.tensor(squares, dtype=torch.float64).sqrt()
 

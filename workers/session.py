@@ -45,7 +45,7 @@ from workers.manifest import Manifest, fingerprint
 from workers.model import build_model, model_input
 from workers.optimiser import Adam
 from workers.order import MicroBatches
-from workers.partition import model_shape
+from workers.partition import cut_of, model_shape
 from workers.profiling import profile_device
 from workers.pulse import Pulse, Quiet
 from workers.shard import Shard
@@ -176,7 +176,7 @@ class Session:
             return
         told = found.manifest
         check_same_job(told, fingerprint(self.spec), self.data.num_train)
-        found.load_weights(self.model.state_dict(), self.shape)
+        found.load_weights(self.model.state_dict(), cut_of(self.model))
         self.ledger, self._found = Ledger.from_sums(told.ledger), found
         self._emit("checkpoint.resumed", f"training goes on after step {told.step}", name=told.name, step=told.step)
 

@@ -1,8 +1,9 @@
 """The shape of a model from the arguments that timm builds it with: arithmetic only, no torch.
 
-A dry run asks what a model costs before anything is built, in a process that must not load torch. `Sizes` are the
-arguments of timm's `VisionTransformer` that decide about sizes, as the catalogue notes them of every model; `resized`
-lays a request's own arguments over them, `shape_of` counts. `partition.model_shape` counts the built model: both agree.
+A dry run asks what a model costs before anything is built, in a process that must not load torch. Of most models the
+catalogue notes `Sizes`, the arguments of timm's `VisionTransformer` that decide about sizes, and of the others
+`Measured`, the shape as built, of which less can be changed. `resized` lays a request's own arguments over either,
+`shape_of` counts. `partition.model_shape` counts the built model: both agree.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from scheduler.domain import ModelShape
 from scheduler.errors import UserError
 from workers.contract import ModelArg
 
-POOLS = ("token", "avg")  # those that the engine has
+POOLS = ("token", "avg")  # those that a request may ask for
 MAX_SIZE = 1 << 20  # of any one argument: more is a slip of the hand, and must not fill the memory
 
 
@@ -31,9 +32,11 @@ class Sizes:
     num_heads: int
     mlp_ratio: float
     qkv_bias: bool
+    qk_norm: bool
     proj_bias: bool
     init_values: float
     class_token: bool
+    reg_tokens: int
     no_embed_class: bool
     final_norm: bool
     global_pool: str
@@ -47,26 +50,68 @@ class Sizes:
         return asdict(self)
 
 
-def resized(sizes: Sizes, model_args: Mapping[str, ModelArg], img_size: int | None = None) -> Sizes:
-    """The sizes under a request's own arguments. Raises UserError where timm or the engine would refuse them."""
+@dataclass(frozen=True)
+class Measured:
+    """A model as it was built: its shape, and what of it follows from the image's size.
+
+    `position_params` per patch (0 without learnt positions); `has_tables` where every head learns a bias for each
+    relative position, as in BEiT.
+    """
+
+    img_size: int
+    patch_size: int
+    in_chans: int
+    position_params: int
+    has_tables: bool
+    shape: ModelShape
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Measured:
+        """From a line of the catalogue. Raises KeyError where one is missing, TypeError for a shape of other fields."""
+        sizes = data["shape"].items()
+        shape: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in sizes}
+        own = {field.name: data[field.name] for field in fields(cls)}
+        return cls(**{**own, "shape": ModelShape(**shape)})
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+Entry = Sizes | Measured
+
+
+def read_entry(data: Mapping[str, Any]) -> Entry:
+    """A line of the catalogue. Raises KeyError or TypeError where it is none."""
+    return Measured.from_dict(data) if "shape" in data else Sizes.from_dict(data)
+
+
+def resized(entry: Entry, model_args: Mapping[str, ModelArg], img_size: int | None = None) -> Entry:
+    """A model under a request's own arguments. Raises UserError where timm or the engine would refuse them."""
     given = dict(model_args) if img_size is None else {**model_args, "img_size": img_size}
     for name, value in given.items():
         _check_kind(name, value)
-    changed = replace(sizes, **given)  # type: ignore[arg-type]
+    if isinstance(entry, Measured):
+        return _remeasured(entry, given)
+    changed = replace(entry, **given)  # type: ignore[arg-type]
     _check_fit(changed)
     return changed
 
 
-def shape_of(sizes: Sizes, num_classes: int) -> ModelShape:
+def shape_of(entry: Entry, num_classes: int) -> ModelShape:
     """The shape of the model that timm builds with these sizes."""
+    if isinstance(entry, Measured):
+        shape = entry.shape
+        classifier = shape.classifier_params + (num_classes - shape.num_classes) * (shape.dim + 1)
+        return replace(shape, num_classes=num_classes, classifier_params=classifier)
+    sizes = entry
     dim, num_heads = sizes.embed_dim, sizes.num_heads
     head_dim, hidden = dim // num_heads, int(dim * sizes.mlp_ratio)
     mlp_dims = tuple(hidden * (h + 1) // num_heads - hidden * h // num_heads for h in range(num_heads))
     attn = 4 * head_dim * dim + (3 * head_dim if sizes.qkv_bias else 0)
-    patches, prefix = (sizes.img_size // sizes.patch_size) ** 2, int(sizes.class_token)
+    patches, prefix = (sizes.img_size // sizes.patch_size) ** 2, int(sizes.class_token) + sizes.reg_tokens
     patch_dim = sizes.in_chans * sizes.patch_size**2
     positions = patches + (0 if sizes.no_embed_class else prefix)
-    # A block's trunk: two norms, the output biases of both halves, two layer scales.
+    # A block's trunk: two norms, the output biases of both halves, two layer scales, the norms of queries and keys.
     trunk_widths = 2 * 2 + (2 if sizes.proj_bias else 0) + (2 if sizes.init_values else 0)
     return ModelShape(
         num_blocks=sizes.depth,
@@ -79,20 +124,46 @@ def shape_of(sizes: Sizes, num_classes: int) -> ModelShape:
         num_classes=num_classes,
         head_params=tuple(attn + width * (2 * dim + int(sizes.proj_bias)) for width in mlp_dims),
         embed_params=patch_dim * dim + dim + (prefix + positions) * dim,
-        norm_params=trunk_widths * dim,
+        norm_params=trunk_widths * dim + (4 * head_dim if sizes.qk_norm else 0),
         classifier_params=(2 * dim if sizes.final_norm else 0) + dim * num_classes + num_classes,
     )
 
 
-_WHOLE = ("img_size", "patch_size", "in_chans", "embed_dim", "depth", "num_heads")
+_WHOLE = {"img_size": 1, "patch_size": 1, "in_chans": 1, "embed_dim": 1, "depth": 1, "num_heads": 1, "reg_tokens": 0}
 _NUMBERS = ("mlp_ratio", "init_values")
-_SWITCHES = ("qkv_bias", "class_token")
+_SWITCHES = ("qkv_bias", "qk_norm", "class_token")
+_OF_MEASURED = ("img_size", "in_chans", "depth")
+
+
+def _remeasured(entry: Measured, given: Mapping[str, Any]) -> Measured:
+    for name in given:
+        if name not in _OF_MEASURED:
+            raise _bad(name, f"of this model only {', '.join(_OF_MEASURED)} can be changed")
+    changed = replace(entry, **{name: value for name, value in given.items() if name != "depth"})
+    if changed.img_size < entry.patch_size:
+        raise _bad("img_size", f"an image of {changed.img_size} px is smaller than a patch of {entry.patch_size} px")
+    shape, side, before = entry.shape, changed.img_size // entry.patch_size, entry.img_size // entry.patch_size
+    tables = shape.num_heads * ((2 * side - 1) ** 2 - (2 * before - 1) ** 2) if entry.has_tables else 0
+    patch_dim = changed.in_chans * entry.patch_size**2
+    embed = (side**2 - before**2) * entry.position_params + (patch_dim - shape.patch_dim) * shape.dim
+    return replace(
+        changed,
+        shape=replace(
+            shape,
+            num_blocks=given.get("depth", shape.num_blocks),
+            num_tokens=shape.num_tokens + side**2 - before**2,
+            patch_dim=patch_dim,
+            head_params=tuple(params + tables // shape.num_heads for params in shape.head_params),
+            embed_params=shape.embed_params + embed,
+        ),
+    )
 
 
 def _check_kind(name: str, value: ModelArg) -> None:
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    if name in _WHOLE and not (number and isinstance(value, int) and 1 <= value <= MAX_SIZE):
-        raise _bad(name, f"'{name}' is {value!r}, not a whole number from 1 to {MAX_SIZE}")
+    least = _WHOLE.get(name, 0)
+    if name in _WHOLE and not (number and isinstance(value, int) and least <= value <= MAX_SIZE):
+        raise _bad(name, f"'{name}' is {value!r}, not a whole number from {least} to {MAX_SIZE}")
     if name in _NUMBERS and not (number and 0 <= float(value) <= MAX_SIZE):
         raise _bad(name, f"'{name}' is {value!r}, not a number from 0 to {MAX_SIZE}")
     if name in _SWITCHES and not isinstance(value, bool):

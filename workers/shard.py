@@ -1,6 +1,6 @@
-"""What one worker holds: its heads of each block, the trunk beside them, and the arithmetic of a sub-layer.
+"""What one worker holds: its heads of each block, and the trunk beside them.
 
-Shapes: B images, N tokens, D width, K head width, k heads run together, F their MLP rows.
+Shapes: B images, N tokens, D width.
 
 The slices of a worker's heads in a block lie in one tensor each (a bank), in head order. Heads that are neighbours
 there are a view, others are gathered once and kept until an update changes one of them; either way one call runs all of
@@ -16,95 +16,70 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from scheduler.domain import SUBLAYERS, ModelShape, Placement
+from scheduler.domain import Placement
 from scheduler.program import EMBED_UNIT
+from workers import anatomy
+from workers.anatomy import Half, Model, halves, is_classifier
 from workers.gates import Watch
-from workers.partition import ATTN_SLICES, MLP_SLICES, SLICES, head_slices, model_shape, slice_rows, write_head
+from workers.partition import Cut, cut_of, head_slices, write_head
+from workers.sublayers import Weights, sub_layer
 
-_HEAD_NAME = re.compile(r"b(\d+)\.h(\d+)\.(\w+)")
-
-Weights = tuple[Any, ...]  # tensors, None for a bias that the model lacks: qkv_w, qkv_b, proj_w or fc1_w, fc1_b, fc2_w
+_HEAD_NAME = re.compile(r"b(\d+)\.h(\d+)\.([\w.]+)")
 
 
 class BlockTrunk:
-    """What every holder of a block has of it: norms, layer scales γ, output biases, and the activation function."""
+    """What every holder of a block has of it: norms, layer scales γ, output biases; and how its halves are run."""
 
-    def __init__(self, block: Any, index: int) -> None:
-        self.index = index
-        self.norms = {"attn": block.norm1, "mlp": block.norm2}
-        gammas = (getattr(block.ls1, "gamma", None), getattr(block.ls2, "gamma", None))
-        self.gammas: dict[str, nn.Parameter | None] = dict(zip(SUBLAYERS, gammas, strict=True))
-        self.biases: dict[str, nn.Parameter | None] = {"attn": block.attn.proj.bias, "mlp": block.mlp.fc2.bias}
-        self.act = block.mlp.act
+    def __init__(self, block: nn.Module, index: int, cut: Cut, rope: Tensor | None) -> None:
+        self.index, self.block, self.halves = index, block, halves(block)
+        self.norms = {half.part: self._module(half.before) for half in self.halves}
+        self.gammas = {half.part: self._param(half.scale) for half in self.halves}
+        outer = {"attn": "attn.proj.bias", "mlp": "mlp.fc2.bias"}
+        self.biases = {part: None if cut.whole else self._param(name) for part, name in outer.items()}
+        self.run = {half.part: sub_layer(block, half, cut, rope) for half in self.halves}
+        self._names = [name for half in self.halves for name in _trunk_names(block, half, cut)]
 
     def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Names as in the timm state dict, in a fixed order."""
-        names = (("norm1", "ls1.gamma", "attn.proj.bias", "attn"), ("norm2", "ls2.gamma", "mlp.fc2.bias", "mlp"))
-        for norm, gamma, bias, part in names:
-            yield from ((f"blocks.{self.index}.{norm}.{n}", p) for n, p in self.norms[part].named_parameters())
-            for name, param in ((gamma, self.gammas[part]), (bias, self.biases[part])):
-                if param is not None:
-                    yield f"blocks.{self.index}.{name}", param
+        yield from ((f"blocks.{self.index}.{name}", self.block.get_parameter(name)) for name in self._names)
+
+    def _module(self, name: str) -> nn.Module:
+        return self.block.get_submodule(name) if name else nn.Identity()
+
+    def _param(self, name: str) -> nn.Parameter | None:
+        path, _, last = name.rpartition(".")
+        return getattr(self.block.get_submodule(path), last, None) if name else None
 
 
 class BlockShard:
     """The heads of one block that a worker owns, with the block's trunk. `slices[i]` are those of `heads[i]`."""
 
     def __init__(
-        self, trunk: BlockTrunk, heads: tuple[int, ...], slices: Sequence[Mapping[str, Tensor]], shape: ModelShape
+        self, trunk: BlockTrunk, heads: tuple[int, ...], slices: Sequence[Mapping[str, Tensor]], cut: Cut
     ) -> None:
-        self.trunk, self.index, self.heads, self.shape = trunk, trunk.index, heads, shape
-        self.norms, self.gammas, self.biases, self.act = trunk.norms, trunk.gammas, trunk.biases, trunk.act
+        self.trunk, self.index, self.heads, self.cut = trunk, trunk.index, heads, cut
+        self.norms, self.gammas, self.biases = trunk.norms, trunk.gammas, trunk.biases
         self._position = {head: i for i, head in enumerate(heads)}
-        self.bank = {name: torch.cat([s[name] for s in slices]) for name in SLICES if name in slices[0]}
-        self._bounds = {name: _cumulative(slice_rows(name, heads, shape)) for name in SLICES}
+        self.bank = {name: torch.cat([s[name] for s in slices]) for name in cut.slices}
+        self._bounds = {name: _cumulative([len(s[name]) for s in slices]) for name in cut.slices}
         self.params: dict[int, dict[str, nn.Parameter]] = {head: self._head_params(i) for i, head in enumerate(heads)}
         self._leaves: dict[tuple[str, tuple[int, ...]], Weights] = {}
         self._frozen: dict[tuple[str, tuple[int, ...]], Weights] = {}
         self._changing: set[int] = set()  # heads that this step's update changes
 
-    def attend(self, y_BND: Tensor, weights: Weights, bias: Tensor | None = None, watch: Watch | None = None) -> Tensor:
-        """Σ over the heads in `weights` of their attention output, plus `bias`: B, N, D.
-
-        `watch` is shown the heads' outputs side by side, before the projection: B, N, k·K.
-        """
-        qkv_w, qkv_b, proj_w = weights
-        batch, tokens, _ = y_BND.shape
-        qkv = F.linear(y_BND, qkv_w, qkv_b).view(batch, tokens, -1, 3, self.shape.head_dim)
-        q_BkNK, k_BkNK, v_BkNK = qkv.permute(3, 0, 2, 1, 4).unbind(0)
-        out_BkNK = F.scaled_dot_product_attention(q_BkNK, k_BkNK, v_BkNK)
-        out_BNF = out_BkNK.transpose(1, 2).reshape(batch, tokens, -1)
-        if watch is not None:
-            watch(out_BNF)
-        return F.linear(out_BNF, proj_w.T, bias)
-
-    def perceive(
-        self, y_BND: Tensor, weights: Weights, bias: Tensor | None = None, watch: Watch | None = None
-    ) -> Tensor:
-        """Σ over the heads in `weights` of their MLP slice's output, plus `bias`: B, N, D.
-
-        `watch` is shown the slices' hidden units side by side: B, N, F.
-        """
-        fc1_w, fc1_b, fc2_w = weights
-        hidden_BNF = self.act(F.linear(y_BND, fc1_w, fc1_b))
-        if watch is not None:
-            watch(hidden_BNF)
-        return F.linear(hidden_BNF, fc2_w.T, bias)
-
     def run(
         self, part: str, y_BND: Tensor, weights: Weights, bias: Tensor | None = None, watch: Watch | None = None
     ) -> Tensor:
-        return (self.attend if part == "attn" else self.perceive)(y_BND, weights, bias, watch)
+        """Σ over the heads in `weights` of their output, plus `bias`, as `sublayers.sub_layer` says: B, N, D."""
+        return self.trunk.run[part](y_BND, weights, bias, watch)
 
     def trainable(self, part: str, heads: tuple[int, ...]) -> Weights:
         """Weights of the heads as leaves that collect gradients until `collect`."""
         key = (part, heads)
         if key not in self._leaves:
-            self._leaves[key] = tuple(None if w is None else w.detach().requires_grad_() for w in self._gather(key))
+            self._leaves[key] = {name: w.detach().requires_grad_() for name, w in self._gather(key).items()}
         return self._leaves[key]
 
     def frozen(self, part: str, heads: tuple[int, ...]) -> Weights:
@@ -116,12 +91,11 @@ class BlockShard:
 
     def collect(self) -> None:
         """Move the gradients of this step from the leaves to the heads' own parameters."""
-        for (part, heads), leaves in self._leaves.items():
-            for name, leaf in zip(_names(part), leaves, strict=True):
-                if leaf is not None and leaf.grad is not None:
+        for (_, heads), leaves in self._leaves.items():
+            for name, leaf in leaves.items():
+                if leaf.grad is not None:
                     self._changing.update(heads)
-                    rows = slice_rows(name, heads, self.shape)
-                    for head, grad in zip(heads, leaf.grad.split(rows), strict=True):
+                    for head, grad in zip(heads, leaf.grad.split(self._rows_of(name, heads)), strict=True):
                         param = self.params[head][name]
                         param.grad = grad if param.grad is None else param.grad + grad
         self._leaves.clear()
@@ -138,7 +112,11 @@ class BlockShard:
     def _gather(self, key: tuple[str, tuple[int, ...]]) -> Weights:
         part, heads = key
         at = [self._position[head] for head in heads]
-        return tuple(self._rows(name, at) if name in self.bank else None for name in _names(part))
+        return {name: self._rows(name, at) for name in self.cut.pieces[part]}
+
+    def _rows_of(self, name: str, heads: tuple[int, ...]) -> list[int]:
+        """How many rows of a slice each of the heads has."""
+        return [len(self.params[head][name]) for head in heads]
 
     def _rows(self, name: str, at: list[int]) -> Tensor:
         bank, bounds = self.bank[name], self._bounds[name]
@@ -157,16 +135,17 @@ class Shard:
     What a worker does not hold is on the meta device: its shape is known, it has no memory.
     """
 
-    def __init__(
-        self, model: VisionTransformer, placement: Placement, rank: int, device: torch.device | str = "cpu"
-    ) -> None:
-        self.shape, self.placement, self.rank = model_shape(model), placement, rank
+    def __init__(self, model: Model, placement: Placement, rank: int, device: torch.device | str = "cpu") -> None:
+        self.cut, self.placement, self.rank = cut_of(model), placement, rank
+        self.shape = self.cut.shape
         self.device = torch.device(device)
         self.dtype = next(model.parameters()).dtype
-        self.no_decay: frozenset[str] = frozenset(model.no_weight_decay())
+        self.no_decay = _not_decayed(model, self.cut)
         state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
-        self._skeletons = [copy.deepcopy(block).to("meta") for block in model.blocks]
-        self._ends: Any = copy.deepcopy(model, {id(model.blocks): nn.Sequential()}).to(self.device)
+        blocks: Any = model.blocks
+        self._skeletons = [_skeleton(block, self.device) for block in blocks]
+        self._ends: Any = copy.deepcopy(model, {id(blocks): nn.Sequential()}).to(self.device)
+        self._rope = anatomy.rotary(self._ends)
         self.blocks = {
             index: self._cut(state, index, heads)
             for index in range(self.shape.num_blocks)
@@ -189,8 +168,7 @@ class Shard:
 
     def embed(self, images_BCHW: Tensor) -> Tensor:
         """Images to the residual stream: B, N, D."""
-        model = self._ends
-        return model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images_BCHW))))
+        return anatomy.embed(self._ends, images_BCHW)
 
     def classify(self, x_BND: Tensor) -> Tensor:
         """The residual stream after the last block to logits."""
@@ -200,7 +178,7 @@ class Shard:
         """The trunk parameters of a unit: -1 the embedding, l ≥ 0 the norms, scales and biases of block l."""
         if unit != EMBED_UNIT:
             return list(self.blocks[unit].trunk.parameters())
-        return [(n, p) for n, p in self._ends.named_parameters() if not _is_classifier(n)]
+        return [(n, p) for n, p in self._ends.named_parameters() if not is_classifier(n)]
 
     def units(self) -> list[int]:
         return [*([EMBED_UNIT] if self.holds_embedding else []), *self.blocks]
@@ -208,7 +186,7 @@ class Shard:
     def classifier(self) -> list[tuple[str, nn.Parameter]]:
         if not self.holds_classifier:
             return []
-        return [(n, p) for n, p in self._ends.named_parameters() if _is_classifier(n)]
+        return [(n, p) for n, p in self._ends.named_parameters() if is_classifier(n)]
 
     def leads(self, unit: int) -> bool:
         """Whether this worker speaks for the unit: the lowest rank that holds it."""
@@ -247,9 +225,9 @@ class Shard:
         return {name: param.detach() for name, param in (*named, *self.classifier(), *self.head_parameters())}
 
     def _cut(self, state: Mapping[str, Tensor], index: int, heads: tuple[int, ...]) -> BlockShard:
-        slices = [head_slices(state, index, head, self.shape) for head in heads]
+        slices = [head_slices(state, index, head, self.cut) for head in heads]
         own = [{name: value.to(self.device) for name, value in one.items()} for one in slices]
-        return BlockShard(self._new_trunk(index, state), heads, own, self.shape)
+        return BlockShard(self._new_trunk(index, state), heads, own, self.cut)
 
     def _rebuilt(
         self, index: int, heads: tuple[int, ...], block: BlockShard | None, arrived: Mapping[str, Tensor]
@@ -264,20 +242,20 @@ class Shard:
             else _slices(arrived, index, head)
             for head in heads
         ]
-        return BlockShard(trunk, heads, slices, self.shape)
+        return BlockShard(trunk, heads, slices, self.cut)
 
     def _new_trunk(self, index: int, values: Mapping[str, Tensor]) -> BlockTrunk:
         block = copy.deepcopy(self._skeletons[index])
-        for name, _ in list(BlockTrunk(block, index).parameters()):
+        for name, _ in list(BlockTrunk(block, index, self.cut, None).parameters()):
             _set_param(block, name.removeprefix(f"blocks.{index}."), values[name].to(self.device, copy=True))
-        return BlockTrunk(block, index)
+        return BlockTrunk(block, index, self.cut, self._rope)
 
     def _hold_ends(self, placement: Placement, arrived: Mapping[str, Tensor] | None = None) -> None:
         """Have the embedding and the classifier in memory if they are this worker's, else only their shapes."""
         self.holds_embedding = self.rank in placement.embedders
         self.holds_classifier = self.rank == placement.classifier
         for name, param in list(self._ends.named_parameters()):
-            held = self.holds_classifier if _is_classifier(name) else self.holds_embedding
+            held = self.holds_classifier if is_classifier(name) else self.holds_embedding
             if held and param.is_meta:
                 _set_param(self._ends, name, (arrived or {})[name])
             elif not held and not param.is_meta:
@@ -285,17 +263,39 @@ class Shard:
 
 
 @torch.no_grad()
-def join(parts: Mapping[str, Tensor], state: Mapping[str, Tensor], shape: ModelShape) -> None:
+def join(parts: Mapping[str, Tensor], state: Mapping[str, Tensor], cut: Cut) -> None:
     """Copy tensors as `spoken_for` names them into a plain timm state dict."""
     for name, tensor in parts.items():
         if match := _HEAD_NAME.fullmatch(name):
-            write_head(state, int(match[1]), int(match[2]), {match[3]: tensor}, shape)
+            write_head(state, int(match[1]), int(match[2]), {match[3]: tensor}, cut)
         else:
             state[name].copy_(tensor)
 
 
-def _names(part: str) -> tuple[str, ...]:
-    return ATTN_SLICES if part == "attn" else MLP_SLICES
+def _trunk_names(block: nn.Module, half: Half, cut: Cut) -> list[str]:
+    """What all heads of a half share, under timm's names within the block."""
+    shared = [f"{half.before}."] if half.before else []
+    if not cut.whole:
+        shared += ["attn.q_norm.", "attn.k_norm.", "attn.proj.bias"] if half.part == "attn" else ["mlp.fc2.bias"]
+    names = [name for name, _ in block.named_parameters() if name.startswith(tuple(shared))]
+    return [*names, half.scale] if half.scale else names
+
+
+def _skeleton(block: nn.Module, device: torch.device) -> nn.Module:
+    """A block without memory but that of its buffers."""
+    kept = {id(param): nn.Parameter(torch.empty_like(param, device="meta")) for param in block.parameters()}
+    skeleton = copy.deepcopy(block, kept)
+    for module in skeleton.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(device))
+    return skeleton
+
+
+def _not_decayed(model: Any, cut: Cut) -> frozenset[str]:
+    """Parameters that timm names as not to be decayed, vectors apart."""
+    tables = "table" in cut.slices
+    grid = [(b, h) for b in range(cut.shape.num_blocks) for h in range(cut.shape.num_heads) if tables]
+    return frozenset(model.no_weight_decay()) | {f"b{block:02d}.h{head}.table" for block, head in grid}
 
 
 def _set_param(module: nn.Module, name: str, value: Tensor) -> None:
@@ -307,10 +307,6 @@ def _set_param(module: nn.Module, name: str, value: Tensor) -> None:
 def _slices(arrived: Mapping[str, Tensor], block: int, head: int) -> dict[str, Tensor]:
     prefix = f"b{block:02d}.h{head}."
     return {name.removeprefix(prefix): value for name, value in arrived.items() if name.startswith(prefix)}
-
-
-def _is_classifier(name: str) -> bool:
-    return name.split(".")[0] in ("norm", "fc_norm", "head")
 
 
 def _cumulative(rows: list[int]) -> list[int]:

@@ -13,7 +13,7 @@ from service.routes.world import PROBLEM, InWorld, Limit
 from service.schemas import Model, Page
 from service.store.jobs import page
 from workers.contract import DIGITS_MODEL
-from workers.shapes import Sizes, shape_of
+from workers.shapes import Entry, shape_of
 
 BYTES_PER_PARAM = 16  # weight, gradient and AdamW's two moments in float32
 Params = Annotated[int | None, Query(ge=0, le=2**53)]
@@ -33,7 +33,9 @@ async def list_models(
     """Models that can be trained, by name."""
     part = (search or "").lower()
     known = await world.catalogue.models()
-    models = [_model(name, sizes) for name, sizes in known.items() if isinstance(sizes, Sizes) and part in name.lower()]
+    models = [
+        _model(name, sizes) for name, sizes in known.items() if not isinstance(sizes, str) and part in name.lower()
+    ]
     low, high = min_params or 0, 2**63 if max_params is None else max_params
     found = sorted((each for each in models if low <= each.params <= high), key=lambda each: each.id)
     start = bisect_right(found, after or "", key=lambda each: each.id)
@@ -50,7 +52,7 @@ async def get_model(name: str, world: InWorld) -> Model:
     return _model(name, sizes_of(name, known))
 
 
-def _model(name: str, sizes: Sizes) -> Model:
+def _model(name: str, sizes: Entry) -> Model:
     """Counted with the classes that it comes with: ImageNet's, or the ten digits of the bundled one."""
     shape = shape_of(sizes, 10 if name == DIGITS_MODEL else 1000)
     params = shape.embed_params + shape.classifier_params

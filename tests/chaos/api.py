@@ -145,7 +145,7 @@ def _drained(url: str) -> Any:
     while True:
         jobs = read_jobs(url)
         if time.monotonic() > deadline or all(job.state.is_final for job in jobs):
-            return jobs
+            return read_jobs(url)  # tables are read one after the other, so the last change may be in some of them only
         time.sleep(0.3)
 
 

@@ -122,8 +122,9 @@ class FakeRay:
 def sizes(**given: Any) -> dict[str, Any]:
     """A line of the catalogue: a plain vision transformer with these arguments."""
     plain = {"img_size": 224, "patch_size": 16, "in_chans": 3, "depth": 12, "mlp_ratio": 4.0, "init_values": 0.0}
-    switches = {"qkv_bias": True, "proj_bias": True, "class_token": True, "no_embed_class": False, "final_norm": True}
-    return {**plain, **switches, "global_pool": "token", **given}
+    on = {"qkv_bias": True, "proj_bias": True, "class_token": True, "final_norm": True}
+    off = {"qk_norm": False, "no_embed_class": False, "reg_tokens": 0}
+    return {**plain, **on, **off, "global_pool": "token", **given}
 
 
 @pytest.fixture

@@ -118,5 +118,5 @@ def gathered_gradients(model, shards):
     for shard in shards:
         named = dict(shard.named_parameters())
         found = {name: named[name].grad for name in shard.spoken_for() if named[name].grad is not None}
-        join(found, grads, shard.shape)
+        join(found, grads, shard.cut)
     return grads

@@ -13,8 +13,15 @@ import timm
 import service.catalogue
 from workers import catalog
 from workers.contract import DIGITS_MODEL
+from workers.shapes import Measured, read_entry
 
-SOME = ["vit_small_patch14_dinov2", "vit_small_patch14_reg4_dinov2", "deit_tiny_distilled_patch16_224", "resnet50"]
+SOME = [
+    "vit_small_patch14_dinov2",
+    "vit_small_patch14_reg4_dinov2",
+    "eva02_tiny_patch14_224",
+    "deit_tiny_distilled_patch16_224",
+    "resnet50",
+]
 
 
 def test_some_known_models_are_judged_rightly(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -22,13 +29,19 @@ def test_some_known_models_are_judged_rightly(monkeypatch: pytest.MonkeyPatch) -
     built = catalog.build_catalog()
     assert built["timm"] == timm.__version__
     assert built["format"] == catalog.FORMAT == service.catalogue.FORMAT
-    sizes = {name: built["models"].pop(name) for name in (DIGITS_MODEL, "vit_small_patch14_dinov2")}
+    sizes = {name: built["models"].pop(name) for name in (DIGITS_MODEL, *SOME[:3])}
     assert sizes[DIGITS_MODEL]["embed_dim"] == 96 and sizes[DIGITS_MODEL]["img_size"] == 28
     assert sizes["vit_small_patch14_dinov2"]["img_size"] == 518 and sizes["vit_small_patch14_dinov2"]["depth"] == 12
+    assert sizes["vit_small_patch14_reg4_dinov2"]["reg_tokens"] == 4
+    eva = read_entry(sizes["eva02_tiny_patch14_224"])
+    assert isinstance(eva, Measured) and (eva.shape.num_blocks, eva.shape.num_heads, eva.shape.mlp_matrices) == (
+        12,
+        3,
+        3,
+    )
     assert built["models"] == {
-        "vit_small_patch14_reg4_dinov2": "register tokens",
-        "deit_tiny_distilled_patch16_224": "architecture VisionTransformerDistilled is not a plain VisionTransformer",
-        "resnet50": "architecture resnet is not a plain VisionTransformer",
+        "deit_tiny_distilled_patch16_224": "architecture VisionTransformerDistilled is not a plain vision transformer",
+        "resnet50": "architecture resnet is not a plain vision transformer",
     }
 
 
@@ -41,8 +54,9 @@ def test_the_command_covers_every_name_that_timm_registers(
     models = json.loads(path.read_text())["models"]
     assert set(models) == {DIGITS_MODEL, *timm.list_models()}
     supported = [name for name, entry in models.items() if isinstance(entry, dict)]
-    assert len(supported) > 60
+    assert len(supported) > 220
     assert f"{len(supported)} of {len(models)} models work" in capsys.readouterr().out
+    assert catalog.table(models) in Path("workers/README.md").read_text()
 
 
 def test_the_file_is_readable_by_all_and_written_whole_or_not_at_all(

@@ -21,6 +21,7 @@ from workers.checkpoint import Vault, check_same_job, drop_drafts, newest_whole,
 from workers.contract import JobSpec, Optimiser
 from workers.manifest import Manifest, fingerprint
 from workers.optimiser import Adam
+from workers.partition import cut_of
 from workers.shard import Shard
 
 SPEC = Optimiser(learning_rate=1e-2)
@@ -106,7 +107,7 @@ def test_any_placement_finds_its_heads_and_their_state_by_name(vault):
     with torch.no_grad():
         for param in blank.parameters():
             param.zero_()
-    found.load_weights(blank.state_dict(), Shard(blank, Placement.make(OTHER, 3), 0).shape)
+    found.load_weights(blank.state_dict(), cut_of(blank))
     for rank in range(3):
         shard = Shard(blank, Placement.make(OTHER, 3), rank)
         adam = Adam(shard, SPEC, 100)
@@ -329,5 +330,5 @@ def test_weights_that_do_not_fit_the_model_are_refused(vault):
     found, _ = found_in(vault)
     for model in (tiny_vit(depth=2), tiny_vit(depth=4), tiny_vit(mlp_ratio=4.0)):
         with pytest.raises(UserError) as raised:
-            found.load_weights(model.state_dict(), Shard(model, Placement.make([[0] * 4] * 4, 1), 0).shape)
+            found.load_weights(model.state_dict(), cut_of(model))
         assert raised.value.code == "checkpoint_mismatch"

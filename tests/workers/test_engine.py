@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from timm.layers import RmsNorm, SwiGLU
 
 from scheduler.domain import Op, Placement, step_flops, uniform_ops
 from scheduler.simulate import simulate
@@ -19,6 +20,10 @@ BUILDS = {
     "average pool, no class token": {"class_token": False, "global_pool": "avg"},
     "average pool over a class token": {"global_pool": "avg"},
     "layer scale, no qkv bias": {"init_values": 0.5, "qkv_bias": False},
+    "norms of queries and keys, registers": {"qk_norm": True, "reg_tokens": 2},
+    "gated MLP, attention pooling": {"mlp_layer": SwiGLU, "global_pool": "map", "class_token": False},
+    "norm before the blocks, norms of means": {"pre_norm": True, "norm_layer": RmsNorm},
+    "one head, as a norm inside the attention asks": {"scale_attn_norm": True},
     "uneven MLP slices, 3 channels": {"mlp_ratio": 1.64, "in_chans": 3},
 }
 MODELS = {name: tiny_vit(**args) for name, args in BUILDS.items()}

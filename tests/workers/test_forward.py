@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from scheduler.domain import Placement
 from tests.workers.engine import costs_for, images_and_labels, on_threads, tiny_vit
-from tests.workers.judge import attn_heads, mlp_heads
+from tests.workers.judge import heads_of
 from workers.data import Batch
 from workers.executor import Executor
 from workers.forward import IMAGES_PER_MICRO_BATCH, MICRO_BATCHES, ForwardPasses
@@ -54,8 +54,8 @@ def test_mean_outputs_equal_the_judges():
     with torch.no_grad():
         x = model._pos_embed(model.patch_embed(images))
         for index, block in enumerate(model.blocks):
-            for part, heads_of, norm in (("attn", attn_heads, block.norm1), ("mlp", mlp_heads, block.norm2)):
-                outs, bias = heads_of(block, norm(x))
+            for part, norm in (("attn", block.norm1), ("mlp", block.norm2)):
+                outs, bias = heads_of(getattr(block, part), part, 4, norm(x))
                 expected = torch.stack([out.mean((0, 1)) for out in outs])
                 for means in results:
                     torch.testing.assert_close(means[index, part], expected, rtol=0, atol=1e-10)

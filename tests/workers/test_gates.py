@@ -16,7 +16,7 @@ from scheduler.compiler import compile_step
 from scheduler.domain import Op, Placement, StepShape, uniform_ops
 from scheduler.scores import merge
 from tests.workers.engine import costs_for, gathered_gradients, images_and_labels, on_threads, run_step, tiny_vit
-from tests.workers.judge import attn_heads, mlp_heads
+from tests.workers.judge import heads_of
 from tests.workers.test_engine import MODELS, cases
 from workers.executor import Executor
 from workers.gates import EVERY, MOST, Gates
@@ -72,8 +72,8 @@ def gated_forward(model, images, ops_LH, gates_LH, skip_fill):
     for block, ops_H, gates_H in zip(model.blocks, ops_LH, gates_LH, strict=True):
         if (ops_H == Op.SKIP).all():
             continue
-        for heads_of, norm, scale in ((attn_heads, block.norm1, block.ls1), (mlp_heads, block.norm2, block.ls2)):
-            outs, bias = heads_of(block, norm(x))
+        for part, norm, scale in (("attn", block.norm1, block.ls1), ("mlp", block.norm2, block.ls2)):
+            outs, bias = heads_of(getattr(block, part), part, len(ops_H), norm(x))
             total = torch.zeros_like(x)
             for op, gate, out in zip(ops_H, gates_H, outs, strict=True):
                 total = total + (gate * out if op == Op.FULL else out.detach() if op == Op.FORWARD else 0)
@@ -89,11 +89,12 @@ def gated_forward(model, images, ops_LH, gates_LH, skip_fill):
 def test_an_all_full_step_records_what_scoring_finds_on_its_images(name, kind):
     model = MODELS[name]
     batches = images_and_labels(model, 2, 3)
-    ops = uniform_ops(model_shape(model), 2, Op.FULL)
-    recorded, _, _ = record(model, Placement.make([[0, 1, 1, 2]] * 3, 3), [ops], batches, kind)
+    shape = model_shape(model)
+    ops = uniform_ops(shape, 2, Op.FULL)
+    recorded, _, _ = record(model, Placement.make([[2, 1, 1, 0][: shape.num_heads]] * 3, 3), [ops], batches, kind)
     expected, _, samples = score(model, batches, kind)
     found = merge((of.sums_LH, of.counts_LH) for of in recorded)
-    assert samples == 6 and sum(of.counts_LH for of in recorded).tolist() == [[6] * 4] * 3
+    assert samples == 6 and sum(of.counts_LH for of in recorded).tolist() == [[6] * shape.num_heads] * 3
     np.testing.assert_allclose(found, expected.numpy() / 6, **EXACT)
 
 

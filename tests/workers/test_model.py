@@ -14,8 +14,10 @@ from torch import Tensor
 
 from scheduler.errors import UserError
 from workers import bundled
+from workers.anatomy import bound, refusal
 from workers.contract import DIGITS_MODEL, JobSpec
-from workers.model import ModelInput, build_model, load_weights, model_input, refusal, resolve
+from workers.model import ModelInput, build_model, load_weights, model_input, resolve
+from workers.partition import model_shape
 
 TINY: dict[str, Any] = {"img_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2}
 NAME = "vit_tiny_patch16_224"
@@ -106,19 +108,26 @@ SUPPORTED: list[dict[str, Any]] = [
     {"final_norm": False},
     {"global_pool": "avg", "fc_norm": False},
     {"act_layer": "gelu_tanh"},
+    {"reg_tokens": 4},
+    {"qk_norm": True},
+    {"pre_norm": True},
+    {"global_pool": "map"},
+    {"global_pool": "max"},
+    {"global_pool": "avg", "pool_include_prefix": True},
+    {"dynamic_img_size": True},
+    {"pos_embed": "none"},
+    {"embed_norm_layer": "layernorm"},
+    {"norm_layer": "rmsnorm"},
+    {"mlp_layer": timm.layers.SwiGLU},
+    {"mlp_layer": timm.layers.SwiGLUPacked},
 ]
+BOUND: dict[str, dict[str, Any]] = {
+    "a norm inside the attention": {"scale_attn_norm": True},
+    "a norm inside the MLP": {"scale_mlp_norm": True},
+    "norms behind the sub-layers": {"block_fn": timm.models.vision_transformer.ResPostBlock},
+    "attention DiffAttention": {"attn_layer": "diff"},
+}
 REFUSED: dict[str, dict[str, Any]] = {
-    "register tokens": {"reg_tokens": 4},
-    "qk-norm": {"qk_norm": True},
-    "norm inside the attention": {"scale_attn_norm": True},
-    "norm inside the MLP": {"scale_mlp_norm": True},
-    "norm before the blocks": {"pre_norm": True},
-    "attention pooling": {"global_pool": "map"},
-    "pooling 'max'": {"global_pool": "max"},
-    "average pooling over prefix tokens": {"global_pool": "avg", "pool_include_prefix": True},
-    "dynamic image size": {"dynamic_img_size": True},
-    "no position embedding": {"pos_embed": "none"},
-    "norm in the patch embedding": {"embed_norm_layer": "layernorm"},
     "image that is not square": {"img_size": (16, 32)},
     "patch that is not square": {"patch_size": (4, 8)},
     "patch drop": {"patch_drop_rate": 0.1},
@@ -126,17 +135,15 @@ REFUSED: dict[str, dict[str, Any]] = {
     "drop path": {"drop_path_rate": 0.1},
     "no classifier": {"num_classes": 0},
     "no blocks": {"depth": 0},
-    "norm RmsNorm": {"norm_layer": "rmsnorm"},
-    "block ResPostBlock": {"block_fn": timm.models.vision_transformer.ResPostBlock},
+    "dynamic image padding": {"dynamic_img_pad": True},
     "block ParallelScalingBlock": {"block_fn": timm.models.vision_transformer.ParallelScalingBlock},
-    "MLP SwiGLU": {"mlp_layer": timm.layers.SwiGLU},
-    "attention DiffAttention": {"attn_layer": "diff"},
+    "MLP GatedMlp": {"mlp_layer": timm.layers.GatedMlp},
     "MLP narrower than the number of heads": {"mlp_ratio": 0.07},
 }
 
 
 @pytest.mark.parametrize("args", SUPPORTED, ids=str)
-def test_plain_models_are_supported(args: dict[str, Any]) -> None:
+def test_many_arguments_are_supported(args: dict[str, Any]) -> None:
     assert refusal(timm.create_model(NAME, **{**TINY, "num_classes": 3, **args})) is None
 
 
@@ -145,17 +152,24 @@ def test_each_unsupported_feature_is_named(reason: str) -> None:
     assert refusal(timm.create_model(NAME, **{**TINY, "num_classes": 3, **REFUSED[reason]})) == reason
 
 
-def test_gated_attention_is_named() -> None:
+@pytest.mark.parametrize("reason", BOUND)
+def test_what_looks_at_all_heads_binds_a_block(reason: str) -> None:
+    model = timm.create_model(NAME, **{**TINY, "num_classes": 3, **BOUND[reason]})
+    assert refusal(model) is None and bound(model.blocks[0]) == reason and model_shape(model).num_heads == 1
+    assert bound(timm.create_model(NAME, **TINY, num_classes=3).blocks[0]) is None
+
+
+def test_blocks_that_are_not_alike_are_named() -> None:
     model = timm.create_model(NAME, **TINY, num_classes=3)
     model.blocks[1].attn.gate = torch.nn.Linear(16, 16)
-    assert refusal(model) == "gated attention"
+    assert refusal(model) == "blocks that are not alike"
 
 
-@pytest.mark.parametrize("name", ["resnet18", "deit_tiny_distilled_patch16_224", "eva02_tiny_patch14_224"])
+@pytest.mark.parametrize("name", ["resnet18", "deit_tiny_distilled_patch16_224", "swin_tiny_patch4_window7_224"])
 def test_other_architectures_are_refused_by_name(name: str) -> None:
     error = refused(JobSpec(model=name, model_args={"depth": 1} if "deit" in name else {}))
     assert (error.code, error.param) == ("model_refused", "model")
-    assert "is not a plain VisionTransformer" in error.message
+    assert "is not a plain vision transformer" in error.message
 
 
 def test_model_input_follows_the_model() -> None:

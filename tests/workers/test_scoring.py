@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from scheduler.domain import StepShape
 from scheduler.scores import KINDS, merge
 from tests.workers.engine import images_and_labels, on_threads, tiny_vit
-from tests.workers.judge import attn_heads, mlp_heads
+from tests.workers.judge import heads_of
 from workers.partition import model_shape
 from workers.profiling import keep_freed_memory, measure_links, profile_device
 from workers.scoring import gate_slopes, score, weight_sizes
@@ -20,8 +20,8 @@ EXACT = {"rtol": 1e-9, "atol": 1e-12}
 def loss_with_gates(model, image, label, gates_LH):
     x = model._pos_embed(model.patch_embed(image))
     for block, gates_H in zip(model.blocks, gates_LH, strict=True):
-        for heads_of, norm, scale in ((attn_heads, block.norm1, block.ls1), (mlp_heads, block.norm2, block.ls2)):
-            outs, bias = heads_of(block, norm(x))
+        for part, norm, scale in (("attn", block.norm1, block.ls1), ("mlp", block.norm2, block.ls2)):
+            outs, bias = heads_of(getattr(block, part), part, 4, norm(x))
             total = sum(gate * out for gate, out in zip(gates_H, outs, strict=True))
             x = x + scale(total if bias is None else total + bias)
     return F.cross_entropy(model.forward_head(model.norm(x)), label)
@@ -106,8 +106,8 @@ def test_activation_is_the_norm_of_what_a_head_adds_to_the_residual():
     for images, _ in batches:
         x = model._pos_embed(model.patch_embed(images))
         for index, block in enumerate(model.blocks):
-            for heads_of, norm, scale in ((attn_heads, block.norm1, block.ls1), (mlp_heads, block.norm2, block.ls2)):
-                outs, bias = heads_of(block, norm(x))
+            for part, norm, scale in (("attn", block.norm1, block.ls1), ("mlp", block.norm2, block.ls2)):
+                outs, bias = heads_of(getattr(block, part), part, 4, norm(x))
                 expected[index] += torch.stack([(scale.gamma * out).norm(dim=2).mean(1).sum() for out in outs])
                 x = x + scale(sum(outs) + bias)
     backward, forward, samples = score(model, batches, "activation")

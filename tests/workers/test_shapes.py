@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 
 from scheduler.errors import UserError
 from workers import bundled
-from workers.catalog import sizes_of
+from workers.anatomy import foreign_architecture
+from workers.catalog import entry_of, sizes_of
 from workers.contract import MODEL_ARGS, JobSpec
-from workers.model import build_model, foreign_architecture, refusal
+from workers.model import build_model
 from workers.partition import model_shape
-from workers.shapes import POOLS, Sizes, resized, shape_of
+from workers.shapes import POOLS, Measured, Sizes, read_entry, resized, shape_of
 
 TINY = "vit_tiny_patch16_224"
 CASES: list[tuple[str, dict[str, Any], int | None]] = [
@@ -56,12 +57,26 @@ def test_every_supported_model_has_the_shape_that_the_catalogue_says() -> None:
     names = [name for name in timm.list_models() if foreign_architecture(name) is None]
     agreed = 0
     for name in names:
+        entry = entry_of(name)
+        if isinstance(entry, str):
+            continue
+        known = read_entry(entry)
+        side = known.img_size + known.patch_size
         with torch.device("meta"):
-            built = timm.create_model(name, pretrained=False, num_classes=3, depth=1)
-        if refusal(built) is None:
-            assert shape_of(resized(sizes_of(name), {"depth": 1}), 3) == model_shape(built), name
-            agreed += 1
-    assert agreed > 60
+            built = timm.create_model(name, pretrained=False, num_classes=3, depth=1, in_chans=1, img_size=side)
+        assert shape_of(resized(known, {"depth": 1, "in_chans": 1}, side), 3) == model_shape(built), name
+        agreed += 1
+    assert agreed > 220
+
+
+def test_of_a_measured_model_little_can_be_changed() -> None:
+    known = read_entry(entry_of("eva02_tiny_patch14_224"))  # type: ignore[arg-type]
+    assert isinstance(known, Measured) and read_entry(known.to_dict()) == known
+    with pytest.raises(UserError, match="only img_size, in_chans, depth can be changed") as refused:
+        resized(known, {"embed_dim": 96})
+    assert refused.value.param == "model_args.embed_dim"
+    with pytest.raises(UserError, match="smaller than a patch"):
+        resized(known, {}, 8)
 
 
 @settings(max_examples=25, deadline=None)
@@ -74,9 +89,10 @@ def test_every_supported_model_has_the_shape_that_the_catalogue_says() -> None:
     st.floats(0.5, 5),
     st.booleans(),
     st.booleans(),
+    st.integers(0, 3),
 )
 def test_any_arguments_count_as_the_built_model_does(
-    heads: int, width: int, depth: int, side: int, patch: int, ratio: float, bias: bool, token: bool
+    heads: int, width: int, depth: int, side: int, patch: int, ratio: float, bias: bool, token: bool, registers: int
 ) -> None:
     args: dict[str, Any] = {
         "num_heads": heads,
@@ -85,7 +101,9 @@ def test_any_arguments_count_as_the_built_model_does(
         "patch_size": min(side, patch),
         "mlp_ratio": ratio,
         "qkv_bias": bias,
+        "qk_norm": not bias,
         "class_token": token,
+        "reg_tokens": registers,
         "global_pool": "token" if token else "avg",
     }
     with torch.device("meta"):
@@ -107,6 +125,7 @@ def test_any_arguments_count_as_the_built_model_does(
         ({"qkv_bias": 1}, None, "model_args.qkv_bias"),
         ({"global_pool": "map"}, None, "model_args.global_pool"),
         ({"class_token": False}, None, "model_args.class_token"),
+        ({"reg_tokens": -1}, None, "model_args.reg_tokens"),
         ({}, 8, "img_size"),
         ({"img_size": 8}, None, "img_size"),
     ],
