@@ -4,7 +4,8 @@
     python -m workers.catalog --table
 
 The first writes {"format": 3, "timm": "1.0.31", "models": {"vit_small_patch16_224": {"img_size": 224, …}, "resnet50":
-"architecture resnet is not …", …}}: how `shapes` counts the model where it works, else the reason why it does not. The second prints a summary for a README.
+"architecture resnet is not …", …}}: how `shapes` counts the model where it works, else the reason why it does not. The
+second prints a summary for a README.
 """
 
 from __future__ import annotations
