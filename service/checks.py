@@ -16,8 +16,9 @@ from scheduler.errors import UserError
 from service.catalogue import Models
 from service.errors import InvalidRequestError, Issue
 from workers.contract import DIGITS_MODEL, JobSpec
-from workers.folder import check_inside, parse_uri, scan_classes
 from workers.shapes import Sizes
+from workers.sources.address import check_address, check_inside
+from workers.sources.opening import open_source
 
 MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
 
@@ -58,7 +59,7 @@ def check_paths(spec: JobSpec, roots: Sequence[Path]) -> list[Issue]:
     """The weights and the dataset lie under the roots and are what they should be."""
     issues = [] if spec.weights is None else _issues(lambda: _check_weights(str(spec.weights), roots))
     if spec.dataset != "digits":
-        issues += _issues(lambda: _check_folder(spec.dataset, roots))
+        issues += _issues(lambda: _check_dataset(spec.dataset, roots))
     return issues
 
 
@@ -67,8 +68,8 @@ def _plain(name: str, models: Models) -> str:
     return name if name in models else name.partition(".")[0]
 
 
-def _check_folder(uri: str, roots: Sequence[Path]) -> None:
-    scan_classes(check_inside(parse_uri(uri), roots, param="dataset"))
+def _check_dataset(uri: str, roots: Sequence[Path]) -> None:
+    open_source(check_address(uri, roots))
 
 
 def _check_weights(weights: str, roots: Sequence[Path]) -> None:

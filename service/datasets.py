@@ -18,7 +18,9 @@ from service.schemas import Dataset, DatasetBody, Sample, SampleList
 from service.store import Caller, Store
 from service.thumbnails import Thumbnails
 from workers.contract import JobSpec
-from workers.folder import FolderLayout, check_inside, parse_uri, scan_classes
+from workers.sources.address import check_address
+from workers.sources.opening import open_source
+from workers.sources.source import Source
 
 SCHEME = "dataset:"
 Split = Literal["train", "test"]
@@ -27,14 +29,14 @@ Split = Literal["train", "test"]
 def describe(body: DatasetBody, roots: Sequence[Path]) -> dict[str, Any]:
     """What the store notes of a folder that is to be registered. Raises UserError about the field `uri`."""
     try:
-        return _summary(_layout(body.uri, roots))
+        return _summary(_source(body.uri, roots))
     except UserError as error:
         raise UserError(_shown(error.message), code=error.code, param="uri", remedy=error.remedy) from None
 
 
 def describe_again(dataset: Dataset, roots: Sequence[Path]) -> dict[str, Any]:
     """The same of one that is registered. Raises ConflictError where it is no dataset any more."""
-    return _summary(_layout_now(dataset, roots))
+    return _summary(_source_now(dataset, roots))
 
 
 def choose(
@@ -44,12 +46,15 @@ def choose(
 
     Spread evenly over each class, since neighbours are often alike; every class gets one before any gets a second.
     """
-    layout = _layout_now(dataset, roots)
-    files = layout.train_files if split == "train" else layout.test_files
-    spread = {name: _spread(files.get(name, ()), per_class) for name in layout.classes}
+    source = _source_now(dataset, roots)
+    if source.root is None:
+        message = f"Samples are shown of image folders alone, and {source.origin} is none."
+        raise ConflictError(message, code="no_samples", remedy="Look at its classes: GET /v1/datasets/{dataset_id}.")
+    files = source.train_files if split == "train" else source.test_files or {}
+    spread = {name: _spread(files.get(name, ()), per_class) for name in source.classes}
     rounds = [(turn, name, found[turn]) for name, found in spread.items() for turn in range(len(found))]
     chosen = sorted(sorted(rounds)[:limit], key=lambda each: (each[1], each[0]))
-    return layout.root, [(name, file) for _, name, file in chosen]
+    return source.root, [(name, file) for _, name, file in chosen]
 
 
 async def show(thumbnails: Thumbnails, root: Path, split: Split, chosen: Sequence[tuple[str, str]]) -> SampleList:
@@ -72,25 +77,25 @@ def resolved(spec: JobSpec, store: Store, caller: Caller) -> JobSpec:
     raise InvalidRequestError([Issue("dataset", message, "dataset_not_registered")])
 
 
-def _layout(uri: str, roots: Sequence[Path]) -> FolderLayout:
-    return scan_classes(check_inside(parse_uri(uri), roots))
+def _source(uri: str, roots: Sequence[Path]) -> Source:
+    return open_source(check_address(uri, roots))
 
 
-def _layout_now(dataset: Dataset, roots: Sequence[Path]) -> FolderLayout:
+def _source_now(dataset: Dataset, roots: Sequence[Path]) -> Source:
     try:
-        return _layout(dataset.uri, roots)
+        return _source(dataset.uri, roots)
     except UserError as error:
         raise ConflictError(_shown(error.message), code=error.code, remedy=error.remedy) from None
 
 
-def _summary(layout: FolderLayout) -> dict[str, Any]:
+def _summary(source: Source) -> dict[str, Any]:
     classes = [
         {
             "name": _shown(name),
-            "num_train": len(layout.train_files[name]),
-            "num_test": len(layout.test_files.get(name, ())),
+            "num_train": len(source.train_files[name]),
+            "num_test": len((source.test_files or {}).get(name, ())),
         }
-        for name in layout.classes
+        for name in source.classes
     ]
     return {"classes": classes, "inspected_at": int(time.time())}
 

@@ -22,7 +22,7 @@ import psutil
 from PIL import Image, UnidentifiedImageError, WebPImagePlugin
 
 from scheduler.errors import UserError
-from workers.folder import check_inside
+from workers.sources.address import check_inside
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP")  # those that training reads
 SPARE_BYTES = 256 << 20

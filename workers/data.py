@@ -20,10 +20,12 @@ from torch.nn import functional as F
 from scheduler.errors import UserError
 from workers.contract import JobSpec
 from workers.digits import load_digits, split_digits
-from workers.folder import FolderLayout, parse_uri, scan_classes
 from workers.images import find_unreadable, read_square
 from workers.model import ModelInput
 from workers.order import AugmentKey, IndexArray, permutation
+from workers.sources.address import parse_address
+from workers.sources.opening import open_source
+from workers.sources.source import Source
 
 SPLIT_SEED = 0
 HELD_OUT_FRACTION = 0.1
@@ -60,9 +62,9 @@ class Dataset(Protocol):
 def open_dataset(spec: JobSpec, model_input: ModelInput, *, skipped: Sequence[str] | None = None) -> Dataset:
     """Open the spec's dataset for a model's input.
 
-    A folder's files are all decoded once, to find the bad ones; with `skipped`, the names another worker found, they
+    All images are decoded once, to find the bad ones; with `skipped`, the names another worker found, they
     are taken on trust instead, and all workers count alike. Raises UserError (dataset): those of
-    `folder.scan_classes`, and "unreadable_images"; (model_args) "unsupported_channels".
+    `open_source`, and "unreadable_images"; (model_args) "unsupported_channels".
     """
     if model_input.in_chans not in (1, 3):
         raise UserError(
@@ -73,8 +75,8 @@ def open_dataset(spec: JobSpec, model_input: ModelInput, *, skipped: Sequence[st
         )
     if spec.dataset == "digits":
         return DigitsDataset(model_input, spec.images_per_class)
-    layout = scan_classes(parse_uri(spec.dataset))
-    return FolderDataset(layout, model_input, spec.images_per_class, skipped)
+    source = open_source(parse_address(spec.dataset))
+    return SourceDataset(source, model_input, spec.images_per_class, skipped)
 
 
 class DigitsDataset:
@@ -110,26 +112,26 @@ class DigitsDataset:
         return Batch(_normalise(images_BCHW, self._input), self._labels_B[rows])
 
 
-class FolderDataset:
-    """An image folder; without test/ or val/, a tenth of each class is held out for testing."""
+class SourceDataset:
+    """The images of a source; where it has no split for testing, a tenth of each class is held out."""
 
     def __init__(
         self,
-        layout: FolderLayout,
+        source: Source,
         model_input: ModelInput,
         images_per_class: int | None = None,
         skipped: Sequence[str] | None = None,
     ) -> None:
-        train, test = _split(layout, images_per_class)
-        self.classes = layout.classes
+        train, test = _split(source, images_per_class)
+        self.classes = source.classes
         names = [file.name for file in (*train, *test)]
-        self.skipped = list(skipped) if skipped is not None else find_unreadable(layout.root, names)
+        self.skipped = list(skipped) if skipped is not None else find_unreadable(source.read, names)
         dropped = set(self.skipped)
-        self._root, self._input = layout.root, model_input
+        self._read, self._input = source.read, model_input
         self._train = [file for file in train if file.name not in dropped]
         self._test = [file for file in test if file.name not in dropped]
         self.num_train, self.num_test = len(self._train), len(self._test)
-        _check_left(layout, self._train, self._test, self.skipped)
+        _check_left(source, self._train, self._test, self.skipped)
 
     def train_batch(self, indices: IndexArray, augment_key: AugmentKey | None = None) -> Batch:
         """With a key, each image is mirrored or not by a coin that only the key decides."""
@@ -151,7 +153,7 @@ class FolderDataset:
         size, channels, interpolation = self._input.img_size, self._input.in_chans, self._input.interpolation
         pixels_BHWC = np.empty((len(files), size, size, channels), dtype=np.uint8)
         for index, file in enumerate(files):
-            pixels_BHWC[index] = read_square(self._root, file.name, size, channels, interpolation)
+            pixels_BHWC[index] = read_square(self._read, file.name, size, channels, interpolation)
         images_BCHW = torch.from_numpy(pixels_BHWC).permute(0, 3, 1, 2).float() / 255
         labels_B = torch.tensor([file.label for file in files], dtype=torch.int64)
         return Batch(_normalise(images_BCHW, self._input), labels_B)
@@ -248,14 +250,14 @@ def _normalise(images_BCHW: Tensor, model_input: ModelInput) -> Tensor:
     return (images_BCHW - mean_C11) / std_C11
 
 
-def _split(layout: FolderLayout, images_per_class: int | None) -> tuple[list[_File], list[_File]]:
+def _split(source: Source, images_per_class: int | None) -> tuple[list[_File], list[_File]]:
     """Training and test files, class by class in sorted order; the limit holds for training alone."""
     train: list[_File] = []
     test: list[_File] = []
-    for label, name in enumerate(layout.classes):
-        files = [_File(file, label) for file in layout.train_files[name]]
-        held_out = _held_out(len(files), label) if layout.test_dir is None else frozenset()
-        test += [_File(file, label) for file in layout.test_files.get(name, ())]
+    for label, name in enumerate(source.classes):
+        files = [_File(file, label) for file in source.train_files[name]]
+        held_out = _held_out(len(files), label) if source.test_files is None else frozenset()
+        test += [_File(file, label) for file in (source.test_files or {}).get(name, ())]
         test += [files[index] for index in sorted(held_out)]
         train += [file for index, file in enumerate(files) if index not in held_out][:images_per_class]
     return train, test
@@ -267,9 +269,9 @@ def _held_out(num: int, label: int) -> frozenset[int]:
     return frozenset(permutation(num, SPLIT_SEED, label)[:count].tolist())
 
 
-def _check_left(layout: FolderLayout, train: list[_File], test: list[_File], skipped: list[str]) -> None:
+def _check_left(source: Source, train: list[_File], test: list[_File], skipped: list[str]) -> None:
     labels = {file.label for file in train}
-    lost = [name for label, name in enumerate(layout.classes) if label not in labels]
+    lost = [name for label, name in enumerate(source.classes) if label not in labels]
     if lost:
         raise UserError(
             f"No readable training image is left in the class '{lost[0]}'; unreadable: {', '.join(skipped[:3])}.",
@@ -279,8 +281,8 @@ def _check_left(layout: FolderLayout, train: list[_File], test: list[_File], ski
         )
     if not test:
         raise UserError(
-            f"No image of {layout.root} is left for testing.",
+            f"No image of {source.origin} is left for testing.",
             code="empty_test",
             param="dataset",
-            remedy="Give readable images in test/, or at least two training images in some class.",
+            remedy="Give readable images for testing, or at least two training images in some class.",
         )

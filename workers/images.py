@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from io import BytesIO
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
 from scheduler.errors import UserError
-from workers.folder import check_inside
+from workers.sources.source import Pixels, Stored
 
 MAX_PIXELS = 25_000_000
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
@@ -25,15 +25,15 @@ _RESAMPLING = {
 }
 
 
-def find_unreadable(root: Path, names: Sequence[str]) -> list[str]:
-    """Decode every image once, in threads, and return the names of those that fail.
+def find_unreadable(read: Callable[[str], Stored], names: Sequence[str]) -> list[str]:
+    """Decode every image once, in threads and in the order in which they are stored; the names of those that fail.
 
     Raises UserError "unreadable_images" when they are more than ten and more than one in a hundred.
     """
 
     def is_bad(name: str) -> bool:
         try:
-            decode(root, name, "RGB")
+            decode(read(name), "RGB")
         # Pillow's decoders raise whatever a broken file leads them to.
         except Exception:
             return True
@@ -42,20 +42,23 @@ def find_unreadable(root: Path, names: Sequence[str]) -> list[str]:
     # Filters belong to the process, not the thread: they are set once around all threads.
     with warnings.catch_warnings(), ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as threads:
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        bad = [name for name, is_dropped in zip(names, threads.map(is_bad, names), strict=True) if is_dropped]
+        in_order = sorted(names)
+        bad = [name for name, is_dropped in zip(in_order, threads.map(is_bad, in_order), strict=True) if is_dropped]
     if len(bad) > max(10, len(names) // 100):
         raise _unreadable(bad, len(names))
     return bad
 
 
-def read_square(root: Path, name: str, size: int, channels: int, interpolation: str) -> npt.NDArray[np.uint8]:
+def read_square(
+    read: Callable[[str], Stored], name: str, size: int, channels: int, interpolation: str
+) -> npt.NDArray[np.uint8]:
     """One image as pixels [size, size, channels]: its centre square, resized; `channels` 1 is grey, 3 is RGB.
 
     Cutting before resizing keeps a long strip of an image from growing without bound. Raises UserError
     "unreadable_images".
     """
     try:
-        image = decode(root, name, "L" if channels == 1 else "RGB")
+        image = decode(read(name), "L" if channels == 1 else "RGB")
     except Exception as error:  # it was readable when the dataset was opened
         raise _unreadable([f"{name} ({error})"], 1) from error
     side = min(image.size)
@@ -65,16 +68,15 @@ def read_square(root: Path, name: str, size: int, channels: int, interpolation: 
     return np.asarray(square, dtype=np.uint8).reshape(size, size, channels)
 
 
-def decode(root: Path, name: str, mode: str) -> Image.Image:
-    """Open and fully decode one image of a folder, in Pillow's `mode`.
+def decode(stored: Stored, mode: str) -> Image.Image:
+    """Fully decode one image, in Pillow's `mode`; of an animation the first frame.
 
-    Raises whatever Pillow does, UserError for a link that leads out of `root`, ValueError for a file that is none
-    or has more than `MAX_PIXELS` by its header.
+    Raises whatever Pillow does, and ValueError for one with more than `MAX_PIXELS` by its header.
     """
-    path = check_inside(root / name, [root])
-    if not path.is_file():
-        raise ValueError("not a regular file")  # opening a pipe would wait for ever
-    with Image.open(path, formats=FORMATS) as image:
+    if isinstance(stored, Pixels):
+        planes = [Image.frombytes("L", (stored.width, stored.height), plane) for plane in stored.planes]
+        return (planes[0] if len(planes) == 1 else Image.merge("RGB", planes)).convert(mode)
+    with Image.open(BytesIO(stored), formats=FORMATS) as image:
         width, height = image.size
         if width * height > MAX_PIXELS:
             raise ValueError(f"{width} × {height} pixels, more than {MAX_PIXELS}")

@@ -21,7 +21,7 @@ from service.store.access import Caller
 from service.store.database import Database
 from service.store.jobs import owner_name, page
 from service.tables import DatasetRow
-from workers.folder import parse_uri
+from workers.sources.address import parse_address
 
 MAX_EACH = 1000  # a summary has a line for every class: what one user can store must have an end
 
@@ -96,7 +96,7 @@ class Datasets:
     def _register(self, body: DatasetBody, summary: dict[str, Any], caller: Caller) -> tuple[Dataset, bool]:
         with self._database.write() as session:
             row = _named(session, body.name, caller.user_id, lock=True)
-            if row is not None and parse_uri(row.uri) != parse_uri(body.uri):
+            if row is not None and parse_address(row.uri) != parse_address(body.uri):
                 message = f"Your dataset {body.name} is another folder, {row.uri}."
                 remedy = "Take another name, or delete the old entry first."
                 raise ConflictError(message, code="dataset_exists", param="name", remedy=remedy)
