@@ -15,6 +15,8 @@ DIGITS_MODEL = "d2ft_digits"
 DIGITS_RATE, RATE = 5e-4, 5e-5  # learning rates of the bundled model, and of any other
 # What a job that chooses heads says of them, where it does not say otherwise.
 HEAD_WORDS = {"hold": "training", "grain": "coherent", "score": "fisher", "skip_fill": "zero"}
+# How the addresses of datasets begin; `workers.sources.address` looks at the rest.
+DATASET = r"digits\Z|dataset:[A-Za-z0-9]|(folder|parquet|webdataset):///"
 ModelArg = int | float | bool | str
 Beta = Annotated[float, Field(ge=0, lt=1)]
 MetadataKey = Annotated[str, Field(min_length=1, max_length=64)]
@@ -186,10 +188,11 @@ class JobSpec(Frozen):
     """One fine-tuning job.
 
     `model` is a timm name, or "d2ft_digits" for the small bundled one; `model_args` are passed to `timm.create_model`.
-    `dataset` is "digits" or "folder:///path" with `train/CLASS/*.jpg` and `test/` or `val/` beside it; the service
-    knows "dataset:NAME", too. Length is `epochs`, or `steps` when that is given. When workers are lost, the job goes on
-    with as few as `min_workers`, and takes more in when they come; `workers` may be {"min": 2, "max": 4}. Of the jobs
-    that wait, one of higher `priority` goes first; one that has not started after `queue_timeout_s` fails.
+    `dataset` is "digits" or an address: "folder:///path" with `train/CLASS/*.jpg` and `test/` or `val/` beside it,
+    "parquet:///path", "webdataset:///path" (workers/README.md has them all); the service knows "dataset:NAME", too.
+    Length is `epochs`, or `steps` when that is given. When workers are lost, the job goes on with as few as
+    `min_workers`, and takes more in when they come; `workers` may be {"min": 2, "max": 4}. Of the jobs that wait, one
+    of higher `priority` goes first; one that has not started after `queue_timeout_s` fails.
     """
 
     name: Annotated[str, Field(max_length=200)] | None = None
@@ -240,8 +243,11 @@ class JobSpec(Frozen):
     @field_validator("dataset")
     @classmethod
     def _known_scheme(cls, value: str) -> str:
-        if value != "digits" and not re.match(r"folder:///|dataset:[A-Za-z0-9]", value):
-            raise ValueError("a dataset is 'digits', 'folder:///absolute/path' or 'dataset:NAME', a registered one")
+        if not re.match(DATASET, value):
+            raise ValueError(
+                "a dataset is 'digits', 'dataset:NAME' (a registered one), or an address such as "
+                "'folder:///absolute/path', 'parquet:///absolute/path' or 'webdataset:///absolute/path'"
+            )
         return value
 
     @model_validator(mode="after")

@@ -10,7 +10,7 @@ import os
 from functools import partial
 from pathlib import Path
 
-from workers.sources.address import check_inside
+from workers.sources.address import Address, check_inside
 from workers.sources.source import Checked, Source, read_inside
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp"})
@@ -19,14 +19,14 @@ TEST_DIRS = ("test", "val")
 _LAYOUT = "Lay the images out as train/CLASS/*.jpg, with an optional test/ or val/ of the same shape."
 
 
-def open_folder(root: str | Path) -> Source:
+def open_folder(address: Address) -> Source:
     """List an image folder.
 
     Names are sorted paths relative to its root, classes are sorted too. Raises UserError (dataset) for a missing
     folder or train/, those of `Checked.source`, and "outside_roots" for a symbolic link that leads out of the folder.
     Hidden entries, and files of other types, are passed over.
     """
-    root = _resolved(Path(root))
+    root = _resolved(Path(address.path))
     told = Checked(str(root), _LAYOUT)
     if not _is_dir(root):
         raise told.refusal(f"There is no folder {root}.", "dataset_not_found")

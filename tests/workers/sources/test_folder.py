@@ -27,7 +27,7 @@ def touch(root: Path, *names: str) -> Path:
 
 def refused(root: Path) -> UserError:
     with pytest.raises(UserError) as caught:
-        open_folder(root)
+        open_folder(Address("folder", str(root)))
     assert caught.value.param == "dataset"
     assert caught.value.remedy
     return caught.value
@@ -36,7 +36,7 @@ def refused(root: Path) -> UserError:
 def test_a_listing_is_sorted_and_passes_over_hidden_entries_and_other_types(tmp_path: Path) -> None:
     touch(tmp_path, "train/cat/b.PNG", "train/cat/a.jpg", "train/cat/notes.txt", "train/cat/.c.jpg", "train/ant/x.webp")
     touch(tmp_path, "train/.cache/x.jpg", "train/readme.md", "test/cat/t.jpeg")
-    source = open_folder(tmp_path)
+    source = open_folder(Address("folder", str(tmp_path)))
     assert source.classes == ("ant", "cat")
     assert source.train_files == {"ant": ("train/ant/x.webp",), "cat": ("train/cat/a.jpg", "train/cat/b.PNG")}
     assert source.root == tmp_path
@@ -45,9 +45,9 @@ def test_a_listing_is_sorted_and_passes_over_hidden_entries_and_other_types(tmp_
 
 def test_val_serves_as_test_and_neither_is_none(tmp_path: Path) -> None:
     touch(tmp_path, "train/a/1.jpg", "train/b/1.jpg")
-    assert open_folder(tmp_path).test_files is None
+    assert open_folder(Address("folder", str(tmp_path))).test_files is None
     touch(tmp_path, "val/a/1.jpg")
-    assert open_folder(tmp_path).test_files == {"a": ("val/a/1.jpg",)}
+    assert open_folder(Address("folder", str(tmp_path))).test_files == {"a": ("val/a/1.jpg",)}
 
 
 def test_each_broken_layout_is_refused_by_name(tmp_path: Path) -> None:
@@ -72,14 +72,14 @@ def test_a_link_that_leads_out_of_the_dataset_is_refused(tmp_path: Path, link: s
     (root / link).parent.mkdir(parents=True, exist_ok=True)
     (root / link).symlink_to(tmp_path / "elsewhere" / ("1.jpg" if link.endswith("jpg") else ""))
     with pytest.raises(UserError) as caught:
-        open_folder(root)
+        open_folder(Address("folder", str(root)))
     assert caught.value.code == "outside_roots"
 
 
 def test_a_link_within_the_dataset_is_followed(tmp_path: Path) -> None:
     touch(tmp_path, "train/a/1.jpg")
     (tmp_path / "train/b").symlink_to(tmp_path / "train/a")
-    assert open_folder(tmp_path).train_files["b"] == ("train/b/1.jpg",)
+    assert open_folder(Address("folder", str(tmp_path))).train_files["b"] == ("train/b/1.jpg",)
 
 
 def test_an_address_is_parsed_and_others_are_refused() -> None:
