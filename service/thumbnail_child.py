@@ -99,6 +99,8 @@ def _plain(image: Image.Image) -> Image.Image:
     """Grey or RGB, by the same steps as in training."""
     if image.mode in ("L", "RGB"):
         return image
+    if image.mode.startswith("I;16"):
+        return image.point(lambda value: value * (1 / 256)).convert("L")
     return (image.convert("RGBA") if "transparency" in image.info else image).convert("RGB")
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ from workers.sources.source import Source
 
 SPLIT_SEED = 0
 HELD_OUT_FRACTION = 0.1
+UNEVEN = 3  # from how many times as many images in the largest class as in the smallest it is worth a warning
 
 
 class Batch(NamedTuple):
@@ -77,6 +78,22 @@ def open_dataset(spec: JobSpec, model_input: ModelInput, *, skipped: Sequence[st
         return DigitsDataset(model_input, spec.images_per_class)
     source = open_source(parse_address(spec.dataset))
     return SourceDataset(source, model_input, spec.images_per_class, skipped)
+
+
+def imbalance(dataset: Dataset) -> dict[str, Any] | None:
+    """How uneven the classes are in training, for the event `data.imbalanced`; None where it is not worth telling."""
+    labels_B = dataset.train_labels(np.arange(dataset.num_train))
+    counts = torch.bincount(labels_B, minlength=len(dataset.classes)).tolist()
+    by_count = sorted(zip(counts, dataset.classes, strict=True))
+    smallest, largest = by_count[0], by_count[-1]
+    if largest[0] < UNEVEN * smallest[0]:
+        return None
+    return {
+        "ratio": round(largest[0] / max(smallest[0], 1), 2),
+        "largest": largest[1],
+        "smallest": smallest[1],
+        "counts": {name: count for count, name in (*by_count[:10], *by_count[10:][-10:])},
+    }
 
 
 class DigitsDataset:

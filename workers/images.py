@@ -69,7 +69,7 @@ def read_square(
 
 
 def decode(stored: Stored, mode: str) -> Image.Image:
-    """Fully decode one image, in Pillow's `mode`; of an animation the first frame.
+    """Fully decode one image, in Pillow's `mode`: of an animation the first frame, of 16 bits the upper eight.
 
     Raises whatever Pillow does, and ValueError for one with more than `MAX_PIXELS` by its header.
     """
@@ -81,6 +81,8 @@ def decode(stored: Stored, mode: str) -> Image.Image:
         if width * height > MAX_PIXELS:
             raise ValueError(f"{width} × {height} pixels, more than {MAX_PIXELS}")
         image.load()
+        if image.mode.startswith("I;16"):  # Pillow would make all from 256 on white
+            return image.point(lambda value: value * (1 / 256)).convert("L").convert(mode)
         # Pillow warns when a palette with transparency is turned into RGB directly.
         return (image.convert("RGBA") if "transparency" in image.info else image).convert(mode)
 

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import timm.data
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image, ImageFilter
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
@@ -17,7 +19,7 @@ from sklearn.model_selection import train_test_split
 from scheduler.errors import UserError
 from workers import data, digits, images
 from workers.contract import JobSpec
-from workers.data import Needs, Prefetcher, open_dataset
+from workers.data import Needs, Prefetcher, imbalance, open_dataset
 from workers.model import ModelInput
 from workers.order import AugmentKey, MicroBatches
 
@@ -223,6 +225,31 @@ def test_mirroring_is_decided_by_the_key_alone(tmp_path: Path) -> None:
     mirrored = (first != plain).flatten(1).any(1)
     assert torch.equal(first[mirrored], plain[mirrored].flip(3))
     assert 20 < mirrored.sum() < 60
+
+
+def test_uneven_classes_are_told_with_their_counts(tmp_path: Path) -> None:
+    spec = folder(tmp_path, num=4)
+    assert imbalance(open_dataset(spec, COLOUR)) is None and imbalance(open_dataset(JobSpec(), GREY)) is None
+    for i in range(10):
+        save(tmp_path / f"train/red/more{i}.png")
+    told = imbalance(open_dataset(spec, COLOUR))
+    assert told == {"ratio": 3.5, "largest": "red", "smallest": "blue", "counts": {"blue": 4, "red": 14}}
+
+
+@settings(max_examples=50, deadline=None)
+@given(counts=st.lists(st.integers(1, 40), min_size=2, max_size=40))
+def test_the_ratio_is_of_the_largest_to_the_smallest_class(counts: list[int]) -> None:
+    dataset = Counting()
+    dataset.classes = tuple(f"c{k:02d}" for k in range(len(counts)))  # type: ignore[assignment]
+    dataset.num_train = sum(counts)
+    labels = np.repeat(np.arange(len(counts)), counts)
+    dataset.train_labels = lambda indices: torch.from_numpy(labels[indices])  # type: ignore[method-assign]
+    told = imbalance(dataset)
+    assert (told is None) == (max(counts) < 3 * min(counts))
+    if told is not None:
+        assert told["ratio"] == round(max(counts) / min(counts), 2)
+        assert all(counts[int(name[1:])] == count for name, count in told["counts"].items())
+        assert len(told["counts"]) == min(20, len(counts))
 
 
 def test_a_model_of_two_channels_is_refused() -> None:

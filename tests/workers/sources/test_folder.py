@@ -60,6 +60,10 @@ def test_each_broken_layout_is_refused_by_name(tmp_path: Path) -> None:
     assert unknown.code == "unknown_test_class" and "'zebra'" in unknown.message
     (tmp_path / "hollow/test").mkdir(parents=True)
     assert refused(touch(tmp_path / "hollow", "train/a/1.jpg")).code == "empty_test"
+    alone = refused(touch(tmp_path / "alone", "train/cat/1.jpg"))
+    assert alone.code == "one_class" and "'cat'" in alone.message
+    twins = refused(touch(tmp_path / "twins", "train/Cat/1.jpg", "train/cat/1.jpg", "train/dog/1.jpg"))
+    assert twins.code == "ambiguous_classes" and "'Cat', 'cat'" in twins.message
     assert refused(touch(tmp_path, "file.jpg") / "file.jpg").code == "dataset_not_found"
 
 
