@@ -18,9 +18,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from scheduler.errors import UserError
-from workers.contract import JobSpec
+from workers.augment import Augmentation
+from workers.contract import Augment, JobSpec
 from workers.digits import load_digits, split_digits
-from workers.images import find_unreadable, read_square
+from workers.images import centre, fill_square, find_unreadable, read_image
 from workers.model import ModelInput
 from workers.order import AugmentKey, IndexArray, permutation
 from workers.sources.address import parse_address
@@ -33,7 +34,7 @@ UNEVEN = 3  # from how many times as many images in the largest class as in the 
 
 
 class Batch(NamedTuple):
-    """Normalised float32 images [B, C, H, W] and int64 labels [B]."""
+    """Normalised float32 images [B, C, H, W]; labels are int64 classes [B], or float32 [B, K] where mixed."""
 
     images_BCHW: Tensor
     labels_B: Tensor
@@ -53,8 +54,8 @@ class Dataset(Protocol):
     def train_batch(self, indices: IndexArray, augment_key: AugmentKey | None = None) -> Batch:
         """Images and labels of training images; augmented where a key is given and the kind of data allows it."""
 
-    def train_labels(self, indices: IndexArray) -> Tensor:
-        """Labels [B] alone, without decoding."""
+    def train_labels(self, indices: IndexArray, augment_key: AugmentKey | None = None) -> Tensor:
+        """The labels alone, without decoding."""
 
     def test_batch(self, indices: IndexArray) -> Batch:
         """Images and labels of test images."""
@@ -77,7 +78,7 @@ def open_dataset(spec: JobSpec, model_input: ModelInput, *, skipped: Sequence[st
     if spec.dataset == "digits":
         return DigitsDataset(model_input, spec.images_per_class)
     source = open_source(parse_address(spec.dataset))
-    return SourceDataset(source, model_input, spec.images_per_class, skipped)
+    return SourceDataset(source, model_input, spec.images_per_class, skipped, spec.augment)
 
 
 def imbalance(dataset: Dataset) -> dict[str, Any] | None:
@@ -116,7 +117,7 @@ class DigitsDataset:
         """Never augmented: a turned or mirrored digit is another digit."""
         return self._batch(self._train[indices])
 
-    def train_labels(self, indices: IndexArray) -> Tensor:
+    def train_labels(self, indices: IndexArray, augment_key: AugmentKey | None = None) -> Tensor:
         return self._labels_B[self._train[indices]]
 
     def test_batch(self, indices: IndexArray) -> Batch:
@@ -138,7 +139,9 @@ class SourceDataset:
         model_input: ModelInput,
         images_per_class: int | None = None,
         skipped: Sequence[str] | None = None,
+        augment: Augment | None = None,
     ) -> None:
+        self._augmentation = Augmentation(augment or Augment(), model_input.img_size, model_input.in_chans)
         train, test = _split(source, images_per_class)
         self.classes = source.classes
         names = [file.name for file in (*train, *test)]
@@ -151,29 +154,34 @@ class SourceDataset:
         _check_left(source, self._train, self._test, self.skipped)
 
     def train_batch(self, indices: IndexArray, augment_key: AugmentKey | None = None) -> Batch:
-        """With a key, each image is mirrored or not by a coin that only the key decides."""
-        batch = self._batch([self._train[index] for index in indices])
-        if augment_key is None:
-            return batch
-        seed, epoch, position = augment_key
-        coins_B = np.random.Philox(key=[seed, epoch], counter=[0, 0, 1, position]).random_raw(len(indices)) & 1
-        mirrored_B111 = torch.from_numpy(coins_B.astype(bool))[:, None, None, None]
-        return Batch(torch.where(mirrored_B111, batch.images_BCHW.flip(3), batch.images_BCHW), batch.labels_B)
+        """With a key the images are changed as the job's `augment` says; the key alone decides how."""
+        files = [self._train[index] for index in indices]
+        images_BCHW = self._images(files, augment_key)
+        if augment_key is not None:
+            images_BCHW = self._augmentation.finish(images_BCHW, augment_key)
+        return Batch(images_BCHW, self.train_labels(indices, augment_key))
 
-    def train_labels(self, indices: IndexArray) -> Tensor:
-        return torch.tensor([self._train[index].label for index in indices], dtype=torch.int64)
+    def train_labels(self, indices: IndexArray, augment_key: AugmentKey | None = None) -> Tensor:
+        labels_B = _labels([self._train[index] for index in indices])
+        if augment_key is None:
+            return labels_B
+        return self._augmentation.soften(labels_B, len(self.classes), augment_key)
 
     def test_batch(self, indices: IndexArray) -> Batch:
-        return self._batch([self._test[index] for index in indices])
+        files = [self._test[index] for index in indices]
+        return Batch(self._images(files), _labels(files))
 
-    def _batch(self, files: list[_File]) -> Batch:
+    def _images(self, files: list[_File], augment_key: AugmentKey | None = None) -> Tensor:
         size, channels, interpolation = self._input.img_size, self._input.in_chans, self._input.interpolation
         pixels_BHWC = np.empty((len(files), size, size, channels), dtype=np.uint8)
-        for index, file in enumerate(files):
-            pixels_BHWC[index] = read_square(self._read, file.name, size, channels, interpolation)
-        images_BCHW = torch.from_numpy(pixels_BHWC).permute(0, 3, 1, 2).float() / 255
-        labels_B = torch.tensor([file.label for file in files], dtype=torch.int64)
-        return Batch(_normalise(images_BCHW, self._input), labels_B)
+        for place, file in enumerate(files):
+            image = read_image(self._read, file.name, channels)
+            box = None if augment_key is None else self._augmentation.box(image.size, augment_key, place)
+            square = fill_square(image, box or centre(image.size, self._input.crop_pct), size, interpolation)
+            if augment_key is not None:
+                square = self._augmentation.distort(square, augment_key, place)
+            pixels_BHWC[place] = np.asarray(square, dtype=np.uint8).reshape(size, size, channels)
+        return _normalise(torch.from_numpy(pixels_BHWC).permute(0, 3, 1, 2).float() / 255, self._input)
 
 
 class Order(Protocol):
@@ -195,7 +203,7 @@ class Needs(NamedTuple):
 
 @dataclass(frozen=True)
 class StepData:
-    """What a worker asked for, by micro-batch: images [B, C, H, W] and labels [B]."""
+    """What a worker asked for, by micro-batch: images [B, C, H, W] and labels, as in `Batch`."""
 
     images: dict[int, Tensor] = field(default_factory=dict)
     labels: dict[int, Tensor] = field(default_factory=dict)
@@ -252,13 +260,18 @@ class Prefetcher:
             key = self._order.augment_key(step, m) if self._augment else None
             data.images[m] = self._dataset.train_batch(indices[m], key).images_BCHW
         for m in sorted(needs.labels):
-            data.labels[m] = self._dataset.train_labels(indices[m])
+            key = self._order.augment_key(step, m) if self._augment else None
+            data.labels[m] = self._dataset.train_labels(indices[m], key)
         return data
 
 
 class _File(NamedTuple):
     name: str
     label: int
+
+
+def _labels(files: list[_File]) -> Tensor:
+    return torch.tensor([file.label for file in files], dtype=torch.int64)
 
 
 def _normalise(images_BCHW: Tensor, model_input: ModelInput) -> Tensor:

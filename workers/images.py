@@ -1,4 +1,4 @@
-"""Images: files that anyone may have written, decoded with care into squares of pixels. No torch."""
+"""Images: files that anyone may have written, decoded with care and cut to squares. No torch."""
 
 from __future__ import annotations
 
@@ -8,14 +8,13 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 
-import numpy as np
-import numpy.typing as npt
 from PIL import Image
 
 from scheduler.errors import UserError
 from workers.sources.source import Pixels, Stored
 
 MAX_PIXELS = 25_000_000
+Box = tuple[float, float, float, float]  # left, top, right, bottom
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
 _RESAMPLING = {
     "nearest": Image.Resampling.NEAREST,
@@ -49,23 +48,28 @@ def find_unreadable(read: Callable[[str], Stored], names: Sequence[str]) -> list
     return bad
 
 
-def read_square(
-    read: Callable[[str], Stored], name: str, size: int, channels: int, interpolation: str
-) -> npt.NDArray[np.uint8]:
-    """One image as pixels [size, size, channels]: its centre square, resized; `channels` 1 is grey, 3 is RGB.
-
-    Cutting before resizing keeps a long strip of an image from growing without bound. Raises UserError
-    "unreadable_images".
-    """
+def read_image(read: Callable[[str], Stored], name: str, channels: int) -> Image.Image:
+    """One image of a dataset; `channels` 1 is grey, 3 is RGB. Raises UserError "unreadable_images"."""
     try:
-        image = decode(read(name), "L" if channels == 1 else "RGB")
+        return decode(read(name), "L" if channels == 1 else "RGB")
     except Exception as error:  # it was readable when the dataset was opened
         raise _unreadable([f"{name} ({error})"], 1) from error
-    side = min(image.size)
-    left, top = (image.width - side) / 2, (image.height - side) / 2
-    resampling = _RESAMPLING.get(interpolation, Image.Resampling.BICUBIC)
-    square = image.resize((size, size), resampling, box=(left, top, left + side, top + side))
-    return np.asarray(square, dtype=np.uint8).reshape(size, size, channels)
+
+
+def centre(size: tuple[int, int], crop_pct: float) -> Box:
+    """The square in the middle of an image of `size` (width, height), `crop_pct` of its shorter side wide.
+
+    It is what timm shows a model, which resizes first and cuts then; cutting first keeps a long strip of an image from
+    growing without bound.
+    """
+    side = crop_pct * min(size)
+    left, top = (size[0] - side) / 2, (size[1] - side) / 2
+    return left, top, left + side, top + side
+
+
+def fill_square(image: Image.Image, box: Box, size: int, interpolation: str) -> Image.Image:
+    """The part of an image in `box`, resized to `size` × `size` pixels."""
+    return image.resize((size, size), _RESAMPLING.get(interpolation, Image.Resampling.BICUBIC), box=box)
 
 
 def decode(stored: Stored, mode: str) -> Image.Image:

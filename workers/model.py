@@ -40,13 +40,17 @@ _HEAD_KEYS = ("head.weight", "head.bias")
 
 
 class ModelInput(NamedTuple):
-    """The images that a model wants: size and channels, and how to normalise them."""
+    """The images that a model wants: size and channels, how to normalise and resize them, and how much is cut off.
+
+    `crop_pct` is the share of the shorter side that the model is shown in evaluation, as timm notes it.
+    """
 
     img_size: int
     in_chans: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
     interpolation: str
+    crop_pct: float = 1.0
 
 
 class Resolved(NamedTuple):
@@ -81,6 +85,8 @@ def build_model(spec: JobSpec, num_classes: int, *, load: bool = True) -> Vision
         model = _create(resolved, num_classes)
         _refuse(spec.model, refusal(model))
         assert isinstance(model, VisionTransformer)
+        if spec.model == DIGITS_MODEL:
+            vars(model)["pretrained_cfg"]["crop_pct"] = 1.0  # it has learnt from whole digits
         init_classifier(model)
         if load and resolved.weights is not None:
             load_weights(model, resolved.weights)
@@ -114,7 +120,10 @@ def model_input(model: VisionTransformer) -> ModelInput:
     assert isinstance(model.patch_embed, PatchEmbed) and model.patch_embed.img_size is not None
     cfg: dict[str, Any] = vars(model)["pretrained_cfg"]
     mean, std = (_per_channel(cfg[key], model.in_chans) for key in ("mean", "std"))
-    return ModelInput(model.patch_embed.img_size[0], int(model.in_chans), mean, std, str(cfg["interpolation"]))
+    crop_pct = float(cfg.get("crop_pct") or 1.0)
+    return ModelInput(
+        model.patch_embed.img_size[0], int(model.in_chans), mean, std, str(cfg["interpolation"]), crop_pct
+    )
 
 
 def load_weights(model: VisionTransformer, path: str | Path) -> None:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from scheduler.errors import UserError
-from workers.images import MAX_PIXELS, decode, find_unreadable, read_square
+from workers.images import MAX_PIXELS, centre, decode, fill_square, find_unreadable, read_image
 from workers.sources import source
 from workers.sources.source import Pixels, read_inside
 
@@ -102,7 +102,7 @@ def test_a_file_with_too_many_bytes_is_not_read(tmp_path: Path, monkeypatch: pyt
 
 def test_one_that_went_bad_since_is_named_with_a_remedy() -> None:
     with pytest.raises(UserError) as caught:
-        read_square(lambda name: b"gone", "cat/3.jpg", 16, 3, "bicubic")
+        read_image(lambda name: b"gone", "cat/3.jpg", 3)
     assert caught.value.code == "unreadable_images" and "cat/3.jpg" in caught.value.message
     assert caught.value.param == "dataset" and caught.value.remedy
 
@@ -114,4 +114,5 @@ def test_a_damaged_image_is_read_or_named(data: st.DataObject, kind: str) -> Non
     for _ in range(data.draw(st.integers(1, 6))):
         content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
     if find_unreadable({"x": bytes(content)}.__getitem__, ["x"]) == []:
-        assert read_square(lambda name: bytes(content), "x", 8, 3, "bicubic").shape == (8, 8, 3)
+        image = read_image(lambda name: bytes(content), "x", 3)
+        assert fill_square(image, centre(image.size, 0.9), 8, "bicubic").size == (8, 8)
