@@ -55,7 +55,7 @@ def sizes_of(name: str, models: Models) -> Sizes:
     return sizes
 
 
-def check_paths(spec: JobSpec, roots: Sequence[Path]) -> list[Issue]:
+def check_paths(spec: JobSpec, roots: Sequence[str | Path]) -> list[Issue]:
     """The weights and the dataset lie under the roots and are what they should be."""
     issues = [] if spec.weights is None else _issues(lambda: _check_weights(str(spec.weights), roots))
     if spec.dataset != "digits":
@@ -68,11 +68,13 @@ def _plain(name: str, models: Models) -> str:
     return name if name in models else name.partition(".")[0]
 
 
-def _check_dataset(uri: str, roots: Sequence[Path]) -> None:
-    open_source(check_address(uri, roots))
+def _check_dataset(uri: str, roots: Sequence[str | Path]) -> None:
+    address = check_address(uri, roots)
+    if address.store is None:  # what lies elsewhere is read by the workers alone: they have the credentials
+        open_source(address)
 
 
-def _check_weights(weights: str, roots: Sequence[Path]) -> None:
+def _check_weights(weights: str, roots: Sequence[str | Path]) -> None:
     if not Path(weights).is_absolute():
         raise _bad_weights(f"'{weights}' is not an absolute path.")
     path = check_inside(weights, roots, param="weights")

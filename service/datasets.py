@@ -26,7 +26,7 @@ SCHEME = "dataset:"
 Split = Literal["train", "test"]
 
 
-def describe(body: DatasetBody, roots: Sequence[Path]) -> dict[str, Any]:
+def describe(body: DatasetBody, roots: Sequence[str | Path]) -> dict[str, Any]:
     """What the store notes of a folder that is to be registered. Raises UserError about the field `uri`."""
     try:
         return _summary(_source(body.uri, roots))
@@ -34,13 +34,13 @@ def describe(body: DatasetBody, roots: Sequence[Path]) -> dict[str, Any]:
         raise UserError(_shown(error.message), code=error.code, param="uri", remedy=error.remedy) from None
 
 
-def describe_again(dataset: Dataset, roots: Sequence[Path]) -> dict[str, Any]:
+def describe_again(dataset: Dataset, roots: Sequence[str | Path]) -> dict[str, Any]:
     """The same of one that is registered. Raises ConflictError where it is no dataset any more."""
     return _summary(_source_now(dataset, roots))
 
 
 def choose(
-    dataset: Dataset, roots: Sequence[Path], *, split: Split, per_class: int, limit: int
+    dataset: Dataset, roots: Sequence[str | Path], *, split: Split, per_class: int, limit: int
 ) -> tuple[Path, list[tuple[str, str]]]:
     """(the folder, (class, file) of the images to show). Raises ConflictError as above.
 
@@ -77,11 +77,19 @@ def resolved(spec: JobSpec, store: Store, caller: Caller) -> JobSpec:
     raise InvalidRequestError([Issue("dataset", message, "dataset_not_registered")])
 
 
-def _source(uri: str, roots: Sequence[Path]) -> Source:
-    return open_source(check_address(uri, roots))
+def _source(uri: str, roots: Sequence[str | Path]) -> Source:
+    address = check_address(uri, roots)
+    if address.store is not None:
+        raise UserError(
+            f"{address.url} lies in an object store, and only datasets on the server's disks are registered.",
+            code="remote_not_registered",
+            param="dataset",
+            remedy="Name its address in the job itself.",
+        )
+    return open_source(address)
 
 
-def _source_now(dataset: Dataset, roots: Sequence[Path]) -> Source:
+def _source_now(dataset: Dataset, roots: Sequence[str | Path]) -> Source:
     try:
         return _source(dataset.uri, roots)
     except UserError as error:

@@ -61,11 +61,18 @@ class Dataset(Protocol):
         """Images and labels of test images."""
 
 
-def open_dataset(spec: JobSpec, model_input: ModelInput, *, skipped: Sequence[str] | None = None) -> Dataset:
+def open_dataset(
+    spec: JobSpec,
+    model_input: ModelInput,
+    *,
+    skipped: Sequence[str] | None = None,
+    progress: Callable[[], None] = lambda: None,
+) -> Dataset:
     """Open the spec's dataset for a model's input.
 
     All images are decoded once, to find the bad ones; with `skipped`, the names another worker found, they
-    are taken on trust instead, and all workers count alike. Raises UserError (dataset): those of
+    are taken on trust instead, and all workers count alike. `progress` is called now and then, since that takes
+    minutes where there is much. Raises UserError (dataset): those of
     `open_source`, and "unreadable_images"; (model_args) "unsupported_channels".
     """
     if model_input.in_chans not in (1, 3):
@@ -77,8 +84,11 @@ def open_dataset(spec: JobSpec, model_input: ModelInput, *, skipped: Sequence[st
         )
     if spec.dataset == "digits":
         return DigitsDataset(model_input, spec.images_per_class)
-    source = open_source(parse_address(spec.dataset))
-    return SourceDataset(source, model_input, spec.images_per_class, skipped, spec.augment)
+    source = open_source(parse_address(spec.dataset), progress)
+    train, test = split(source, spec.images_per_class)
+    if skipped is None:
+        skipped = find_unreadable(source.read, [file.name for file in (*train, *test)], progress)
+    return SourceDataset(source, model_input, train, test, skipped, spec.augment)
 
 
 def imbalance(dataset: Dataset) -> dict[str, Any] | None:
@@ -131,23 +141,21 @@ class DigitsDataset:
 
 
 class SourceDataset:
-    """The images of a source; where it has no split for testing, a tenth of each class is held out."""
+    """Images of a source, but for those that are `skipped`."""
 
     def __init__(
         self,
         source: Source,
         model_input: ModelInput,
-        images_per_class: int | None = None,
-        skipped: Sequence[str] | None = None,
-        augment: Augment | None = None,
+        train: Sequence[File],
+        test: Sequence[File],
+        skipped: Sequence[str],
+        augment: Augment,
     ) -> None:
-        self._augmentation = Augmentation(augment or Augment(), model_input.img_size, model_input.in_chans)
-        train, test = _split(source, images_per_class)
-        self.classes = source.classes
-        names = [file.name for file in (*train, *test)]
-        self.skipped = list(skipped) if skipped is not None else find_unreadable(source.read, names)
-        dropped = set(self.skipped)
+        self.classes, self.skipped = source.classes, list(skipped)
+        dropped = set(skipped)
         self._read, self._input = source.read, model_input
+        self._augmentation = Augmentation(augment, model_input.img_size, model_input.in_chans)
         self._train = [file for file in train if file.name not in dropped]
         self._test = [file for file in test if file.name not in dropped]
         self.num_train, self.num_test = len(self._train), len(self._test)
@@ -171,7 +179,7 @@ class SourceDataset:
         files = [self._test[index] for index in indices]
         return Batch(self._images(files), _labels(files))
 
-    def _images(self, files: list[_File], augment_key: AugmentKey | None = None) -> Tensor:
+    def _images(self, files: list[File], augment_key: AugmentKey | None = None) -> Tensor:
         size, channels, interpolation = self._input.img_size, self._input.in_chans, self._input.interpolation
         pixels_BHWC = np.empty((len(files), size, size, channels), dtype=np.uint8)
         for place, file in enumerate(files):
@@ -182,6 +190,13 @@ class SourceDataset:
                 square = self._augmentation.distort(square, augment_key, place)
             pixels_BHWC[place] = np.asarray(square, dtype=np.uint8).reshape(size, size, channels)
         return _normalise(torch.from_numpy(pixels_BHWC).permute(0, 3, 1, 2).float() / 255, self._input)
+
+
+class File(NamedTuple):
+    """An image by its name in the source, and its class by number."""
+
+    name: str
+    label: int
 
 
 class Order(Protocol):
@@ -265,12 +280,7 @@ class Prefetcher:
         return data
 
 
-class _File(NamedTuple):
-    name: str
-    label: int
-
-
-def _labels(files: list[_File]) -> Tensor:
+def _labels(files: list[File]) -> Tensor:
     return torch.tensor([file.label for file in files], dtype=torch.int64)
 
 
@@ -280,14 +290,17 @@ def _normalise(images_BCHW: Tensor, model_input: ModelInput) -> Tensor:
     return (images_BCHW - mean_C11) / std_C11
 
 
-def _split(source: Source, images_per_class: int | None) -> tuple[list[_File], list[_File]]:
-    """Training and test files, class by class in sorted order; the limit holds for training alone."""
-    train: list[_File] = []
-    test: list[_File] = []
+def split(source: Source, images_per_class: int | None = None) -> tuple[list[File], list[File]]:
+    """Training and test images, class by class; the limit holds for training alone.
+
+    Where the source has no split for testing, a tenth of each class is held out.
+    """
+    train: list[File] = []
+    test: list[File] = []
     for label, name in enumerate(source.classes):
-        files = [_File(file, label) for file in source.train_files[name]]
+        files = [File(file, label) for file in source.train_files[name]]
         held_out = _held_out(len(files), label) if source.test_files is None else frozenset()
-        test += [_File(file, label) for file in (source.test_files or {}).get(name, ())]
+        test += [File(file, label) for file in (source.test_files or {}).get(name, ())]
         test += [files[index] for index in sorted(held_out)]
         train += [file for index, file in enumerate(files) if index not in held_out][:images_per_class]
     return train, test
@@ -299,7 +312,7 @@ def _held_out(num: int, label: int) -> frozenset[int]:
     return frozenset(permutation(num, SPLIT_SEED, label)[:count].tolist())
 
 
-def _check_left(source: Source, train: list[_File], test: list[_File], skipped: list[str]) -> None:
+def _check_left(source: Source, train: list[File], test: list[File], skipped: list[str]) -> None:
     labels = {file.label for file in train}
     lost = [name for label, name in enumerate(source.classes) if label not in labels]
     if lost:

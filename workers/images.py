@@ -24,10 +24,13 @@ _RESAMPLING = {
 }
 
 
-def find_unreadable(read: Callable[[str], Stored], names: Sequence[str]) -> list[str]:
+def find_unreadable(
+    read: Callable[[str], Stored], names: Sequence[str], progress: Callable[[], None] = lambda: None
+) -> list[str]:
     """Decode every image once, in threads and in the order in which they are stored; the names of those that fail.
 
-    Raises UserError "unreadable_images" when they are more than ten and more than one in a hundred.
+    `progress` is called after each. Raises UserError "unreadable_images" when they are more than ten and more than one
+    in a hundred.
     """
 
     def is_bad(name: str) -> bool:
@@ -41,8 +44,11 @@ def find_unreadable(read: Callable[[str], Stored], names: Sequence[str]) -> list
     # Filters belong to the process, not the thread: they are set once around all threads.
     with warnings.catch_warnings(), ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as threads:
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        in_order = sorted(names)
-        bad = [name for name, is_dropped in zip(in_order, threads.map(is_bad, in_order), strict=True) if is_dropped]
+        bad, in_order = [], sorted(names)
+        for name, is_dropped in zip(in_order, threads.map(is_bad, in_order), strict=True):
+            progress()
+            if is_dropped:
+                bad.append(name)
     if len(bad) > max(10, len(names) // 100):
         raise _unreadable(bad, len(names))
     return bad

@@ -142,7 +142,7 @@ class Session:
         # The number of classes comes from the data, the size of its images from the model: a first model tells that.
         probe = build_model(self.spec, num_classes=1, load=False)
         self.input = model_input(probe)
-        self.data = open_dataset(self.spec, self.input)
+        self.data = open_dataset(self.spec, self.input, progress=lambda: self.pulse.phase("prepare"))
         self.model = build_model(self.spec, len(self.data.classes))
         self.shape = model_shape(self.model)
         self.step_shape = StepShape(self.spec.micro_batches, self.spec.micro_batch_size)

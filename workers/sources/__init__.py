@@ -6,6 +6,7 @@
     folder       folder:///path             one image a file, a folder for each class
     parquet      parquet:///path            tables with an image and a label in every row
     webdataset   webdataset:///path         tar files, an image and a label under one key
+    remote       KIND+s3://bucket/prefix    the same in an object store, copied here first; +gs for Google's
     opening      an address to its source, whatever the kind
 
 No torch and no decoding of images in any of them: the API process checks a submitted dataset with the same code that

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from urllib.parse import parse_qsl, unquote
 
@@ -12,16 +12,22 @@ from scheduler.errors import UserError
 
 ROOTS_SETTING = "D2FT_ROOTS"
 OPTIONS = {"parquet": ("image", "label")}  # what may follow a "?", by kind
-_FORM = re.compile(r"(folder|parquet|webdataset)://(/.*)", re.DOTALL)
+_FORM = re.compile(r"(folder|parquet|webdataset)(?:\+(s3|gs))?://(.*)", re.DOTALL)
 
 
 @dataclass(frozen=True)
 class Address:
-    """A dataset's address in its parts: `path` is absolute."""
+    """A dataset's address in its parts: `path` is absolute or, in the object store `store`, bucket and prefix."""
 
     kind: str
     path: str
     options: Mapping[str, str] = field(default_factory=dict)
+    store: str | None = None
+
+    @property
+    def url(self) -> str:
+        """Where it is in its store."""
+        return f"{self.store}://{self.path}"
 
 
 def parse_address(uri: str) -> Address:
@@ -32,7 +38,7 @@ def parse_address(uri: str) -> Address:
     form = _FORM.fullmatch(uri)
     if form is None:
         raise _bad(uri, "it is none of the known forms")
-    kind, rest = form.groups()
+    kind, store, rest = form.groups()
     options: dict[str, str] = {}
     if kind in OPTIONS:  # in the path of a folder a question mark is one
         rest, _, query = rest.partition("?")
@@ -43,22 +49,42 @@ def parse_address(uri: str) -> Address:
     path = unquote(rest)
     if "\0" in path:
         raise _bad(uri, "a path holds no NUL")
-    return Address(kind, str(Path(path)), options)
+    if store is None:
+        if not path.startswith("/"):
+            raise _bad(uri, "its path is not absolute")
+        return Address(kind, str(Path(path)), options)
+    parts = path.rstrip("/").split("/")
+    if any(part in ("", ".", "..") for part in parts) or re.search(r"[\\*?\[\]{}]", path):
+        raise _bad(uri, "a bucket and a prefix have plain names")
+    return Address(kind, "/".join(parts), options, store)
 
 
 def check_address(uri: str, roots: Iterable[str | Path]) -> Address:
-    """The address with its path resolved, if that lies in one of `roots`. Raises UserError "outside_roots", and such
-    as `parse_address`."""
+    """The address, if it lies in one of `roots`: paths, and prefixes such as s3://bucket/sets; a path is resolved.
+
+    Raises UserError "outside_roots", and that of `parse_address`.
+    """
     address = parse_address(uri)
-    return Address(address.kind, str(check_inside(address.path, roots)), address.options)
+    if address.store is None:
+        return replace(address, path=str(check_inside(address.path, roots)))
+    prefixes = [str(root).rstrip("/") for root in roots if is_remote(root)]
+    if not any(address.url == prefix or address.url.startswith(f"{prefix}/") for prefix in prefixes):
+        raise _outside(address.url, prefixes, "dataset")
+    return address
+
+
+def is_remote(root: str | Path) -> bool:
+    """Whether a root is a prefix in an object store."""
+    return "://" in str(root)
 
 
 def check_inside(path: str | Path, roots: Iterable[str | Path], *, param: str = "dataset") -> Path:
     """Resolve `path`, symbolic links included, and refuse it unless it lies in one of `roots`.
 
-    Use the returned path, not the one asked for: only it is known to lie inside. Raises UserError "outside_roots".
+    Prefixes of object stores among the roots are passed over. Use the returned path, not the one asked for: only it is
+    known to lie inside. Raises UserError "outside_roots".
     """
-    allowed = [Path(root).expanduser().resolve() for root in roots]
+    allowed = [Path(root).expanduser().resolve() for root in roots if not is_remote(root)]
     try:
         resolved = Path(path).expanduser().resolve()
     except (OSError, RuntimeError, ValueError):  # a loop of links, a name too long, a NUL byte
@@ -73,11 +99,12 @@ def _bad(uri: str, why: str) -> UserError:
         f"'{uri[:200]}' is not the address of a dataset: {why}.",
         code="bad_dataset_uri",
         param="dataset",
-        remedy="Write it as folder:///absolute/path, parquet:///absolute/path or webdataset:///absolute/path.",
+        remedy="Write it as folder:///absolute/path, parquet:///absolute/path or webdataset:///absolute/path, or with "
+        "an object store as in parquet+s3://bucket/prefix (+gs for Google's).",
     )
 
 
-def _outside(path: str | Path, allowed: list[Path], param: str) -> UserError:
+def _outside(path: str | Path, allowed: Sequence[str | Path], param: str) -> UserError:
     roots = ", ".join(str(root) for root in allowed) or "none"
     return UserError(
         f"'{path}' lies outside the allowed roots ({roots}).",

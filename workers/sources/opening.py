@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib import import_module
 
 from workers.sources.address import Address
@@ -14,8 +15,13 @@ _OPENERS = {  # the function that lists a kind, by the file that has it
 }
 
 
-def open_source(address: Address) -> Source:
-    """List a dataset. Raises UserError (dataset), by kind."""
+def open_source(address: Address, progress: Callable[[], None] = lambda: None) -> Source:
+    """List a dataset; one in an object store is copied to this machine before, and `progress` called meanwhile.
+
+    Raises UserError (dataset), by kind; those of `remote.fetch`.
+    """
+    if address.store is not None:
+        address = import_module("workers.sources.remote").fetch(address, progress)
     module = import_module(f"workers.sources.{address.kind}")
     source: Source = getattr(module, _OPENERS[address.kind])(address)
     return source

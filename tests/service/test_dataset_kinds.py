@@ -1,0 +1,83 @@
+"""Datasets that are no folders: checked when a job is submitted, registered, and never with torch."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from starlette.testclient import TestClient
+
+from service.app import create_app
+from service.checks import check_paths
+from service.home import read_secret
+from service.settings import Settings
+from tests.service.conftest import URL
+from tests.service.test_routes import problem
+from tests.workers.sources.makers import archive, member, pair, table
+from workers.contract import JobSpec
+
+
+def test_a_job_s_table_and_archive_are_checked_at_submit(api: TestClient, home: Path) -> None:
+    table(home / "set/train.parquet", [0, 1], names=["cat", "dog"])
+    table(home / "odd.parquet", [0, 1], columns=("picture", "label"))
+    archive(home / "good.tar", *pair("a", 0), *pair("b", 1))
+    archive(home / "bad.tar", *pair("a", 0), member("../b.png"))
+    for good in (f"parquet://{home}/set", f"webdataset://{home}/good.tar"):
+        answer = api.post("/v1/jobs", json={"dataset": good, "augment": {"flip": True}})
+        assert answer.status_code == 201, answer.text
+    for bad, code in (
+        (f"parquet://{home}/odd.parquet", "missing_column"),
+        (f"parquet://{home}/odd.parquet?split=train", "bad_dataset_uri"),
+        (f"parquet://{home}/../../etc", "outside_roots"),
+        (f"webdataset://{home}/bad.tar", "bad_member"),
+        (f"webdataset://{home}/odd.parquet", "bad_archive"),
+        ("folder+s3://data/pets", "outside_roots"),
+    ):
+        (error,) = problem(api.post("/v1/jobs", json={"dataset": bad}), 422)["errors"]
+        assert error["pointer"] == "/dataset", error
+        assert problem(api.post("/v1/jobs", json={"dataset": bad}), 422)["code"] == code
+
+
+def test_other_kinds_are_registered_with_their_classes_and_have_no_samples(api: TestClient, home: Path) -> None:
+    table(home / "set/train.parquet", [0, 1, 1], names=["cat", "dog"])
+    table(home / "set/test.parquet", [0], names=["cat", "dog"])
+    made = api.post("/v1/datasets", json={"name": "pets", "uri": f"parquet://{home}/set"}).json()
+    assert made["classes"] == [
+        {"name": "cat", "num_train": 1, "num_test": 1},
+        {"name": "dog", "num_train": 2, "num_test": 0},
+    ]
+    assert problem(api.get("/v1/datasets/pets/samples"), 409)["code"] == "no_samples"
+    assert api.post("/v1/jobs", json={"dataset": "dataset:pets"}).json()["dataset"] == f"parquet://{home}/set"
+
+
+def test_object_stores_are_open_as_far_as_the_operator_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("D2FT_ROOTS", f"{tmp_path}/a:s3://data/sets:{tmp_path}/b:gs://open")
+    settings = Settings(home=tmp_path / "home", use_gpu=False)
+    assert settings.roots == (tmp_path / "a", "s3://data/sets", tmp_path / "b", "gs://open")
+    monkeypatch.setenv("D2FT_ROOTS", settings.as_env()["D2FT_ROOTS"])
+    assert Settings(home=tmp_path / "home").roots == settings.roots
+    assert check_paths(JobSpec(dataset="folder+s3://data/sets/pets"), settings.all_roots) == []
+    (issue,) = check_paths(JobSpec(dataset="folder+s3://data/other"), settings.all_roots)
+    assert issue.code == "outside_roots" and "s3://data/sets" in issue.message
+    app = create_app(settings, supervise=False)
+    with TestClient(app, base_url=URL) as api:
+        api.headers["Authorization"] = f"Bearer {read_secret(settings.home / 'key')}"
+        assert api.post("/v1/jobs", json={"dataset": "parquet+gs://open/pets"}).status_code == 201
+        refused = problem(api.post("/v1/datasets", json={"name": "x", "uri": "folder+gs://open/pets"}), 422)
+        assert refused["code"] == "remote_not_registered"
+
+
+def test_no_kind_loads_torch_or_decodes_images(tmp_path: Path) -> None:
+    table(tmp_path / "t.parquet", [0, 1])
+    archive(tmp_path / "x.tar", *pair("a", 0), *pair("b", 1))
+    script = (
+        "import sys; from workers.sources.opening import open_source;"
+        "from workers.sources.address import parse_address;"
+        "[open_source(parse_address(uri)) for uri in sys.argv[1:]];"
+        "print(sorted({'torch', 'PIL', 'timm', 'ray', 'pandas'} & set(sys.modules)))"
+    )
+    uris = [f"parquet://{tmp_path}/t.parquet", f"webdataset://{tmp_path}/x.tar"]
+    done = subprocess.run([sys.executable, "-c", script, *uris], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
