@@ -30,7 +30,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 ANY = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # not a host but all of them, and where this machine finds it
 
-RemoteRoot = Annotated[str, Field(pattern=r"^(s3|gs)://[^/]+")]
+RemoteRoot = Annotated[str, Field(pattern=r"^(s3|gs|hf)://[^/]+")]
 _BETWEEN_ROOTS = re.compile(f"{re.escape(os.pathsep)}(?!//)")  # a prefix such as s3:// has such a sign of its own
 
 

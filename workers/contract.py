@@ -16,7 +16,7 @@ DIGITS_RATE, RATE = 5e-4, 5e-5  # learning rates of the bundled model, and of an
 # What a job that chooses heads says of them, where it does not say otherwise.
 HEAD_WORDS = {"hold": "training", "grain": "coherent", "score": "fisher", "skip_fill": "zero"}
 # How the addresses of datasets begin; `workers.sources.address` looks at the rest.
-DATASET = r"digits\Z|dataset:[A-Za-z0-9]|(folder|parquet|webdataset)(:///|\+(s3|gs)://[^/])"
+DATASET = r"digits\Z|dataset:[A-Za-z0-9]|(folder|parquet|webdataset)(:///|\+(s3|gs)://[^/])|torchvision:\w|hf:."
 ModelArg = int | float | bool | str
 Beta = Annotated[float, Field(ge=0, lt=1)]
 MetadataKey = Annotated[str, Field(min_length=1, max_length=64)]

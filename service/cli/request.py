@@ -120,7 +120,7 @@ def _model_arg(text: str) -> tuple[str, Any]:
 
 def dataset_uri(text: str) -> str:
     """A plain path becomes an address; anything with a scheme, "digits" and "dataset:NAME" go as they are."""
-    if text == "digits" or text.startswith("dataset:") or "://" in text:
+    if text == "digits" or text.startswith(("dataset:", "torchvision:", "hf:")) or "://" in text:
         return text
     return "folder://" + quote(os.path.abspath(Path(text).expanduser()))  # noqa: PTH100 - resolves .. without links
 

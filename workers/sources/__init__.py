@@ -6,6 +6,8 @@
     folder       folder:///path             one image a file, a folder for each class
     parquet      parquet:///path            tables with an image and a label in every row
     webdataset   webdataset:///path         tar files, an image and a label under one key
+    torchvision  torchvision:NAME?root=/path  MNIST, CIFAR10 and others in torchvision's directories
+    hf           hf:/path, hf:NAME@COMMIT   saved by the Hugging Face library, or of its hub
     remote       KIND+s3://bucket/prefix    the same in an object store, copied here first; +gs for Google's
     opening      an address to its source, whatever the kind
 

@@ -11,7 +11,13 @@ from urllib.parse import parse_qsl, unquote
 from scheduler.errors import UserError
 
 ROOTS_SETTING = "D2FT_ROOTS"
-OPTIONS = {"parquet": ("image", "label")}  # what may follow a "?", by kind
+OPTIONS = {  # what may follow a "?", by kind
+    "parquet": ("image", "label"),
+    "hf": ("image", "label"),
+    "torchvision": ("root",),
+}
+STORES = ("s3", "gs")  # object stores; "hf", the hub, is one by its address alone
+_COMMIT = re.compile(r"([\w.-]+(?:/[\w.-]+)?)@([0-9a-f]{40})", re.ASCII)
 _FORM = re.compile(r"(folder|parquet|webdataset)(?:\+(s3|gs))?://(.*)", re.DOTALL)
 
 
@@ -35,26 +41,20 @@ def parse_address(uri: str) -> Address:
 
     Raises UserError "bad_dataset_uri" (dataset).
     """
+    if uri.startswith("torchvision:"):
+        return _of_torchvision(uri)
+    if uri.startswith("hf:"):
+        return _of_hf(uri)
     form = _FORM.fullmatch(uri)
     if form is None:
         raise _bad(uri, "it is none of the known forms")
     kind, store, rest = form.groups()
-    options: dict[str, str] = {}
-    if kind in OPTIONS:  # in the path of a folder a question mark is one
-        rest, _, query = rest.partition("?")
-        options = dict(parse_qsl(query, keep_blank_values=True))
-        unknown = [name for name in options if name not in OPTIONS[kind]]
-        if unknown:
-            raise _bad(uri, f"'{unknown[0]}' is not one of the options {', '.join(OPTIONS[kind])}")
+    rest, options = _options(uri, kind, rest)
     path = unquote(rest)
-    if "\0" in path:
-        raise _bad(uri, "a path holds no NUL")
     if store is None:
-        if not path.startswith("/"):
-            raise _bad(uri, "its path is not absolute")
-        return Address(kind, str(Path(path)), options)
+        return Address(kind, _absolute(uri, path), options)
     parts = path.rstrip("/").split("/")
-    if any(part in ("", ".", "..") for part in parts) or re.search(r"[\\*?\[\]{}]", path):
+    if any(part in ("", ".", "..") for part in parts) or re.search(r"[\\*?\[\]{}\0]", path):
         raise _bad(uri, "a bucket and a prefix have plain names")
     return Address(kind, "/".join(parts), options, store)
 
@@ -92,6 +92,41 @@ def check_inside(path: str | Path, roots: Iterable[str | Path], *, param: str = 
     if not any(resolved.is_relative_to(root) for root in allowed):
         raise _outside(path, allowed, param)
     return resolved
+
+
+def _of_torchvision(uri: str) -> Address:
+    name, options = _options(uri, "torchvision", uri.removeprefix("torchvision:"))
+    if not re.fullmatch(r"\w+", name, re.ASCII) or "root" not in options:
+        raise _bad(uri, "torchvision's are written as torchvision:MNIST?root=/absolute/path")
+    return Address("torchvision", _absolute(uri, options["root"]), {"name": name})
+
+
+def _of_hf(uri: str) -> Address:
+    rest, options = _options(uri, "hf", uri.removeprefix("hf:"))
+    if rest.startswith("/"):
+        return Address("hf", _absolute(uri, unquote(rest)), options)
+    pinned = _COMMIT.fullmatch(rest)
+    if pinned is None or ".." in pinned[1]:
+        raise _bad(uri, "one of the hub is pinned to a commit, as in hf:OWNER/NAME@ and 40 hexadecimal digits")
+    return Address("hf", pinned[1], {**options, "revision": pinned[2]}, "hf")
+
+
+def _options(uri: str, kind: str, rest: str) -> tuple[str, dict[str, str]]:
+    """(what is before the question mark, the options after it); in the path of a folder a question mark is one."""
+    if kind not in OPTIONS:
+        return rest, {}
+    rest, _, query = rest.partition("?")
+    options = dict(parse_qsl(query, keep_blank_values=True))
+    unknown = [name for name in options if name not in OPTIONS[kind]]
+    if unknown:
+        raise _bad(uri, f"'{unknown[0][:100]}' is not one of the options {', '.join(OPTIONS[kind])}")
+    return rest, options
+
+
+def _absolute(uri: str, path: str) -> str:
+    if not path.startswith("/") or "\0" in path:
+        raise _bad(uri, "its path is not absolute, or holds a NUL")
+    return str(Path(path))
 
 
 def _bad(uri: str, why: str) -> UserError:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from workers.sources.source import Checked, Source, Stored
 
@@ -29,6 +29,19 @@ def from_labels(
         return told.source(known, None, read)
     # A label that training lacks goes by its number, and is refused by it.
     return told.source(known, {classes.get(label, str(label)): tuple(images) for label, images in test.items()}, read)
+
+
+def by_label(told: Checked, labels: Iterable[Label | None], what: str, prefix: str) -> dict[Label, list[str]]:
+    """Label to the names of its rows, which are `prefix` and the number of the row.
+
+    Raises UserError "missing_label" (dataset), also for the -1 by which the hub marks images without one.
+    """
+    found: dict[Label, list[str]] = defaultdict(list)
+    for row, label in enumerate(labels):
+        if label is None or label == -1:
+            raise told.refusal(f"Row {row} of {what} has no label.", "missing_label")
+        found[label].append(f"{prefix}{row:09d}")
+    return found
 
 
 def _class_names(told: Checked, train: Labelled, names: Sequence[str] | None) -> dict[Label, str]:

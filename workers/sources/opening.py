@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from importlib import import_module
 
-from workers.sources.address import Address
+from workers.sources.address import STORES, Address
 from workers.sources.source import Source
 
 _OPENERS = {  # the function that lists a kind, by the file that has it
     "folder": "open_folder",
     "parquet": "open_parquet",
     "webdataset": "open_webdataset",
+    "torchvision": "open_torchvision",
+    "hf": "open_hf",
 }
 
 
@@ -20,7 +22,7 @@ def open_source(address: Address, progress: Callable[[], None] = lambda: None) -
 
     Raises UserError (dataset), by kind; those of `remote.fetch`.
     """
-    if address.store is not None:
+    if address.store in STORES:
         address = import_module("workers.sources.remote").fetch(address, progress)
     module = import_module(f"workers.sources.{address.kind}")
     source: Source = getattr(module, _OPENERS[address.kind])(address)

@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from workers.sources.address import Address
-from workers.sources.labels import Labelled, from_labels
+from workers.sources.labels import Label, Labelled, by_label, from_labels
 from workers.sources.shards import find_shards
 from workers.sources.source import MAX_IMAGE_BYTES, MAX_IMAGES, Checked, Source, quoted
 
@@ -146,13 +146,10 @@ class RowGroups:
 
 def _labelled(told: Checked, files: Sequence[_Table], use: str) -> Labelled:
     """Label to the names of its rows."""
-    found: dict[int | str, list[str]] = defaultdict(list)
+    found: dict[Label, list[str]] = defaultdict(list)
     for file in files:
-        for row, label in enumerate(file.labels()):
-            if label is None or label == -1:  # the hub marks unlabelled test images by -1
-                message = f"Row {row} of {file.path} has no label."
-                raise told.refusal(message, "missing_label")
-            found[label].append(f"{file.path.name}#{row:09d}")
+        for label, rows in by_label(told, file.labels(), str(file.path), f"{file.path.name}#").items():
+            found[label].extend(rows)
     if not found:
         raise told.refusal(f"{told.origin} has no rows for {use}.", "empty_split")
     return found
