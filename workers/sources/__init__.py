@@ -2,6 +2,7 @@
 
     address      an address in its parts; whether it lies where the operator allows
     source       what every source is, and the rules that hold for the classes of all
+    labels       numbers and strings to classes
     shards       which files of a directory belong to which split
     folder       folder:///path             one image a file, a folder for each class
     parquet      parquet:///path            tables with an image and a label in every row

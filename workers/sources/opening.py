@@ -8,7 +8,7 @@ from importlib import import_module
 from workers.sources.address import STORES, Address
 from workers.sources.source import Source
 
-_OPENERS = {  # the function that lists a kind, by the file that has it
+KINDS = {  # the function that lists a kind, by the file that has it
     "folder": "open_folder",
     "parquet": "open_parquet",
     "webdataset": "open_webdataset",
@@ -25,5 +25,5 @@ def open_source(address: Address, progress: Callable[[], None] = lambda: None) -
     if address.store in STORES:
         address = import_module("workers.sources.remote").fetch(address, progress)
     module = import_module(f"workers.sources.{address.kind}")
-    source: Source = getattr(module, _OPENERS[address.kind])(address)
+    source: Source = getattr(module, KINDS[address.kind])(address)
     return source
