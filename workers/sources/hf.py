@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 
@@ -23,7 +24,7 @@ from workers.sources.address import Address, check_inside
 from workers.sources.folder import TRAIN_DIR, open_folder
 from workers.sources.labels import by_label, from_labels
 from workers.sources.parquet import open_parquet
-from workers.sources.source import MAX_IMAGE_BYTES, MAX_IMAGES, Checked, Source
+from workers.sources.source import MAX_IMAGE_BYTES, MAX_IMAGES, Checked, Source, opened
 
 TEST_SPLITS = ("test", "validation", "val")
 MAX_NOTE_BYTES = 16 << 20
@@ -60,14 +61,15 @@ def _saved(told: Checked, path: Path) -> Mapping[str, Any]:
         names = [name for name in splits if isinstance(name, str)] if isinstance(splits, list) else []
         found = {name: path / name for name in names if name in (TRAIN_DIR, *TEST_SPLITS)}
     for folder in found.values():
-        files = _note(told, check_inside(folder, [path]) / _STATE).get("_data_files")
+        files = _note(told, check_inside(folder / _STATE, [path])).get("_data_files")
         if not isinstance(files, list):
             raise told.refusal(f"{folder}/{_STATE} names no files.", "bad_saved_dataset")
         for file in files:
             name = file.get("filename") if isinstance(file, dict) else None
             if not isinstance(name, str) or Path(name).name != name:
                 raise told.refusal(f"{folder}/{_STATE} names the file '{str(name)[:200]}'.", "bad_saved_dataset")
-            check_inside(folder / name, [path])
+            with _regular(told, check_inside(folder / name, [path])):
+                pass
     load = _library("load_from_disk")
     try:
         return {name: load(str(folder)) for name, folder in found.items()}
@@ -157,10 +159,18 @@ def _columns(told: Checked, split: str, table: Any, image: str, label: str) -> t
 
 
 def _note(told: Checked, path: Path) -> dict[str, Any]:
-    try:
-        if path.stat().st_size > MAX_NOTE_BYTES:
+    with _regular(told, path.resolve()) as file:
+        text = file.read(MAX_NOTE_BYTES + 1)
+        if len(text) > MAX_NOTE_BYTES:
             raise ValueError(f"it has more than {MAX_NOTE_BYTES} bytes")
-        noted = json.loads(path.read_text())
+        noted = json.loads(text)
+    return noted if isinstance(noted, dict) else {}
+
+
+@contextmanager
+def _regular(told: Checked, path: Path) -> Iterator[BinaryIO]:
+    try:
+        with opened(path) as file:
+            yield file
     except (OSError, ValueError, RecursionError) as error:
         raise told.refusal(f"{path} cannot be read: {str(error)[:200]}.", "bad_saved_dataset") from error
-    return noted if isinstance(noted, dict) else {}

@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 from workers.sources.address import Address
 from workers.sources.labels import Label, Labelled, by_label, from_labels
 from workers.sources.shards import find_shards
-from workers.sources.source import MAX_IMAGE_BYTES, MAX_IMAGES, Checked, Source, quoted
+from workers.sources.source import MAX_IMAGE_BYTES, MAX_IMAGES, Checked, Source, opened, quoted
 
 MAX_LABEL_BYTES = 2 << 30  # of one file's label column
 MAX_GROUP_BYTES = 2 << 30  # of one row group's images
@@ -78,8 +78,10 @@ class _Table:
         self._check_bytes(label, MAX_LABEL_BYTES, each=False)
         self.class_names = _class_names(schema, label)
 
-    def opened(self) -> pq.ParquetFile:
-        return pq.ParquetFile(self.path, metadata=getattr(self, "metadata", None), **_THRIFT)
+    @contextmanager
+    def opened(self) -> Iterator[pq.ParquetFile]:
+        with opened(self.path) as file:
+            yield pq.ParquetFile(file, metadata=getattr(self, "metadata", None), **_THRIFT)
 
     def labels(self) -> list[Any]:
         """One for each row, None where it is missing."""
@@ -134,8 +136,8 @@ class RowGroups:
     def _group(self, file: _Table, group: int) -> pa.Array:
         key = file.path.name, group
         if key not in self._kept:
-            with file.opened() as opened:
-                read = opened.read_row_group(group, columns=[file.image_column], use_threads=False)
+            with file.opened() as table:
+                read = table.read_row_group(group, columns=[file.image_column], use_threads=False)
             column = read.column(0).combine_chunks()
             self._kept[key] = column.field(0) if pa.types.is_struct(column.type) else column
             while len(self._kept) > 1 and sum(each.nbytes for each in self._kept.values()) > CACHE_BYTES:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import stat
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from scheduler.errors import UserError
 from workers.sources.address import check_inside
@@ -115,16 +116,24 @@ def read_inside(root: Path, name: str) -> bytes:
 
     Raises UserError "outside_roots", OSError, and ValueError for what is no regular file or larger than an image is.
     """
-    path = check_inside(root / name, [root])
-    # A pipe could be waited for without end; a link that was put there since is not followed.
+    with opened(check_inside(root / name, [root])) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > MAX_IMAGE_BYTES:
+            raise ValueError(f"{size} bytes, more than {MAX_IMAGE_BYTES}")
+        return file.read(MAX_IMAGE_BYTES + 1)
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[BinaryIO]:
+    """A regular file under its resolved path, for reading. Raises OSError, and ValueError for what is none.
+
+    A pipe could be waited for without end; a link that was put there since the path was resolved is not followed.
+    """
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
     with os.fdopen(descriptor, "rb") as file:
-        found = os.fstat(file.fileno())
-        if not stat.S_ISREG(found.st_mode):
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise ValueError("not a regular file")
-        if found.st_size > MAX_IMAGE_BYTES:
-            raise ValueError(f"{found.st_size} bytes, more than {MAX_IMAGE_BYTES}")
-        return file.read(MAX_IMAGE_BYTES + 1)
+        yield file
 
 
 def quoted(names: Sequence[str]) -> str:

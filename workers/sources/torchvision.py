@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import os
 import re
-import stat
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -23,7 +22,7 @@ from typing import NamedTuple
 from scheduler.errors import UserError
 from workers.sources.address import Address, check_inside
 from workers.sources.labels import Label, Labelled, from_labels
-from workers.sources.source import MAX_IMAGES, Checked, Pixels, Source, read_inside
+from workers.sources.source import MAX_IMAGES, Checked, Pixels, Source, opened, read_inside
 
 MAX_TEXT_BYTES = 16 << 20
 _LAYOUT = (
@@ -188,7 +187,7 @@ def _rows(part: str, labels: bytes) -> Labelled:
 
 
 def _at(path: Path, place: int, size: int) -> bytes:
-    with path.open("rb") as file:
+    with opened(path) as file:
         data = os.pread(file.fileno(), size, place)
     if len(data) != size:
         raise ValueError(f"{path} is cut short")
@@ -197,7 +196,7 @@ def _at(path: Path, place: int, size: int) -> bytes:
 
 def _every(path: Path, record: int, place: int, count: int) -> bytes:
     """One byte of each record."""
-    with path.open("rb") as file:
+    with opened(path) as file:
         return bytes(file.read(record)[place] for _ in range(count))
 
 
@@ -208,11 +207,10 @@ def _has(path: Path, size: int) -> None:
 
 
 def _inside(root: Path, path: Path) -> Path:
-    """A regular file of the root, resolved. Raises FileNotFoundError, ValueError, UserError "outside_roots"."""
+    """A regular file of the root, resolved. Raises OSError, ValueError, UserError "outside_roots"."""
     path = check_inside(path, [root])
-    if not stat.S_ISREG(path.stat().st_mode):
-        raise ValueError(f"{path} is no regular file")
-    return path
+    with opened(path):
+        return path
 
 
 def _lines(root: Path, path: Path) -> list[str]:

@@ -21,7 +21,7 @@ from typing import BinaryIO, NamedTuple
 from workers.sources.address import Address
 from workers.sources.labels import Labelled, from_labels
 from workers.sources.shards import find_shards
-from workers.sources.source import MAX_IMAGE_BYTES, MAX_IMAGES, Checked, Source
+from workers.sources.source import MAX_IMAGE_BYTES, MAX_IMAGES, Checked, Source, opened
 
 SUFFIXES = frozenset({"jpg", "jpeg", "png", "webp"})
 MAX_LABEL_BYTES = 64 << 10
@@ -55,7 +55,7 @@ def open_webdataset(address: Address) -> Source:
 
     def read(name: str) -> bytes:
         member = images[name]
-        with member.path.open("rb") as file:
+        with opened(member.path) as file:
             return os.pread(file.fileno(), member.size, member.offset)
 
     return from_labels(told, train, test, read)
@@ -88,9 +88,9 @@ class _Archive:
         self.labels: dict[str, int | str] = {}
         self._notes: dict[str, bytes] = {}  # JSON by key
         try:
-            with path.open("rb") as file:
+            with opened(path) as file:
                 self._list(file, os.fstat(file.fileno()).st_size)
-        except (tarfile.TarError, OSError, EOFError) as error:
+        except (tarfile.TarError, OSError, ValueError) as error:
             message = f"{path} cannot be read as a tar file: {str(error)[:200].rstrip('.')}."
             raise told.refusal(message, "bad_archive") from error
 

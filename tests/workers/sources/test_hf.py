@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -139,6 +140,14 @@ def test_a_broken_save_is_refused(tmp_path: Path) -> None:
     arrow.write_bytes(content)
     for bad_state in ("", "[]", "{}", "[" * 100_000):
         (path / "train/state.json").write_text(bad_state)
+        assert refused(f"hf:{path}").code == "bad_saved_dataset"
+
+
+def test_pipes_are_not_waited_for(tmp_path: Path) -> None:
+    for name in ("train/state.json", "train/data-00000-of-00001.arrow"):
+        path = saved(tmp_path / name.replace("/", "-"), train=made([0, 1]))
+        (path / name).unlink()
+        os.mkfifo(path / name)
         assert refused(f"hf:{path}").code == "bad_saved_dataset"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -153,6 +154,18 @@ def test_a_link_that_leads_out_of_the_directory_is_refused(tmp_path: Path) -> No
     (tmp_path / "set").mkdir()
     (tmp_path / "set/train.parquet").symlink_to(tmp_path / "secret.parquet")
     assert refused(tmp_path / "set").code == "outside_roots"
+
+
+def test_a_pipe_is_not_waited_for_and_a_link_put_there_since_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "pipes").mkdir()
+    os.mkfifo(tmp_path / "pipes/train.parquet")
+    assert refused(tmp_path / "pipes").code == "bad_parquet"
+    path = table(tmp_path / "t.parquet", [0, 1])
+    source = opened(path)
+    path.rename(tmp_path / "secret.parquet")
+    path.symlink_to(tmp_path / "secret.parquet")
+    with pytest.raises(OSError):
+        source.read("t.parquet#000000000")
 
 
 def test_a_table_too_large_by_its_footer_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

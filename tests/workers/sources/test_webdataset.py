@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -123,6 +124,18 @@ def test_an_archive_that_is_cut_or_damaged_is_refused_and_loses_nothing_in_silen
     assert refused(tmp_path / "x.tar").code == "bad_archive"
     (tmp_path / "x.tar").write_bytes(b"\x1f\x8b" + bytes(600))
     assert refused(tmp_path / "x.tar").code == "bad_archive"
+
+
+def test_a_pipe_is_not_waited_for_and_a_link_put_there_since_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "pipes").mkdir()
+    os.mkfifo(tmp_path / "pipes/train.tar")
+    assert refused(tmp_path / "pipes").code == "bad_archive"
+    path = archive(tmp_path / "x.tar", *GOOD)
+    source = opened(path)
+    path.rename(tmp_path / "secret.tar")
+    path.symlink_to(tmp_path / "secret.tar")
+    with pytest.raises(OSError):
+        source.read("x.tar/a.png")
 
 
 @settings(max_examples=80, deadline=None)
