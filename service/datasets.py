@@ -6,6 +6,7 @@ Whoever draws them must escape them.
 
 from __future__ import annotations
 
+import asyncio
 import difflib
 import time
 from collections.abc import Mapping, Sequence
@@ -41,25 +42,31 @@ def describe_again(dataset: Dataset, roots: Sequence[str | Path]) -> dict[str, A
 
 def choose(
     dataset: Dataset, roots: Sequence[str | Path], *, split: Split, per_class: int, limit: int
-) -> tuple[Path, list[tuple[str, str]]]:
-    """(the folder, (class, file) of the images to show). Raises ConflictError as above.
+) -> tuple[Source, list[tuple[str, str]]]:
+    """(the source, (class, name) of the images to show). Raises ConflictError as above.
 
     Spread evenly over each class, since neighbours are often alike; every class gets one before any gets a second.
     """
     source = _source_now(dataset, roots)
-    if source.root is None:
-        message = f"Samples are shown of image folders alone, and {source.origin} is none."
-        raise ConflictError(message, code="no_samples", remedy="Look at its classes: GET /v1/datasets/{dataset_id}.")
     files = source.train_files if split == "train" else source.test_files or {}
     spread = {name: _spread(files.get(name, ()), per_class) for name in source.classes}
     rounds = [(turn, name, found[turn]) for name, found in spread.items() for turn in range(len(found))]
     chosen = sorted(sorted(rounds)[:limit], key=lambda each: (each[1], each[0]))
-    return source.root, [(name, file) for _, name, file in chosen]
+    return source, [(name, file) for _, name, file in chosen]
 
 
-async def show(thumbnails: Thumbnails, root: Path, split: Split, chosen: Sequence[tuple[str, str]]) -> SampleList:
-    """The chosen images with their thumbnails."""
-    answers = await thumbnails.make(root, [file for _, file in chosen]) if chosen else []
+async def show(
+    thumbnails: Thumbnails, dataset: Dataset, roots: Sequence[str | Path], split: Split, per_class: int, limit: int
+) -> SampleList:
+    """A few images of a dataset with their thumbnails. Raises ConflictError as above."""
+    source, chosen = await asyncio.to_thread(choose, dataset, roots, split=split, per_class=per_class, limit=limit)
+    names = [name for _, name in chosen]
+    if not names:
+        return SampleList(data=[])
+    if source.root is not None:
+        answers = await thumbnails.make(source.root, names)
+    else:
+        answers = await thumbnails.make_of(dataset.uri, roots, names)
     return SampleList(data=[_sample(split, *each, told) for each, told in zip(chosen, answers, strict=True)])
 
 

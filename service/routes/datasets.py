@@ -7,7 +7,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, Query, Response
 
-from service.datasets import Split, choose, describe, describe_again, show
+from service.datasets import Split, describe, describe_again, show
 from service.routes.world import PROBLEM, ByCaller, InWorld, Limit
 from service.schemas import Dataset, DatasetBody, Page, SampleList
 from service.store import DatasetQuery
@@ -69,6 +69,4 @@ async def list_samples(
 ) -> SampleList:
     """A few images of every class as thumbnails; one that cannot be shown says why."""
     dataset = await asyncio.to_thread(world.store.datasets.get, dataset_id, caller)
-    roots = world.settings.all_roots
-    root, chosen = await asyncio.to_thread(choose, dataset, roots, split=split, per_class=per_class, limit=limit)
-    return await show(world.thumbnails, root, split, chosen)
+    return await show(world.thumbnails, dataset, world.settings.all_roots, split, per_class, limit)

@@ -14,8 +14,11 @@ from service.checks import check_paths
 from service.home import read_secret
 from service.settings import Settings
 from tests.service.conftest import URL
+from tests.service.test_datasets import picture
 from tests.service.test_routes import problem
-from tests.workers.sources.makers import archive, member, pair, table
+from tests.workers.sources.makers import BLUE, RED, archive, encoded, member, pair, table
+from tests.workers.sources.test_hf import made, saved
+from tests.workers.sources.test_torchvision import idx
 from workers.contract import JobSpec
 
 
@@ -40,7 +43,7 @@ def test_a_job_s_table_and_archive_are_checked_at_submit(api: TestClient, home: 
         assert problem(api.post("/v1/jobs", json={"dataset": bad}), 422)["code"] == code
 
 
-def test_other_kinds_are_registered_with_their_classes_and_have_no_samples(api: TestClient, home: Path) -> None:
+def test_other_kinds_are_registered_with_their_classes(api: TestClient, home: Path) -> None:
     table(home / "set/train.parquet", [0, 1, 1], names=["cat", "dog"])
     table(home / "set/test.parquet", [0], names=["cat", "dog"])
     made = api.post("/v1/datasets", json={"name": "pets", "uri": f"parquet://{home}/set"}).json()
@@ -48,8 +51,31 @@ def test_other_kinds_are_registered_with_their_classes_and_have_no_samples(api: 
         {"name": "cat", "num_train": 1, "num_test": 1},
         {"name": "dog", "num_train": 2, "num_test": 0},
     ]
-    assert problem(api.get("/v1/datasets/pets/samples"), 409)["code"] == "no_samples"
     assert api.post("/v1/jobs", json={"dataset": "dataset:pets"}).json()["dataset"] == f"parquet://{home}/set"
+
+
+def test_every_kind_has_samples(api: TestClient, home: Path) -> None:
+    images: list[bytes | None] = [encoded(RED), encoded(BLUE), b"no picture"]
+    table(home / "set/train.parquet", [0, 1, 1], images=images, names=["cat", "dog"])
+    archive(home / "x.tar", *pair("a", 0, RED), *pair("b", 1, BLUE))
+    idx(home / "torch")
+    saved(home / "hf", train=made([1, 0]))
+    for name, uri, labels in (
+        ("rows", f"parquet://{home}/set", ["cat", "dog", "dog"]),
+        ("tars", f"webdataset://{home}/x.tar", ["0", "1"]),
+        ("digits", f"torchvision:MNIST?root={home}/torch", [str(n // 2 if n < 4 else n - 2) for n in range(12)]),
+        ("saved", f"hf:{home}/hf", ["ant", "zebra"]),
+    ):
+        answer = api.post("/v1/datasets", json={"name": name, "uri": uri})
+        assert answer.status_code == 201, answer.text
+        found = api.get(f"/v1/datasets/{name}/samples").json()["data"]
+        assert [each["label"] for each in found] == labels
+        shown = [picture(each) for each in found if each["error"] is None]
+        assert len(shown) == len(found) - (name == "rows")
+        if name in ("rows", "tars"):
+            assert [image.getpixel((1, 1)) for image in shown] == [RED, BLUE]
+        if name == "rows":
+            assert "no image of the formats" in found[2]["error"]
 
 
 def test_object_stores_are_open_as_far_as_the_operator_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

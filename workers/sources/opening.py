@@ -24,6 +24,10 @@ def open_source(address: Address, progress: Callable[[], None] = lambda: None) -
     """
     if address.store in STORES:
         address = import_module("workers.sources.remote").fetch(address, progress)
-    module = import_module(f"workers.sources.{address.kind}")
-    source: Source = getattr(module, KINDS[address.kind])(address)
-    return source
+    return opener_of(address.kind)(address)
+
+
+def opener_of(kind: str) -> Callable[[Address], Source]:
+    """The function that lists a kind, with what it needs loaded."""
+    opener: Callable[[Address], Source] = getattr(import_module(f"workers.sources.{kind}"), KINDS[kind])
+    return opener
