@@ -1,4 +1,4 @@
-"""Registered datasets: what a folder holds, a few of its images, and the folder behind a job's `dataset:NAME`.
+"""Registered datasets: what they hold, a few of their images, and the address behind a job's `dataset:NAME`.
 
 Names of files and classes are whatever somebody wrote: they are shown as Unicode, and nothing else is done to them.
 Whoever draws them must escape them.
@@ -28,7 +28,7 @@ Split = Literal["train", "test"]
 
 
 def describe(body: DatasetBody, roots: Sequence[str | Path]) -> dict[str, Any]:
-    """What the store notes of a folder that is to be registered. Raises UserError about the field `uri`."""
+    """What the store notes of a dataset that is to be registered. Raises UserError about the field `uri`."""
     try:
         return _summary(_source(body.uri, roots))
     except UserError as error:
@@ -71,7 +71,7 @@ async def show(
 
 
 def resolved(spec: JobSpec, store: Store, caller: Caller) -> JobSpec:
-    """The job with the folder in place of `dataset:NAME`. Raises InvalidRequestError where the caller has no such."""
+    """The job with the address in place of `dataset:NAME`. Raises InvalidRequestError where the caller has no such."""
     if not spec.dataset.startswith(SCHEME):
         return spec
     name = spec.dataset.removeprefix(SCHEME)
@@ -79,7 +79,7 @@ def resolved(spec: JobSpec, store: Store, caller: Caller) -> JobSpec:
     if name in known:
         return spec.model_copy(update={"dataset": known[name]})
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    hint = f"Did you mean {', '.join(near)}?" if near else "Register its folder first: POST /v1/datasets."
+    hint = f"Did you mean {', '.join(near)}?" if near else "Register it first: POST /v1/datasets."
     message = f"You have no dataset named '{name[:100]}'. {hint}"
     raise InvalidRequestError([Issue("dataset", message, "dataset_not_registered")])
 

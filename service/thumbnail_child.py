@@ -48,7 +48,7 @@ def main() -> None:
     Image.preinit()
     address = None if request.get("uri") is None else check_address(request["uri"], request["roots"])
     if address is not None:
-        opener_of(address.kind)  # what it loads does not count as used
+        opener_of(address.kind)  # what it loads is not counted, and may write where it likes
     confine(int(request["max_pixels"]), int(request["seconds"]))
     look: Look = partial(_in_folder, Path(request["root"])) if address is None else _in_source(address)
     for name in request["files"]:

@@ -201,7 +201,7 @@ def test_sqlite_and_postgres_agree(request: pytest.FixtureRequest, kind: str) ->
     made, fresh = store.datasets.register(body, summary, first)
     assert fresh and store.datasets.get("Pets", first) == store.datasets.get(made.id, first) == made
     assert store.datasets.register(DatasetBody(name="Pets", uri="folder:///a b/"), summary, first) == (made, False)
-    with pytest.raises(ConflictError, match="another folder"):
+    with pytest.raises(ConflictError, match="another address"):
         store.datasets.register(DatasetBody(name="Pets", uri="folder:///c"), summary, first)
     theirs, _ = store.datasets.register(body, summary, bea)
     assert [each.id for each in store.datasets.list(DatasetQuery(search="pET"), first).data] == [theirs.id, made.id]

@@ -13,7 +13,6 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from importlib import import_module
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -25,6 +24,11 @@ from workers.sources.folder import TRAIN_DIR, open_folder
 from workers.sources.labels import by_label, from_labels
 from workers.sources.parquet import open_parquet
 from workers.sources.source import MAX_IMAGE_BYTES, MAX_IMAGES, Checked, Source, opened
+
+try:
+    import datasets
+except ImportError:  # it is an extra
+    datasets = None
 
 TEST_SPLITS = ("test", "validation", "val")
 MAX_NOTE_BYTES = 16 << 20
@@ -70,7 +74,7 @@ def _saved(told: Checked, path: Path) -> Mapping[str, Any]:
                 raise told.refusal(f"{folder}/{_STATE} names the file '{str(name)[:200]}'.", "bad_saved_dataset")
             with _regular(told, check_inside(folder / name, [path])):
                 pass
-    load = _library("load_from_disk")
+    load = _library().load_from_disk
     try:
         return {name: load(str(folder)) for name, folder in found.items()}
     except Exception as error:  # what the library raises of broken files is not said anywhere
@@ -78,7 +82,7 @@ def _saved(told: Checked, path: Path) -> Mapping[str, Any]:
 
 
 def _of_hub(told: Checked, address: Address) -> Mapping[str, Any]:
-    load = _library("load_dataset")
+    load = _library().load_dataset
     try:
         found: Mapping[str, Any] = load(address.path, revision=address.options["revision"])
         return found
@@ -92,16 +96,15 @@ def _of_hub(told: Checked, address: Address) -> Mapping[str, Any]:
         ) from error
 
 
-def _library(name: str) -> Any:
-    try:
-        return getattr(import_module("datasets"), name)
-    except ImportError as error:
+def _library() -> Any:
+    if datasets is None:
         raise UserError(
-            f"Datasets of Hugging Face need a library that is not installed: {error}.",
+            "Datasets of Hugging Face need the library 'datasets', which is not installed.",
             code="hf_not_installed",
             param="dataset",
             remedy="Install it on all nodes: pip install 'd2ft[hf]'.",
-        ) from error
+        )
+    return datasets
 
 
 def _from_tables(told: Checked, address: Address, splits: Mapping[str, Any]) -> Source:
