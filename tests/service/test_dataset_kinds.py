@@ -7,10 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
 from starlette.testclient import TestClient
 
 from service.app import create_app
 from service.checks import check_paths
+from service.cli.request import dataset_uri, job_body
 from service.home import read_secret
 from service.settings import Settings
 from tests.service.conftest import URL
@@ -19,7 +21,7 @@ from tests.service.test_routes import problem
 from tests.workers.sources.makers import BLUE, RED, archive, encoded, member, pair, table
 from tests.workers.sources.test_hf import made, saved
 from tests.workers.sources.test_torchvision import idx
-from workers.contract import JobSpec
+from workers.contract import Augment, JobSpec
 
 
 def test_a_job_s_table_and_archive_are_checked_at_submit(api: TestClient, home: Path) -> None:
@@ -93,6 +95,17 @@ def test_object_stores_are_open_as_far_as_the_operator_says(tmp_path: Path, monk
         assert api.post("/v1/jobs", json={"dataset": "parquet+gs://open/pets"}).status_code == 201
         refused = problem(api.post("/v1/datasets", json={"name": "x", "uri": "folder+gs://open/pets"}), 422)
         assert refused["code"] == "remote_not_registered"
+
+
+def test_flags_say_all_of_a_dataset() -> None:
+    flags = {"dataset": "hf:/data/pets", "augment": ["flip=true", "crop_scale=[0.3,1]", "randaugment=rand-m9"]}
+    spec = JobSpec.model_validate(job_body(flags))
+    assert spec.dataset == "hf:/data/pets"
+    assert spec.augment == Augment(flip=True, crop_scale=(0.3, 1.0), randaugment="rand-m9")
+    for uri in ("torchvision:MNIST?root=/x", "parquet+s3://data/x", "webdataset:///x.tar", "dataset:pets", "digits"):
+        assert dataset_uri(uri) == uri
+    with pytest.raises(typer.BadParameter):
+        job_body({"augment": ["flip"]})
 
 
 def test_no_kind_loads_torch_or_decodes_images(tmp_path: Path) -> None:
