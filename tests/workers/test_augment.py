@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -180,10 +181,15 @@ def test_mixed_labels_train_as_in_plain_timm() -> None:
     assert found[0][0].correct == right
 
 
-def test_a_job_trains_with_everything_on(noisy: Path, tmp_path: Path) -> None:
-    spec = JobSpec(dataset=f"folder://{noisy}", augment=ALL, steps=4, micro_batches=2, micro_batch_size=3, window=2)
+def test_a_job_trains_with_everything_on_and_tells_of_uneven_classes(noisy: Path, tmp_path: Path) -> None:
+    uneven = shutil.copytree(noisy, tmp_path / "uneven")
+    for n, pixels in enumerate(NOISE):
+        Image.fromarray(pixels[::-1]).save(uneven / f"train/dog/more{n}.png")
+    spec = JobSpec(dataset=f"folder://{uneven}", augment=ALL, steps=4, micro_batches=2, micro_batch_size=3, window=2)
     losses = []
     for turn in range(2):
         _, events = run_job(spec, tmp_path / str(turn))
         losses.append([event["data"]["loss"] for event in events if event["type"] == "metrics"])
+        (told,) = [event for event in events if event["type"] == "data.imbalanced"]
+        assert told["level"] == "warning" and told["data"]["counts"] == {"cat": 3, "dog": 11}
     assert len(losses[0]) == 4 and losses[0] == pytest.approx(losses[1], abs=1e-4)
