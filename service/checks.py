@@ -16,8 +16,9 @@ from scheduler.errors import UserError
 from service.catalogue import Models
 from service.errors import InvalidRequestError, Issue
 from workers.contract import DIGITS_MODEL, JobSpec
-from workers.folder import check_inside, parse_uri, scan_classes
 from workers.shapes import Entry
+from workers.sources.address import check_address, check_inside
+from workers.sources.opening import open_source
 
 MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
 
@@ -54,11 +55,11 @@ def sizes_of(name: str, models: Models) -> Entry:
     return sizes
 
 
-def check_paths(spec: JobSpec, roots: Sequence[Path]) -> list[Issue]:
+def check_paths(spec: JobSpec, roots: Sequence[str | Path]) -> list[Issue]:
     """The weights and the dataset lie under the roots and are what they should be."""
     issues = [] if spec.weights is None else _issues(lambda: _check_weights(str(spec.weights), roots))
     if spec.dataset != "digits":
-        issues += _issues(lambda: _check_folder(spec.dataset, roots))
+        issues += _issues(lambda: _check_dataset(spec.dataset, roots))
     return issues
 
 
@@ -67,11 +68,13 @@ def _plain(name: str, models: Models) -> str:
     return name if name in models else name.partition(".")[0]
 
 
-def _check_folder(uri: str, roots: Sequence[Path]) -> None:
-    scan_classes(check_inside(parse_uri(uri), roots, param="dataset"))
+def _check_dataset(uri: str, roots: Sequence[str | Path]) -> None:
+    address = check_address(uri, roots)
+    if address.store is None:  # what lies elsewhere is read by the workers alone: they have the credentials
+        open_source(address)
 
 
-def _check_weights(weights: str, roots: Sequence[Path]) -> None:
+def _check_weights(weights: str, roots: Sequence[str | Path]) -> None:
     if not Path(weights).is_absolute():
         raise _bad_weights(f"'{weights}' is not an absolute path.")
     path = check_inside(weights, roots, param="weights")

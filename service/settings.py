@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
@@ -28,6 +29,9 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 ANY = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # not a host but all of them, and where this machine finds it
+
+RemoteRoot = Annotated[str, Field(pattern=r"^(s3|gs|hf)://[^/]+")]
+_BETWEEN_ROOTS = re.compile(f"{re.escape(os.pathsep)}(?!//)")  # a prefix such as s3:// has such a sign of its own
 
 
 def _lower(value: Any) -> Any:
@@ -57,8 +61,9 @@ class Settings(BaseSettings):
     """Where runs on other nodes reach the API; by default its own URL."""
     allowed_hosts: Annotated[tuple[str, ...], NoDecode] = ()
     """Names by which clients may call the API, comma-separated; by default loopback names, or any on another host."""
-    roots: Annotated[tuple[Path, ...], NoDecode] = ()
-    """Directories under which datasets and weights may lie, separated like PATH; home is always one of them."""
+    roots: Annotated[tuple[RemoteRoot | Path, ...], NoDecode] = ()
+    """Directories under which datasets and weights may lie, and prefixes (s3://bucket/sets, gs://bucket) for datasets,
+    separated like PATH; home is always one of them."""
     database_url: str | None = None
     """SQLAlchemy URL of the store; by default SQLite at `home`/d2ft.db."""
     storage_path: Path | None = None
@@ -128,7 +133,7 @@ class Settings(BaseSettings):
     @field_validator("roots", mode="before")
     @classmethod
     def _split_roots(cls, value: Any) -> Any:
-        return tuple(part for part in value.split(os.pathsep) if part) if isinstance(value, str) else value
+        return tuple(part for part in _BETWEEN_ROOTS.split(value) if part) if isinstance(value, str) else value
 
     @field_validator("allowed_hosts", "webhook_networks", mode="before")
     @classmethod
@@ -163,7 +168,7 @@ class Settings(BaseSettings):
         return LOOPBACK if self.is_loopback else ()
 
     @property
-    def all_roots(self) -> tuple[Path, ...]:
+    def all_roots(self) -> tuple[str | Path, ...]:
         return (*self.roots, self.home)
 
     @property

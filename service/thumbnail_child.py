@@ -1,8 +1,10 @@
 """The process in which thumbnails are made: files that anyone may have written are decoded where little can break.
 
 One request on stdin, a line of JSON {"root", "files", "side", "max_pixels", "seconds"}; on stdout one line for each
-file, in their order: {"width", "height", "png"} with the PNG in base64, or {"error"}. The process bounds its own
-memory and time, may write no file, and ends with the last line. No numpy: it has to be up in a tenth of a second.
+file, in their order: {"width", "height", "png"} with the PNG in base64, or {"error"}. Of a dataset whose images are no
+files {"uri", "roots"} take the place of "root", and "files" are names of its images: it is opened here, too. The
+process bounds its own memory and time, may write no file, and ends with the last line. No numpy for a folder: it has to
+be up in a tenth of a second.
 """
 
 from __future__ import annotations
@@ -14,6 +16,9 @@ import resource
 import stat
 import sys
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -22,9 +27,12 @@ import psutil
 from PIL import Image, UnidentifiedImageError, WebPImagePlugin
 
 from scheduler.errors import UserError
-from workers.folder import check_inside
+from workers.sources.address import Address, check_address, check_inside
+from workers.sources.opening import open_source, opener_of
+from workers.sources.source import Pixels
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP")  # those that training reads
+Look = Callable[[str], AbstractContextManager[Image.Image]]  # an image by its name, open but not decoded
 SPARE_BYTES = 256 << 20
 BYTES_PER_PIXEL = 16  # what a WebP needs while it is decoded, its file apart; any other format needs less
 _FOLDER = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -38,9 +46,13 @@ def main() -> None:
     os.dup2(2, 1)
     request = json.loads(sys.stdin.readline())
     Image.preinit()
+    address = None if request.get("uri") is None else check_address(request["uri"], request["roots"])
+    if address is not None:
+        opener_of(address.kind)  # what it loads is not counted, and may write where it likes
     confine(int(request["max_pixels"]), int(request["seconds"]))
+    look: Look = partial(_in_folder, Path(request["root"])) if address is None else _in_source(address)
     for name in request["files"]:
-        answers.write(json.dumps(_answer(Path(request["root"]), name, int(request["side"]))) + "\n")
+        answers.write(json.dumps(_answer(look, name, int(request["side"]))) + "\n")
         answers.flush()
 
 
@@ -76,17 +88,17 @@ def open_inside(root: Path, name: str) -> int:
     return file
 
 
-def _answer(root: Path, name: str, side: int) -> dict[str, Any]:
+def _answer(look: Look, name: str, side: int) -> dict[str, Any]:
     try:
-        return _thumbnail(root, name, side)
+        return _thumbnail(look, name, side)
     # Pillow's decoders raise whatever a broken file leads them to.
     except Exception as error:
         return {"error": _told(error)}
 
 
-def _thumbnail(root: Path, name: str, side: int) -> dict[str, Any]:
+def _thumbnail(look: Look, name: str, side: int) -> dict[str, Any]:
     png = BytesIO()
-    with os.fdopen(open_inside(root, name), "rb") as file, Image.open(file, formats=FORMATS) as image:
+    with look(name) as image:
         width, height = image.size
         small = _plain(image)
         small.thumbnail((side, side))  # a JPEG is decoded at an eighth of its size where that is enough
@@ -95,10 +107,34 @@ def _thumbnail(root: Path, name: str, side: int) -> dict[str, Any]:
     return {"width": width, "height": height, "png": base64.b64encode(png.getvalue()).decode()}
 
 
+@contextmanager
+def _in_folder(root: Path, name: str) -> Iterator[Image.Image]:
+    with os.fdopen(open_inside(root, name), "rb") as file, Image.open(file, formats=FORMATS) as image:
+        yield image
+
+
+def _in_source(address: Address) -> Look:
+    source = open_source(address)
+
+    @contextmanager
+    def look(name: str) -> Iterator[Image.Image]:
+        stored = source.read(name)
+        if isinstance(stored, Pixels):
+            planes = [Image.frombytes("L", (stored.width, stored.height), plane) for plane in stored.planes]
+            yield planes[0] if len(planes) == 1 else Image.merge("RGB", planes)
+            return
+        with Image.open(BytesIO(stored), formats=FORMATS) as image:
+            yield image
+
+    return look
+
+
 def _plain(image: Image.Image) -> Image.Image:
     """Grey or RGB, by the same steps as in training."""
     if image.mode in ("L", "RGB"):
         return image
+    if image.mode.startswith("I;16"):
+        return image.point(lambda value: value * (1 / 256)).convert("L")
     return (image.convert("RGBA") if "transparency" in image.info else image).convert("RGB")
 
 

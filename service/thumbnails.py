@@ -42,19 +42,26 @@ class Thumbnails:
 
     async def make(self, root: Path, files: Sequence[str]) -> list[dict[str, Any]]:
         """For each file of `root`, which is resolved, the child's answer. Raises TooManyError when too many wait."""
+        return await self._in_turn({"root": str(root), "files": list(files)})
+
+    async def make_of(self, uri: str, roots: Sequence[str | Path], names: Sequence[str]) -> list[dict[str, Any]]:
+        """The same for images of a dataset, which the child opens."""
+        return await self._in_turn({"uri": uri, "roots": [str(root) for root in roots], "files": list(names)})
+
+    async def _in_turn(self, wanted: dict[str, Any]) -> list[dict[str, Any]]:
         if self._inside >= MAX_CHILDREN + MAX_WAITING:
             message = f"{self._inside} requests for thumbnails are being worked on, as many as may."
             raise TooManyError(message, code="too_many_thumbnails", remedy="Try again soon.")
         self._inside += 1
         try:
             async with self._turn:
-                return await self._ask(root, files)
+                return await self._ask(wanted)
         finally:
             self._inside -= 1
 
-    async def _ask(self, root: Path, files: Sequence[str]) -> list[dict[str, Any]]:
+    async def _ask(self, wanted: dict[str, Any]) -> list[dict[str, Any]]:
         limits = {"side": SIDE, "max_pixels": self._max_pixels, "seconds": TIMEOUT_S}
-        request = json.dumps({"root": str(root), "files": list(files), **limits}).encode() + b"\n"
+        request, count = json.dumps({**wanted, **limits}).encode() + b"\n", len(wanted["files"])
         child = await asyncio.create_subprocess_exec(
             *self._command, stdin=PIPE, stdout=PIPE, cwd=self._cwd, env=_bare_env(), limit=MAX_LINE_BYTES
         )
@@ -62,7 +69,7 @@ class Thumbnails:
         missing = _DIED
         try:
             async with asyncio.timeout(self._timeout_s):
-                await _exchange(child, request, len(files), answers)
+                await _exchange(child, request, count, answers)
         except TimeoutError:
             missing = _LATE
         except (OSError, ValueError):  # it died while it was written to, or wrote what is no line of ours
@@ -71,7 +78,7 @@ class Thumbnails:
             if child.returncode is None:
                 child.kill()
             await asyncio.shield(child.wait())
-        return answers + [{"error": missing}] * (len(files) - len(answers))
+        return answers + [{"error": missing}] * (count - len(answers))
 
 
 async def _exchange(child: Process, request: bytes, count: int, answers: list[dict[str, Any]]) -> None:
@@ -86,4 +93,5 @@ async def _exchange(child: Process, request: bytes, count: int, answers: list[di
 
 def _bare_env() -> dict[str, str]:
     inherited = {name: os.environ[name] for name in _INHERITED if name in os.environ}
-    return {**inherited, **package_env(os.environ.get("PYTHONPATH"))}
+    # pyarrow's own pool would reserve more than the child may have.
+    return {"ARROW_DEFAULT_MEMORY_POOL": "system", **inherited, **package_env(os.environ.get("PYTHONPATH"))}

@@ -91,7 +91,7 @@ def timm_config(
             "input_size": [channels, size, size],
             "fixed_input_size": True,
             "interpolation": model_input.interpolation,
-            "crop_pct": 1.0,
+            "crop_pct": 1.0 if spec.dataset == "digits" else model_input.crop_pct,  # digits are shown whole
             "crop_mode": "center",
             "mean": list(model_input.mean),
             "std": list(model_input.std),

@@ -15,6 +15,8 @@ DIGITS_MODEL = "d2ft_digits"
 DIGITS_RATE, RATE = 5e-4, 5e-5  # learning rates of the bundled model, and of any other
 # What a job that chooses heads says of them, where it does not say otherwise.
 HEAD_WORDS = {"hold": "training", "grain": "coherent", "score": "fisher", "skip_fill": "zero"}
+# How the addresses of datasets begin; `workers.sources.address` looks at the rest.
+DATASET = r"digits\Z|dataset:[A-Za-z0-9]|(folder|parquet|webdataset)(:///|\+(s3|gs)://[^/])|torchvision:\w|hf:."
 ModelArg = int | float | bool | str
 Beta = Annotated[float, Field(ge=0, lt=1)]
 MetadataKey = Annotated[str, Field(min_length=1, max_length=64)]
@@ -164,6 +166,46 @@ class Optimiser(Frozen):
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
 
+Share = Annotated[float, Field(gt=0, le=1)]
+# What timm understands: magnitude, layers, probability, noise of the magnitude and its bound, …
+RANDAUGMENT = r"rand(-(m\d{1,2}|n\d|p[01](\.\d+)?|mstd\d{1,3}(\.\d+)?|mmax\d{1,2}|inc[01]))*"
+
+
+class Augment(Frozen):
+    """How training images are changed at random; by default not at all. The draws follow from `seed` alone.
+
+    `flip` mirrors half of them. `crop_scale` (smallest, largest) shows a part of that share of the image's area, from
+    3:4 to 4:3, in place of the model's own framing. `randaugment` is timm's, in its words: "rand-m9-mstd0.5-inc1".
+    `erasing` is the probability that a rectangle is blanked. `mixup` and `cutmix` are the alphas with which images, and
+    their labels, are mixed in pairs; with both, one of them is drawn for each micro-batch.
+    """
+
+    flip: bool = False
+    crop_scale: Annotated[tuple[Share, Share], Field(strict=False)] | None = None
+    randaugment: Annotated[str, Field(pattern=f"^{RANDAUGMENT}$", max_length=100)] | None = None
+    erasing: Annotated[float, Field(ge=0, le=1)] = 0.0
+    mixup: Annotated[float, Field(ge=0, le=100)] = 0.0
+    cutmix: Annotated[float, Field(ge=0, le=100)] = 0.0
+
+    @field_validator("crop_scale")
+    @classmethod
+    def _smallest_first(cls, value: tuple[float, float] | None) -> tuple[float, float] | None:
+        if value is not None and value[0] > value[1]:
+            raise ValueError(f"crop_scale is [smallest, largest], and {value[0]:g} is more than {value[1]:g}")
+        return value
+
+    @field_validator("mixup", "cutmix")
+    @classmethod
+    def _no_tiny_alpha(cls, value: float) -> float:
+        if 0 < value < 0.01:
+            raise ValueError("an alpha is 0, which means no mixing, or at least 0.01")
+        return value
+
+    @property
+    def wanted(self) -> bool:
+        return self != Augment()
+
+
 _NUMBER = {"type": "integer", "minimum": 1, "maximum": 256}
 _RANGE = {"type": "object", "properties": {"min": _NUMBER, "max": _NUMBER}, "required": ["min", "max"]}
 _NUMBER_OR_RANGE = {"anyOf": [_NUMBER, {**_RANGE, "additionalProperties": False}]}
@@ -186,10 +228,11 @@ class JobSpec(Frozen):
     """One fine-tuning job.
 
     `model` is a timm name, or "d2ft_digits" for the small bundled one; `model_args` are passed to `timm.create_model`.
-    `dataset` is "digits" or "folder:///path" with `train/CLASS/*.jpg` and `test/` or `val/` beside it; the service
-    knows "dataset:NAME", too. Length is `epochs`, or `steps` when that is given. When workers are lost, the job goes on
-    with as few as `min_workers`, and takes more in when they come; `workers` may be {"min": 2, "max": 4}. Of the jobs
-    that wait, one of higher `priority` goes first; one that has not started after `queue_timeout_s` fails.
+    `dataset` is "digits" or an address: "folder:///path" with `train/CLASS/*.jpg` and `test/` or `val/` beside it,
+    "parquet:///path", "webdataset:///path" (workers/README.md has them all); the service knows "dataset:NAME", too.
+    Length is `epochs`, or `steps` when that is given. When workers are lost, the job goes on with as few as
+    `min_workers`, and takes more in when they come; `workers` may be {"min": 2, "max": 4}. Of the jobs that wait, one
+    of higher `priority` goes first; one that has not started after `queue_timeout_s` fails.
     """
 
     name: Annotated[str, Field(max_length=200)] | None = None
@@ -199,6 +242,7 @@ class JobSpec(Frozen):
     img_size: Annotated[int, Field(ge=4, le=2048)] | None = None
     dataset: Annotated[str, Field(min_length=1, max_length=4096)] = "digits"
     images_per_class: Annotated[int, Field(ge=1)] | None = None
+    augment: Augment = Field(default_factory=Augment)
     method: Method = Field(default_factory=Method)
     optimiser: Optimiser = Field(default_factory=Optimiser)
     workers: Annotated[int, Field(ge=1, le=256), WithJsonSchema(_NUMBER_OR_RANGE)] = 2
@@ -240,9 +284,18 @@ class JobSpec(Frozen):
     @field_validator("dataset")
     @classmethod
     def _known_scheme(cls, value: str) -> str:
-        if value != "digits" and not re.match(r"folder:///|dataset:[A-Za-z0-9]", value):
-            raise ValueError("a dataset is 'digits', 'folder:///absolute/path' or 'dataset:NAME', a registered one")
+        if not re.match(DATASET, value):
+            raise ValueError(
+                "a dataset is 'digits', 'dataset:NAME' (a registered one), or an address such as "
+                "'folder:///absolute/path', 'parquet:///absolute/path', 'webdataset+s3://bucket/prefix'"
+            )
         return value
+
+    @model_validator(mode="after")
+    def _digits_as_they_are(self) -> JobSpec:
+        if self.dataset == "digits" and self.augment.wanted:
+            raise ValueError("augment does nothing to 'digits', where a mirrored 2 is no 2; leave it away")
+        return self
 
     @model_validator(mode="after")
     def _ratios_sum(self) -> JobSpec:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -18,19 +18,23 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from scheduler.errors import UserError
-from workers.contract import JobSpec
+from workers.augment import Augmentation
+from workers.contract import Augment, JobSpec
 from workers.digits import load_digits, split_digits
-from workers.folder import FolderLayout, parse_uri, scan_classes
-from workers.images import find_unreadable, read_square
+from workers.images import centre, fill_square, find_unreadable, read_image
 from workers.model import ModelInput
 from workers.order import AugmentKey, IndexArray, permutation
+from workers.sources.address import parse_address
+from workers.sources.opening import open_source
+from workers.sources.source import Source
 
 SPLIT_SEED = 0
 HELD_OUT_FRACTION = 0.1
+UNEVEN = 3  # from how many times as many images in the largest class as in the smallest it is worth a warning
 
 
 class Batch(NamedTuple):
-    """Normalised float32 images [B, C, H, W] and int64 labels [B]."""
+    """Normalised float32 images [B, C, H, W]; labels are int64 classes [B], or float32 [B, K] where mixed."""
 
     images_BCHW: Tensor
     labels_B: Tensor
@@ -50,19 +54,26 @@ class Dataset(Protocol):
     def train_batch(self, indices: IndexArray, augment_key: AugmentKey | None = None) -> Batch:
         """Images and labels of training images; augmented where a key is given and the kind of data allows it."""
 
-    def train_labels(self, indices: IndexArray) -> Tensor:
-        """Labels [B] alone, without decoding."""
+    def train_labels(self, indices: IndexArray, augment_key: AugmentKey | None = None) -> Tensor:
+        """The labels alone, without decoding."""
 
     def test_batch(self, indices: IndexArray) -> Batch:
         """Images and labels of test images."""
 
 
-def open_dataset(spec: JobSpec, model_input: ModelInput, *, skipped: Sequence[str] | None = None) -> Dataset:
+def open_dataset(
+    spec: JobSpec,
+    model_input: ModelInput,
+    *,
+    skipped: Sequence[str] | None = None,
+    progress: Callable[[], None] = lambda: None,
+) -> Dataset:
     """Open the spec's dataset for a model's input.
 
-    A folder's files are all decoded once, to find the bad ones; with `skipped`, the names another worker found, they
-    are taken on trust instead, and all workers count alike. Raises UserError (dataset): those of
-    `folder.scan_classes`, and "unreadable_images"; (model_args) "unsupported_channels".
+    All images are decoded once, to find the bad ones; with `skipped`, the names another worker found, they
+    are taken on trust instead, and all workers count alike. `progress` is called now and then, since that takes
+    minutes where there is much. Raises UserError (dataset): those of
+    `open_source`, and "unreadable_images"; (model_args) "unsupported_channels".
     """
     if model_input.in_chans not in (1, 3):
         raise UserError(
@@ -73,8 +84,27 @@ def open_dataset(spec: JobSpec, model_input: ModelInput, *, skipped: Sequence[st
         )
     if spec.dataset == "digits":
         return DigitsDataset(model_input, spec.images_per_class)
-    layout = scan_classes(parse_uri(spec.dataset))
-    return FolderDataset(layout, model_input, spec.images_per_class, skipped)
+    source = open_source(parse_address(spec.dataset), progress)
+    train, test = split(source, spec.images_per_class)
+    if skipped is None:
+        skipped = find_unreadable(source.read, [file.name for file in (*train, *test)], progress)
+    return SourceDataset(source, model_input, train, test, skipped, spec.augment)
+
+
+def imbalance(dataset: Dataset) -> dict[str, Any] | None:
+    """How uneven the classes are in training, for the event `data.imbalanced`; None where it is not worth telling."""
+    labels_B = dataset.train_labels(np.arange(dataset.num_train))
+    counts = torch.bincount(labels_B, minlength=len(dataset.classes)).tolist()
+    by_count = sorted(zip(counts, dataset.classes, strict=True))
+    smallest, largest = by_count[0], by_count[-1]
+    if largest[0] < UNEVEN * smallest[0]:
+        return None
+    return {
+        "ratio": round(largest[0] / max(smallest[0], 1), 2),
+        "largest": largest[1],
+        "smallest": smallest[1],
+        "counts": {name: count for count, name in (*by_count[:10], *by_count[10:][-10:])},
+    }
 
 
 class DigitsDataset:
@@ -97,7 +127,7 @@ class DigitsDataset:
         """Never augmented: a turned or mirrored digit is another digit."""
         return self._batch(self._train[indices])
 
-    def train_labels(self, indices: IndexArray) -> Tensor:
+    def train_labels(self, indices: IndexArray, augment_key: AugmentKey | None = None) -> Tensor:
         return self._labels_B[self._train[indices]]
 
     def test_batch(self, indices: IndexArray) -> Batch:
@@ -110,51 +140,63 @@ class DigitsDataset:
         return Batch(_normalise(images_BCHW, self._input), self._labels_B[rows])
 
 
-class FolderDataset:
-    """An image folder; without test/ or val/, a tenth of each class is held out for testing."""
+class SourceDataset:
+    """Images of a source, but for those that are `skipped`."""
 
     def __init__(
         self,
-        layout: FolderLayout,
+        source: Source,
         model_input: ModelInput,
-        images_per_class: int | None = None,
-        skipped: Sequence[str] | None = None,
+        train: Sequence[File],
+        test: Sequence[File],
+        skipped: Sequence[str],
+        augment: Augment,
     ) -> None:
-        train, test = _split(layout, images_per_class)
-        self.classes = layout.classes
-        names = [file.name for file in (*train, *test)]
-        self.skipped = list(skipped) if skipped is not None else find_unreadable(layout.root, names)
-        dropped = set(self.skipped)
-        self._root, self._input = layout.root, model_input
+        self.classes, self.skipped = source.classes, list(skipped)
+        dropped = set(skipped)
+        self._read, self._input = source.read, model_input
+        self._augmentation = Augmentation(augment, model_input.img_size, model_input.in_chans)
         self._train = [file for file in train if file.name not in dropped]
         self._test = [file for file in test if file.name not in dropped]
         self.num_train, self.num_test = len(self._train), len(self._test)
-        _check_left(layout, self._train, self._test, self.skipped)
+        _check_left(source, self._train, self._test, self.skipped)
 
     def train_batch(self, indices: IndexArray, augment_key: AugmentKey | None = None) -> Batch:
-        """With a key, each image is mirrored or not by a coin that only the key decides."""
-        batch = self._batch([self._train[index] for index in indices])
-        if augment_key is None:
-            return batch
-        seed, epoch, position = augment_key
-        coins_B = np.random.Philox(key=[seed, epoch], counter=[0, 0, 1, position]).random_raw(len(indices)) & 1
-        mirrored_B111 = torch.from_numpy(coins_B.astype(bool))[:, None, None, None]
-        return Batch(torch.where(mirrored_B111, batch.images_BCHW.flip(3), batch.images_BCHW), batch.labels_B)
+        """With a key the images are changed as the job's `augment` says; the key alone decides how."""
+        files = [self._train[index] for index in indices]
+        images_BCHW = self._images(files, augment_key)
+        if augment_key is not None:
+            images_BCHW = self._augmentation.finish(images_BCHW, augment_key)
+        return Batch(images_BCHW, self.train_labels(indices, augment_key))
 
-    def train_labels(self, indices: IndexArray) -> Tensor:
-        return torch.tensor([self._train[index].label for index in indices], dtype=torch.int64)
+    def train_labels(self, indices: IndexArray, augment_key: AugmentKey | None = None) -> Tensor:
+        labels_B = _labels([self._train[index] for index in indices])
+        if augment_key is None:
+            return labels_B
+        return self._augmentation.soften(labels_B, len(self.classes), augment_key)
 
     def test_batch(self, indices: IndexArray) -> Batch:
-        return self._batch([self._test[index] for index in indices])
+        files = [self._test[index] for index in indices]
+        return Batch(self._images(files), _labels(files))
 
-    def _batch(self, files: list[_File]) -> Batch:
+    def _images(self, files: list[File], augment_key: AugmentKey | None = None) -> Tensor:
         size, channels, interpolation = self._input.img_size, self._input.in_chans, self._input.interpolation
         pixels_BHWC = np.empty((len(files), size, size, channels), dtype=np.uint8)
-        for index, file in enumerate(files):
-            pixels_BHWC[index] = read_square(self._root, file.name, size, channels, interpolation)
-        images_BCHW = torch.from_numpy(pixels_BHWC).permute(0, 3, 1, 2).float() / 255
-        labels_B = torch.tensor([file.label for file in files], dtype=torch.int64)
-        return Batch(_normalise(images_BCHW, self._input), labels_B)
+        for place, file in enumerate(files):
+            image = read_image(self._read, file.name, channels)
+            box = None if augment_key is None else self._augmentation.box(image.size, augment_key, place)
+            square = fill_square(image, box or centre(image.size, self._input.crop_pct), size, interpolation)
+            if augment_key is not None:
+                square = self._augmentation.distort(square, augment_key, place)
+            pixels_BHWC[place] = np.asarray(square, dtype=np.uint8).reshape(size, size, channels)
+        return _normalise(torch.from_numpy(pixels_BHWC).permute(0, 3, 1, 2).float() / 255, self._input)
+
+
+class File(NamedTuple):
+    """An image by its name in the source, and its class by number."""
+
+    name: str
+    label: int
 
 
 class Order(Protocol):
@@ -176,7 +218,7 @@ class Needs(NamedTuple):
 
 @dataclass(frozen=True)
 class StepData:
-    """What a worker asked for, by micro-batch: images [B, C, H, W] and labels [B]."""
+    """What a worker asked for, by micro-batch: images [B, C, H, W] and labels, as in `Batch`."""
 
     images: dict[int, Tensor] = field(default_factory=dict)
     labels: dict[int, Tensor] = field(default_factory=dict)
@@ -233,13 +275,13 @@ class Prefetcher:
             key = self._order.augment_key(step, m) if self._augment else None
             data.images[m] = self._dataset.train_batch(indices[m], key).images_BCHW
         for m in sorted(needs.labels):
-            data.labels[m] = self._dataset.train_labels(indices[m])
+            key = self._order.augment_key(step, m) if self._augment else None
+            data.labels[m] = self._dataset.train_labels(indices[m], key)
         return data
 
 
-class _File(NamedTuple):
-    name: str
-    label: int
+def _labels(files: list[File]) -> Tensor:
+    return torch.tensor([file.label for file in files], dtype=torch.int64)
 
 
 def _normalise(images_BCHW: Tensor, model_input: ModelInput) -> Tensor:
@@ -248,14 +290,17 @@ def _normalise(images_BCHW: Tensor, model_input: ModelInput) -> Tensor:
     return (images_BCHW - mean_C11) / std_C11
 
 
-def _split(layout: FolderLayout, images_per_class: int | None) -> tuple[list[_File], list[_File]]:
-    """Training and test files, class by class in sorted order; the limit holds for training alone."""
-    train: list[_File] = []
-    test: list[_File] = []
-    for label, name in enumerate(layout.classes):
-        files = [_File(file, label) for file in layout.train_files[name]]
-        held_out = _held_out(len(files), label) if layout.test_dir is None else frozenset()
-        test += [_File(file, label) for file in layout.test_files.get(name, ())]
+def split(source: Source, images_per_class: int | None = None) -> tuple[list[File], list[File]]:
+    """Training and test images, class by class; the limit holds for training alone.
+
+    Where the source has no split for testing, a tenth of each class is held out.
+    """
+    train: list[File] = []
+    test: list[File] = []
+    for label, name in enumerate(source.classes):
+        files = [File(file, label) for file in source.train_files[name]]
+        held_out = _held_out(len(files), label) if source.test_files is None else frozenset()
+        test += [File(file, label) for file in (source.test_files or {}).get(name, ())]
         test += [files[index] for index in sorted(held_out)]
         train += [file for index, file in enumerate(files) if index not in held_out][:images_per_class]
     return train, test
@@ -267,9 +312,9 @@ def _held_out(num: int, label: int) -> frozenset[int]:
     return frozenset(permutation(num, SPLIT_SEED, label)[:count].tolist())
 
 
-def _check_left(layout: FolderLayout, train: list[_File], test: list[_File], skipped: list[str]) -> None:
+def _check_left(source: Source, train: list[File], test: list[File], skipped: list[str]) -> None:
     labels = {file.label for file in train}
-    lost = [name for label, name in enumerate(layout.classes) if label not in labels]
+    lost = [name for label, name in enumerate(source.classes) if label not in labels]
     if lost:
         raise UserError(
             f"No readable training image is left in the class '{lost[0]}'; unreadable: {', '.join(skipped[:3])}.",
@@ -279,8 +324,8 @@ def _check_left(layout: FolderLayout, train: list[_File], test: list[_File], ski
         )
     if not test:
         raise UserError(
-            f"No image of {layout.root} is left for testing.",
+            f"No image of {source.origin} is left for testing.",
             code="empty_test",
             param="dataset",
-            remedy="Give readable images in test/, or at least two training images in some class.",
+            remedy="Give readable images for testing, or at least two training images in some class.",
         )

@@ -16,6 +16,8 @@ reads on from there, so an outage of the reader loses nothing.
 |  | compute_fraction, bytes_fraction |
 | evaluation | {"when": "before" / "after" / "at step 42", "accuracy", "loss", "num_images"} |
 | data.skipped | {"count", "files": first names} |
+| data.imbalanced | {"ratio": largest to smallest class, "largest", "smallest", "counts": of the ten smallest and the |
+|  | ten largest classes in training} |
 | artifact.ready | {"name", "path", "bytes", "sha256"} |
 | ledger | the ledger as a dict |
 | checkpoint.saved | {"step", "name": "step-00000042", "path", "bytes" of the folder, "sha256" of its manifest.json, |

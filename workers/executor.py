@@ -229,6 +229,8 @@ class Executor:
             return
         labels_B = state.batch.labels[i.mb]
         logits_BC = logits_BC.to(self.shard.dtype)
+        if labels_B.is_floating_point():  # mixed images have probabilities, [B, C]
+            labels_B = labels_B.to(self.shard.dtype)
         losses_B = F.cross_entropy(logits_BC, labels_B, label_smoothing=self.label_smoothing, reduction="none")
         loss = losses_B.mean() / state.num_running
         torch.autograd.backward(loss)
@@ -236,7 +238,8 @@ class Executor:
         if x_BND.grad is not None:
             state.g[i.mb] = x_BND.grad
         state.loss = state.loss + loss.detach()
-        state.correct = state.correct + (logits_BC.detach().argmax(1) == labels_B).sum()
+        answers_B = labels_B.argmax(1) if labels_B.is_floating_point() else labels_B
+        state.correct = state.correct + (logits_BC.detach().argmax(1) == answers_B).sum()
 
     def _bwd(self, i: Instruction) -> None:
         state, block = self._state, self.shard.blocks[i.block]

@@ -39,13 +39,17 @@ _HEAD_KEYS = ("head.weight", "head.bias")
 
 
 class ModelInput(NamedTuple):
-    """The images that a model wants: size and channels, and how to normalise them."""
+    """The images that a model wants: size and channels, how to normalise and resize them, and how much is cut off.
+
+    `crop_pct` is the share of the shorter side that the model is shown in evaluation, as timm notes it.
+    """
 
     img_size: int
     in_chans: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
     interpolation: str
+    crop_pct: float = 1.0
 
 
 class Resolved(NamedTuple):
@@ -80,6 +84,8 @@ def build_model(spec: JobSpec, num_classes: int, *, load: bool = True) -> Model:
         model = _create(resolved, num_classes)
         _refuse(spec.model, refusal(model))
         assert isinstance(model, Model)
+        if spec.model == DIGITS_MODEL:
+            vars(model)["pretrained_cfg"]["crop_pct"] = 1.0  # it has learnt from whole digits
         init_classifier(model)
         if load and resolved.weights is not None:
             load_weights(model, resolved.weights)
@@ -99,7 +105,8 @@ def model_input(model: Model) -> ModelInput:
     cfg: dict[str, Any] = vars(model)["pretrained_cfg"]
     in_chans = int(model.patch_embed.proj.in_channels)
     mean, std = (_per_channel(cfg[key], in_chans) for key in ("mean", "std"))
-    return ModelInput(model.patch_embed.img_size[0], in_chans, mean, std, str(cfg["interpolation"]))
+    crop_pct = float(cfg.get("crop_pct") or 1.0)
+    return ModelInput(model.patch_embed.img_size[0], in_chans, mean, std, str(cfg["interpolation"]), crop_pct)
 
 
 def load_weights(model: Model, path: str | Path) -> None:

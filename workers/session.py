@@ -33,7 +33,7 @@ from workers.changes import Planned
 from workers.checkpoint import Checkpoint, Saved, Vault, check_same_job, newest_whole, part_of, save
 from workers.contract import JobSpec
 from workers.control import DRAIN, PAUSE, REGROUP, asked
-from workers.data import open_dataset
+from workers.data import imbalance, open_dataset
 from workers.events import EventLog
 from workers.executor import Executor
 from workers.forward import ForwardPasses
@@ -142,7 +142,7 @@ class Session:
         # The number of classes comes from the data, the size of its images from the model: a first model tells that.
         probe = build_model(self.spec, num_classes=1, load=False)
         self.input = model_input(probe)
-        self.data = open_dataset(self.spec, self.input)
+        self.data = open_dataset(self.spec, self.input, progress=lambda: self.pulse.phase("prepare"))
         self.model = build_model(self.spec, len(self.data.classes))
         self.shape = model_shape(self.model)
         self.step_shape = StepShape(self.spec.micro_batches, self.spec.micro_batch_size)
@@ -164,6 +164,9 @@ class Session:
                 count=count,
                 files=self.data.skipped[:20],
             )
+        if (uneven := imbalance(self.data)) is not None:
+            message = f"the largest class has {uneven['ratio']} times the images of the smallest"
+            self._emit("data.imbalanced", message, level="warning", **uneven)
 
     def _find(self) -> None:
         """Look for a checkpoint to go on from, and take over its weights and its ledger."""

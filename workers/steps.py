@@ -51,7 +51,8 @@ class StepReport:
 
 @dataclass
 class Batch:
-    """The micro-batches of one step that this worker reads: images_BCHW and labels_B by index."""
+    """The micro-batches of one step that this worker reads: images_BCHW and labels by index, which are classes [B] or
+    probabilities [B, C]."""
 
     images: Mapping[int, Tensor]
     labels: Mapping[int, Tensor]

@@ -193,7 +193,8 @@ class Windows:
             return _needs(compiled[(step - span.begin) % len(compiled)]) if step < span.end else None
 
         self.pulse.phase("train")
-        with Prefetcher(self.data, self.hardest or self.order, needs) as batches:
+        augment = self.spec.augment.wanted
+        with Prefetcher(self.data, self.hardest or self.order, needs, augment=augment) as batches:
             for step in range(span.first, span.end):
                 self.pulse.step(step)
                 failpoints.hit("step.begin")

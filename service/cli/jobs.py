@@ -46,9 +46,12 @@ def submit(
     img_size: ImgSize = None,
     model_arg: ModelArg = None,
     dataset: Annotated[
-        str | None, typer.Option(help="digits, a folder, folder:///path, or dataset:NAME of a registered one.")
+        str | None, typer.Option(help="digits, a folder, an address (parquet:///path), or dataset:NAME.")
     ] = None,
     images_per_class: Annotated[int | None, typer.Option(help="Use only so many of each class.")] = None,
+    augment: Annotated[
+        list[str] | None, typer.Option(help="NAME=VALUE, like flip=true or mixup=0.8; may be repeated.")
+    ] = None,
     ratios: Ratios = None,
     compute: Compute = None,
     bytes_: Bytes = None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -50,7 +50,9 @@ def job_body(flags: Mapping[str, Any]) -> dict[str, Any]:
     if flags.get("dataset"):
         body["dataset"] = dataset_uri(flags["dataset"])
     if flags.get("model_arg"):
-        body["model_args"] = {**body.get("model_args", {}), **dict(map(_model_arg, flags["model_arg"]))}
+        body["model_args"] = {**body.get("model_args", {}), **_values(flags["model_arg"], "--model-arg")}
+    if flags.get("augment"):
+        body["augment"] = {**body.get("augment", {}), **_values(flags["augment"], "--augment")}
     if flags.get("label"):
         body["metadata"] = {**body.get("metadata", {}), **flags["label"]}
     _put_share(body, flags)
@@ -108,19 +110,23 @@ def _ratios(text: str, flag: str) -> dict[str, int]:
     return {"full": full, "forward": forward, "skip": skip}
 
 
-def _model_arg(text: str) -> tuple[str, Any]:
-    name, equals, value = text.partition("=")
-    if not equals:
-        raise typer.BadParameter(f"'{text}' is not NAME=VALUE", param_hint="--model-arg")
-    try:
-        return name, json.loads(value)
-    except ValueError:
-        return name, value
+def _values(texts: Sequence[str], flag: str) -> dict[str, Any]:
+    """NAME=VALUE with a value in JSON, or a bare word."""
+    found: dict[str, Any] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise typer.BadParameter(f"'{text}' is not NAME=VALUE", param_hint=flag)
+        try:
+            found[name] = json.loads(value)
+        except ValueError:
+            found[name] = value
+    return found
 
 
 def dataset_uri(text: str) -> str:
     """A plain path becomes an address; anything with a scheme, "digits" and "dataset:NAME" go as they are."""
-    if text == "digits" or text.startswith("dataset:") or "://" in text:
+    if text == "digits" or text.startswith(("dataset:", "torchvision:", "hf:")) or "://" in text:
         return text
     return "folder://" + quote(os.path.abspath(Path(text).expanduser()))  # noqa: PTH100 - resolves .. without links
 

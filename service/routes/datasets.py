@@ -1,4 +1,4 @@
-"""Datasets: image folders registered under a name, listed, looked into, and forgotten again."""
+"""Datasets: image folders and other kinds, registered under a name, listed, looked into, and forgotten again."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, Query, Response
 
-from service.datasets import Split, choose, describe, describe_again, show
+from service.datasets import Split, describe, describe_again, show
 from service.routes.world import PROBLEM, ByCaller, InWorld, Limit
 from service.schemas import Dataset, DatasetBody, Page, SampleList
 from service.store import DatasetQuery
@@ -19,7 +19,7 @@ router = APIRouter(tags=["datasets"], responses=PROBLEM)
 
 @router.post("/datasets", status_code=201, response_model=Dataset)
 def register_dataset(body: DatasetBody, world: InWorld, caller: ByCaller, response: Response) -> Dataset:
-    """Give an image folder a name; the same name and folder again are listed anew and answered with 200."""
+    """Give a dataset a name; the same name and address again are listed anew and answered with 200."""
     made, fresh = world.store.datasets.register(body, describe(body, world.settings.all_roots), caller)
     response.headers["Location"] = f"/v1/datasets/{made.id}"
     if not fresh:
@@ -33,7 +33,7 @@ def list_datasets(
     caller: ByCaller,
     after: Annotated[str | None, Query(max_length=80)] = None,
     limit: Limit = 20,
-    search: Annotated[str | None, Query(max_length=200, description="Part of name or folder, in any case")] = None,
+    search: Annotated[str | None, Query(max_length=200, description="Part of name or address, in any case")] = None,
 ) -> Page[Dataset]:
     """Registered datasets, newest first, without their classes."""
     return world.store.datasets.list(DatasetQuery(after, limit, search), caller)
@@ -47,7 +47,7 @@ def get_dataset(dataset_id: str, world: InWorld, caller: ByCaller) -> Dataset:
 
 @router.post("/datasets/{dataset_id}/inspect", response_model=Dataset)
 def inspect_dataset(dataset_id: str, world: InWorld, caller: ByCaller) -> Dataset:
-    """List the folder anew."""
+    """List the dataset anew."""
     dataset = world.store.datasets.get(dataset_id, caller)
     return world.store.datasets.update(dataset.id, describe_again(dataset, world.settings.all_roots), caller)
 
@@ -69,6 +69,4 @@ async def list_samples(
 ) -> SampleList:
     """A few images of every class as thumbnails; one that cannot be shown says why."""
     dataset = await asyncio.to_thread(world.store.datasets.get, dataset_id, caller)
-    roots = world.settings.all_roots
-    root, chosen = await asyncio.to_thread(choose, dataset, roots, split=split, per_class=per_class, limit=limit)
-    return await show(world.thumbnails, root, split, chosen)
+    return await show(world.thumbnails, dataset, world.settings.all_roots, split, per_class, limit)

@@ -12,7 +12,7 @@ from workers.contract import Frozen
 
 
 class DatasetBody(Frozen):
-    """A dataset to register: a name for `dataset: "dataset:NAME"` in a job, and the folder behind it."""
+    """A dataset to register: a name for `dataset: "dataset:NAME"` in a job, and its address, as in a job."""
 
     name: Name
     uri: Annotated[str, Field(min_length=1, max_length=4096)]
@@ -27,7 +27,7 @@ class DatasetClass(Wire):
 
 
 class Dataset(Wire):
-    """A registered image folder, as it was listed when it was registered or inspected last.
+    """A registered dataset, as it was listed when it was registered or inspected last.
 
     `classes` is left away in lists of datasets.
     """

@@ -1,4 +1,4 @@
-"""Registered datasets: a name, the folder behind it, and what its last listing said.
+"""Registered datasets: a name, the address behind it, and what its last listing said.
 
 Names are per user: a name means the caller's own dataset, also to an administrator; an id reaches as far as the caller.
 """
@@ -21,14 +21,14 @@ from service.store.access import Caller
 from service.store.database import Database
 from service.store.jobs import owner_name, page
 from service.tables import DatasetRow
-from workers.folder import parse_uri
+from workers.sources.address import parse_address
 
 MAX_EACH = 1000  # a summary has a line for every class: what one user can store must have an end
 
 
 @dataclass(frozen=True)
 class DatasetQuery:
-    """Which datasets to list, newest first, from the one after `after` on; `search` is part of name or folder."""
+    """Which datasets to list, newest first, from the one after `after` on; `search` is part of name or address."""
 
     after: str | None = None
     limit: int = 20
@@ -42,7 +42,7 @@ class Datasets:
         self._database = database
 
     def register(self, body: DatasetBody, summary: dict[str, Any], caller: Caller) -> tuple[Dataset, bool]:
-        """(the dataset, whether it is new). Raises ConflictError when the name has another folder, TooManyError."""
+        """(the dataset, whether it is new). Raises ConflictError when the name has another address, TooManyError."""
         try:
             return self._register(body, summary, caller)
         except IntegrityError:
@@ -81,14 +81,14 @@ class Datasets:
             return _view(session, row)
 
     def forget(self, key: str, caller: Caller) -> Dataset:
-        """Drop the entry; the folder stays, and jobs that were made with it keep its address. Raises NotFoundError."""
+        """Drop the entry; the files stay, and jobs that were made with it keep its address. Raises NotFoundError."""
         with self._database.write() as session:
             row = _row(session, key, caller, lock=True)
             session.delete(row)
             return _view(session, row)
 
     def uris(self, owner: str) -> Mapping[str, str]:
-        """The folders of a user's datasets, by name."""
+        """The addresses of a user's datasets, by name."""
         with self._database.read() as session:
             wanted = select(DatasetRow.name, DatasetRow.uri).where(DatasetRow.owner == owner)
             return {row.name: row.uri for row in session.execute(wanted)}
@@ -96,8 +96,8 @@ class Datasets:
     def _register(self, body: DatasetBody, summary: dict[str, Any], caller: Caller) -> tuple[Dataset, bool]:
         with self._database.write() as session:
             row = _named(session, body.name, caller.user_id, lock=True)
-            if row is not None and parse_uri(row.uri) != parse_uri(body.uri):
-                message = f"Your dataset {body.name} is another folder, {row.uri}."
+            if row is not None and parse_address(row.uri) != parse_address(body.uri):
+                message = f"Your dataset {body.name} has another address, {row.uri}."
                 remedy = "Take another name, or delete the old entry first."
                 raise ConflictError(message, code="dataset_exists", param="name", remedy=remedy)
             if row is not None:

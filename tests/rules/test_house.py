@@ -91,9 +91,25 @@ def test_every_make_target_is_documented():
 
 
 def test_every_field_of_a_job_is_in_the_readme():
-    from workers.contract import JobSpec, Method, Optimiser
+    from workers.contract import Augment, JobSpec, Method, Optimiser
 
     readme = read("README.md")
-    for model in (JobSpec, Method, Optimiser):
+    for model in (JobSpec, Method, Optimiser, Augment):
         for name in model.model_fields:
             assert f"`{name}`" in readme, name
+
+
+def test_every_kind_of_dataset_is_in_the_readme_and_in_the_contract():
+    from workers.contract import JobSpec
+    from workers.sources.address import STORES
+    from workers.sources.opening import KINDS
+
+    readme = read("workers/README.md")
+    for kind in KINDS:
+        assert f"`{kind}:" in readme, kind
+    for store in STORES:
+        assert f"+{store}:" in readme, store
+        JobSpec(dataset=f"folder+{store}://bucket/prefix")
+    for path in (ROOT / "workers/sources").glob("*.py"):
+        if path.stem != "__init__":
+            assert re.search(rf"^    {path.stem}  ", read("workers/sources/__init__.py"), re.M), path.name

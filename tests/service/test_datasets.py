@@ -99,6 +99,7 @@ def test_the_same_again_is_listed_anew_and_another_folder_is_a_conflict(
     again = api.post("/v1/datasets", json={"name": "pets", "uri": f"folder://{data}/"})
     assert again.status_code == 200 and again.json()["id"] == made["id"] and again.json()["num_classes"] == 3
     draw(data.parent / "more" / "train" / "cat" / "0.png")
+    draw(data.parent / "more" / "train" / "dog" / "0.png")
     found = problem(api.post("/v1/datasets", json={"name": "pets", "uri": f"folder://{data.parent}/more"}), 409)
     assert (found["code"], found["param"]) == ("dataset_exists", "name") and "delete" in found["detail"]
 
@@ -200,7 +201,7 @@ def test_sqlite_and_postgres_agree(request: pytest.FixtureRequest, kind: str) ->
     made, fresh = store.datasets.register(body, summary, first)
     assert fresh and store.datasets.get("Pets", first) == store.datasets.get(made.id, first) == made
     assert store.datasets.register(DatasetBody(name="Pets", uri="folder:///a b/"), summary, first) == (made, False)
-    with pytest.raises(ConflictError, match="another folder"):
+    with pytest.raises(ConflictError, match="another address"):
         store.datasets.register(DatasetBody(name="Pets", uri="folder:///c"), summary, first)
     theirs, _ = store.datasets.register(body, summary, bea)
     assert [each.id for each in store.datasets.list(DatasetQuery(search="pET"), first).data] == [theirs.id, made.id]
@@ -258,6 +259,7 @@ def test_samples_of_a_folder_without_a_test_split_are_none(
     api: TestClient, home: Path, register: Callable[..., Any]
 ) -> None:
     draw(home / "x" / "train" / "cat" / "0.png")
+    draw(home / "x" / "train" / "dog" / "0.png")
     register("x", home / "x")
     assert samples(api, "x", split="test") == []
 
@@ -267,13 +269,15 @@ def test_every_mode_that_training_reads_has_a_thumbnail(
     api: TestClient, home: Path, register: Callable[..., Any], mode: str
 ) -> None:
     draw(home / "x" / "train" / "cat" / "0.png", mode=mode)
+    draw(home / "x" / "train" / "dog" / "0.png")
     register("x", home / "x")
     assert picture(samples(api, "x")[0]).mode in ("L", "RGB")
-    assert images.decode((home / "x").resolve(), "train/cat/0.png", "RGB").size == (32, 24)
+    assert images.decode((home / "x/train/cat/0.png").read_bytes(), "RGB").size == (32, 24)
 
 
 def test_a_thumbnail_carries_no_colour_profile(api: TestClient, home: Path, register: Callable[..., Any]) -> None:
     draw(home / "x" / "train" / "cat" / "0.png", icc_profile=os.urandom(300_000))
+    draw(home / "x" / "train" / "dog" / "0.png")
     register("x", home / "x")
     shown = samples(api, "x")[0]
     assert len(shown["thumbnail"]) < 1000 and "icc_profile" not in picture(shown).info
@@ -298,6 +302,7 @@ def test_a_link_out_of_the_folder_is_not_followed(
 ) -> None:
     secret = draw(home / "secret.png")
     draw(home / "x" / "train" / "cat" / "0.png")
+    draw(home / "x" / "train" / "dog" / "0.png")
     register("x", home / "x")
     (home / "x" / "train" / "cat" / "1.png").symlink_to(secret)
     assert problem(api.get("/v1/datasets/x/samples"), 409)["code"] == "outside_roots"
@@ -348,6 +353,7 @@ def walls(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[TestClient
     """An application with one root, and a whole dataset beside that root."""
     top = tmp_path_factory.mktemp("walls")
     draw(top / "train" / "cat" / "0.png")
+    draw(top / "train" / "dog" / "0.png")
     (top / "home" / "in").mkdir(parents=True)
     (top / "home" / "away").symlink_to(top)
     app = create_app(Settings(home=top / "home", use_gpu=False), supervise=False)

@@ -57,9 +57,10 @@ def ids(api: TestClient, ann: dict[str, str], settings: Settings, record: Device
     assert attempt and attempt.job_id == job_id
     _run(api, attempt, settings)
     write_book(settings.devices_file, record)
-    folder = settings.home / MARK / "train" / "cat"
-    folder.mkdir(parents=True)
-    (folder / "0.jpg").write_bytes(b"jpg")
+    for label in ("cat", "dog"):
+        folder = settings.home / MARK / "train" / label
+        folder.mkdir(parents=True)
+        (folder / "0.jpg").write_bytes(b"jpg")
     dataset = {"name": MARK, "uri": f"folder://{settings.home}/{MARK}"}
     me = api.get("/v1/me", headers=ann).json()
     hook = store_of(api).webhooks.make(WebhookBody(url=f"https://{MARK}.example"), owner=me["user"]["id"])
@@ -209,8 +210,9 @@ def test_names_and_keys_of_another_are_free(
     api: TestClient, ids: dict[str, str], ann: dict[str, str], bob: dict[str, str], settings: Settings
 ) -> None:
     other = settings.home / "bobs"
-    (other / "train" / "dog").mkdir(parents=True)
-    (other / "train" / "dog" / "0.jpg").write_bytes(b"jpg")
+    for label in ("cat", "dog"):
+        (other / "train" / label).mkdir(parents=True)
+        (other / "train" / label / "0.jpg").write_bytes(b"jpg")
     asked = {"dataset": f"dataset:{MARK}"}
     assert api.post("/v1/jobs", json=asked, headers=bob).json()["code"] == "dataset_not_registered"
     assert api.post("/v1/datasets", json={"name": MARK, "uri": f"folder://{other}"}, headers=bob).status_code == 201

@@ -10,14 +10,16 @@ import numpy as np
 import pytest
 import timm.data
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image, ImageFilter
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
 from scheduler.errors import UserError
 from workers import data, digits, images
-from workers.contract import JobSpec
-from workers.data import Needs, Prefetcher, open_dataset
+from workers.contract import Augment, JobSpec
+from workers.data import Needs, Prefetcher, imbalance, open_dataset
 from workers.model import ModelInput
 from workers.order import AugmentKey, MicroBatches
 
@@ -190,17 +192,18 @@ def test_every_common_pixel_format_is_read(tmp_path: Path, mode: str) -> None:
     assert torch.isfinite(dataset.test_batch(every(2)).images_BCHW).all()
 
 
+@pytest.mark.parametrize("crop_pct", [1.0, 0.9, 0.875])
 @pytest.mark.parametrize("size", [(57, 40), (40, 57), (33, 33), (9, 30)])
-def test_an_image_is_what_timm_would_show_the_model(tmp_path: Path, size: tuple[int, int]) -> None:
+def test_an_image_is_what_timm_would_show_the_model(tmp_path: Path, size: tuple[int, int], crop_pct: float) -> None:
     spec = folder(tmp_path, num=2)
     noise = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     image = Image.fromarray(noise).filter(ImageFilter.GaussianBlur(2))
     image.save(tmp_path / "test/red/t.png")
-    config = {"input_size": (3, 16, 16), "crop_pct": 1.0, "interpolation": "bicubic"}
+    config = {"input_size": (3, 16, 16), "crop_pct": crop_pct, "interpolation": "bicubic"}
     transform = timm.data.create_transform(**config, mean=COLOUR.mean, std=COLOUR.std)
-    images = open_dataset(spec, COLOUR).test_batch(np.array([1])).images_BCHW
-    # timm rounds the longer side to whole pixels, we do not: a fraction of a pixel at the far edges.
-    assert (images[0] - transform(image)).abs().mean() < 0.05
+    images = open_dataset(spec, COLOUR._replace(crop_pct=crop_pct)).test_batch(np.array([1])).images_BCHW
+    # timm rounds to whole pixels, we do not: a fraction of a pixel at the edges.
+    assert (images[0] - transform(image)).abs().mean() < (0.05 if crop_pct == 1 else 0.12)
 
 
 def test_a_long_strip_does_not_grow_without_bound(tmp_path: Path) -> None:
@@ -215,7 +218,7 @@ def test_mirroring_is_decided_by_the_key_alone(tmp_path: Path) -> None:
     half.paste((255, 255, 255), (0, 0, 8, 16))
     for path in tmp_path.glob("train/*/*.png"):
         half.save(path)
-    dataset = open_dataset(spec, COLOUR)
+    dataset = open_dataset(spec.model_copy(update={"augment": Augment(flip=True)}), COLOUR)
     plain = dataset.train_batch(every(80)).images_BCHW
     first = dataset.train_batch(every(80), (1, 2, 3)).images_BCHW
     assert torch.equal(first, dataset.train_batch(every(80), (1, 2, 3)).images_BCHW)
@@ -223,6 +226,31 @@ def test_mirroring_is_decided_by_the_key_alone(tmp_path: Path) -> None:
     mirrored = (first != plain).flatten(1).any(1)
     assert torch.equal(first[mirrored], plain[mirrored].flip(3))
     assert 20 < mirrored.sum() < 60
+
+
+def test_uneven_classes_are_told_with_their_counts(tmp_path: Path) -> None:
+    spec = folder(tmp_path, num=4)
+    assert imbalance(open_dataset(spec, COLOUR)) is None and imbalance(open_dataset(JobSpec(), GREY)) is None
+    for i in range(10):
+        save(tmp_path / f"train/red/more{i}.png")
+    told = imbalance(open_dataset(spec, COLOUR))
+    assert told == {"ratio": 3.5, "largest": "red", "smallest": "blue", "counts": {"blue": 4, "red": 14}}
+
+
+@settings(max_examples=50, deadline=None)
+@given(counts=st.lists(st.integers(1, 40), min_size=2, max_size=40))
+def test_the_ratio_is_of_the_largest_to_the_smallest_class(counts: list[int]) -> None:
+    dataset = Counting()
+    dataset.classes = tuple(f"c{k:02d}" for k in range(len(counts)))  # type: ignore[assignment]
+    dataset.num_train = sum(counts)
+    labels = np.repeat(np.arange(len(counts)), counts)
+    dataset.train_labels = lambda indices, augment_key=None: torch.from_numpy(labels[indices])  # type: ignore[method-assign]
+    told = imbalance(dataset)
+    assert (told is None) == (max(counts) < 3 * min(counts))
+    if told is not None:
+        assert told["ratio"] == round(max(counts) / min(counts), 2)
+        assert all(counts[int(name[1:])] == count for name, count in told["counts"].items())
+        assert len(told["counts"]) == min(20, len(counts))
 
 
 def test_a_model_of_two_channels_is_refused() -> None:
@@ -245,7 +273,7 @@ class Counting:
         self.keys.append(augment_key)
         return data.Batch(torch.from_numpy(indices).float()[:, None, None, None], torch.from_numpy(indices))
 
-    def train_labels(self, indices: np.ndarray) -> torch.Tensor:
+    def train_labels(self, indices: np.ndarray, augment_key: AugmentKey | None = None) -> torch.Tensor:
         return torch.from_numpy(indices)
 
     test_batch = train_batch

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scheduler.errors import UserError
-from workers.folder import ROOTS_SETTING, check_inside, parse_uri, scan_classes
+from workers.sources.address import ROOTS_SETTING, Address, check_inside, parse_address
+from workers.sources.folder import open_folder
 
 
 def touch(root: Path, *names: str) -> Path:
@@ -26,7 +27,7 @@ def touch(root: Path, *names: str) -> Path:
 
 def refused(root: Path) -> UserError:
     with pytest.raises(UserError) as caught:
-        scan_classes(root)
+        open_folder(Address("folder", str(root)))
     assert caught.value.param == "dataset"
     assert caught.value.remedy
     return caught.value
@@ -35,18 +36,18 @@ def refused(root: Path) -> UserError:
 def test_a_listing_is_sorted_and_passes_over_hidden_entries_and_other_types(tmp_path: Path) -> None:
     touch(tmp_path, "train/cat/b.PNG", "train/cat/a.jpg", "train/cat/notes.txt", "train/cat/.c.jpg", "train/ant/x.webp")
     touch(tmp_path, "train/.cache/x.jpg", "train/readme.md", "test/cat/t.jpeg")
-    layout = scan_classes(tmp_path)
-    assert layout.classes == ("ant", "cat")
-    assert layout.train_files == {"ant": ("train/ant/x.webp",), "cat": ("train/cat/a.jpg", "train/cat/b.PNG")}
-    assert layout.test_dir == tmp_path / "test"
-    assert layout.test_files == {"cat": ("test/cat/t.jpeg",)}
+    source = open_folder(Address("folder", str(tmp_path)))
+    assert source.classes == ("ant", "cat")
+    assert source.train_files == {"ant": ("train/ant/x.webp",), "cat": ("train/cat/a.jpg", "train/cat/b.PNG")}
+    assert source.root == tmp_path
+    assert source.test_files == {"cat": ("test/cat/t.jpeg",)}
 
 
 def test_val_serves_as_test_and_neither_is_none(tmp_path: Path) -> None:
-    touch(tmp_path, "train/a/1.jpg")
-    assert scan_classes(tmp_path).test_dir is None
+    touch(tmp_path, "train/a/1.jpg", "train/b/1.jpg")
+    assert open_folder(Address("folder", str(tmp_path))).test_files is None
     touch(tmp_path, "val/a/1.jpg")
-    assert scan_classes(tmp_path).test_dir == tmp_path / "val"
+    assert open_folder(Address("folder", str(tmp_path))).test_files == {"a": ("val/a/1.jpg",)}
 
 
 def test_each_broken_layout_is_refused_by_name(tmp_path: Path) -> None:
@@ -59,6 +60,10 @@ def test_each_broken_layout_is_refused_by_name(tmp_path: Path) -> None:
     assert unknown.code == "unknown_test_class" and "'zebra'" in unknown.message
     (tmp_path / "hollow/test").mkdir(parents=True)
     assert refused(touch(tmp_path / "hollow", "train/a/1.jpg")).code == "empty_test"
+    alone = refused(touch(tmp_path / "alone", "train/cat/1.jpg"))
+    assert alone.code == "one_class" and "'cat'" in alone.message
+    twins = refused(touch(tmp_path / "twins", "train/Cat/1.jpg", "train/cat/1.jpg", "train/dog/1.jpg"))
+    assert twins.code == "ambiguous_classes" and "'Cat', 'cat'" in twins.message
     assert refused(touch(tmp_path, "file.jpg") / "file.jpg").code == "dataset_not_found"
 
 
@@ -71,22 +76,22 @@ def test_a_link_that_leads_out_of_the_dataset_is_refused(tmp_path: Path, link: s
     (root / link).parent.mkdir(parents=True, exist_ok=True)
     (root / link).symlink_to(tmp_path / "elsewhere" / ("1.jpg" if link.endswith("jpg") else ""))
     with pytest.raises(UserError) as caught:
-        scan_classes(root)
+        open_folder(Address("folder", str(root)))
     assert caught.value.code == "outside_roots"
 
 
 def test_a_link_within_the_dataset_is_followed(tmp_path: Path) -> None:
     touch(tmp_path, "train/a/1.jpg")
     (tmp_path / "train/b").symlink_to(tmp_path / "train/a")
-    assert scan_classes(tmp_path).train_files["b"] == ("train/b/1.jpg",)
+    assert open_folder(Address("folder", str(tmp_path))).train_files["b"] == ("train/b/1.jpg",)
 
 
 def test_an_address_is_parsed_and_others_are_refused() -> None:
-    assert parse_uri("folder:///data/my%20set") == Path("/data/my set")
-    assert parse_uri("folder:///data/a?b#c") == Path("/data/a?b#c")
+    assert parse_address("folder:///data/my%20set/") == Address("folder", "/data/my set")
+    assert parse_address("folder:///data/a?b#c") == Address("folder", "/data/a?b#c")
     for bad in ("folder://host/data", "file:///data", "folder:data", "folder:///a%00b", "folder://[", "digits"):
         with pytest.raises(UserError) as caught:
-            parse_uri(bad)
+            parse_address(bad)
         assert caught.value.code == "bad_dataset_uri"
 
 
@@ -99,7 +104,7 @@ def test_a_refused_path_names_the_setting(tmp_path: Path) -> None:
 
 
 def test_the_api_process_can_list_folders_without_torch_or_pillow() -> None:
-    script = "import sys, workers.folder; print(sorted({'torch', 'PIL', 'numpy', 'timm'} & set(sys.modules)))"
+    script = "import sys, workers.sources.opening; print(sorted({'torch', 'PIL', 'numpy', 'timm'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
