@@ -2,8 +2,11 @@
 
     model.safetensors    the state dict under timm's keys
     config.json          architecture, model_args, labels, preprocessing
+    classes.json         the name of each class by its index: {"0": "ant", "1": "bee"}
+    preprocessing.json   what to do with an image, in words that need no timm
+    README.md            the model card (`card`)
     ledger.json          predicted and measured cost, accuracy before and after
-    manifest.json        bytes and SHA-256 of the three above
+    manifest.json        bytes and SHA-256 of all the others
 
 `timm.create_model("local-dir:DIRECTORY", pretrained=True)` rebuilds the model from the folder alone. The folder appears
 whole or not at all.
@@ -22,14 +25,19 @@ from typing import Any
 import safetensors.torch
 from torch import Tensor
 
+from workers.card import model_card
 from workers.contract import JobSpec
 from workers.disk import sha256_of, sync
 from workers.model import ModelInput, resolve
 
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
+CLASSES_FILE = "classes.json"
+PREPROCESSING_FILE = "preprocessing.json"
+CARD_FILE = "README.md"
 LEDGER_FILE = "ledger.json"
 MANIFEST_FILE = "manifest.json"
+FILES = (WEIGHTS_FILE, CONFIG_FILE, CLASSES_FILE, PREPROCESSING_FILE, CARD_FILE, LEDGER_FILE)
 FILE_MODE = 0o644  # a result is for whoever may enter its parent
 
 
@@ -62,8 +70,11 @@ def write_result(
     try:
         _write_weights(draft / WEIGHTS_FILE, state_dict)
         _write_json(draft / CONFIG_FILE, timm_config(state_dict, spec, model_input, classes))
+        _write_json(draft / CLASSES_FILE, {str(index): name for index, name in enumerate(classes)})
+        _write_json(draft / PREPROCESSING_FILE, preprocessing(model_input))
+        _write_text(draft / CARD_FILE, model_card(spec, model_input, classes, ledger))
         _write_json(draft / LEDGER_FILE, ledger)
-        artifacts = [_describe(draft / name, target) for name in (WEIGHTS_FILE, CONFIG_FILE, LEDGER_FILE)]
+        artifacts = [_describe(draft / name, target) for name in FILES]
         _write_json(draft / MANIFEST_FILE, {"files": [_without_path(artifact) for artifact in artifacts]})
         artifacts.append(_describe(draft / MANIFEST_FILE, target))
         draft.chmod(0o755)  # mkdtemp lets only the owner in
@@ -102,6 +113,27 @@ def timm_config(
     }
 
 
+def preprocessing(model_input: ModelInput) -> dict[str, Any]:
+    """What to do with an image before the model sees it, in the order of the keys.
+
+    `interpolation` is Pillow's; pixels of 0 to 255 are multiplied by `scale`, then each channel has its `mean` taken
+    away and is divided by its `std`. Where an image says that it is turned (EXIF), nobody heeds it.
+    """
+    size = model_input.img_size
+    return {
+        "channels": model_input.in_chans,
+        "mode": "L" if model_input.in_chans == 1 else "RGB",
+        "crop": "largest square in the centre",
+        "size": [size, size],
+        "interpolation": model_input.interpolation,
+        "scale": 1 / 255,
+        "mean": list(model_input.mean),
+        "std": list(model_input.std),
+        "layout": "batch, channel, row, column",
+        "dtype": "float32",
+    }
+
+
 def _write_weights(path: Path, state_dict: Mapping[str, Tensor]) -> None:
     # Cloned: safetensors refuses tensors that are views of one storage.
     tensors = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in state_dict.items()}
@@ -111,7 +143,11 @@ def _write_weights(path: Path, state_dict: Mapping[str, Tensor]) -> None:
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    _write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
     path.chmod(FILE_MODE)  # the service runs with a umask that keeps others out of its own files
     sync(path)
 
