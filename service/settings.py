@@ -103,12 +103,22 @@ class Settings(BaseSettings):
     """How many dry runs may wait for that; more are refused."""
     plan_timeout_s: Annotated[float, Field(gt=0)] = 30.0
     """How long the planning of one dry run may take."""
+    predict_workers: Annotated[int, Field(ge=1, le=64)] = 2
+    """How many results are loaded at once to be tried on images, each in a process of its own."""
+    predict_queue: Annotated[int, Field(ge=0, le=10_000)] = 8
+    """How many predictions may wait for that; more are refused."""
+    predict_timeout_s: Annotated[float, Field(gt=0)] = 60.0
+    """How long a prediction may take, the loading of the model included."""
+    predict_idle_s: Annotated[float, Field(ge=0)] = 60.0
+    """How long a result stays loaded when nobody tries it."""
+    max_predict_bytes: Annotated[int, Field(ge=1024)] = 16 << 20
+    """Largest request body with images to predict."""
     max_streams: Annotated[int, Field(ge=1)] = 2000
     """How many event and log streams may be open at once."""
     max_streams_each: Annotated[int, Field(ge=1)] = 1000
     """How many of them one user may have."""
     max_image_pixels: Annotated[int, Field(ge=1)] = 25_000_000
-    """The largest image of which a thumbnail is made."""
+    """The largest image of which a thumbnail is made, or which is predicted."""
     webhooks: bool = False
     """Whether users may have messages about their jobs sent to addresses that they name."""
     webhook_networks: Annotated[tuple[IPv4Network | IPv6Network, ...], NoDecode] = ()

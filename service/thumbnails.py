@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import sys
 from asyncio.subprocess import PIPE, Process
 from collections.abc import Sequence
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from service.errors import TooManyError
-from service.processes import package_env
+from service.processes import bare_env
 from service.settings import Settings
 
 TIMEOUT_S = 10
@@ -26,7 +25,6 @@ MAX_WAITING = 32
 MAX_LINE_BYTES = 1 << 20
 _LATE = f"There was no time left for this image: all together have {TIMEOUT_S} s."
 _DIED = "The decoder ended at this image or at one before it."
-_INHERITED = ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "LANG", "LC_ALL", "LC_CTYPE")
 
 
 class Thumbnails:
@@ -56,7 +54,7 @@ class Thumbnails:
         limits = {"side": SIDE, "max_pixels": self._max_pixels, "seconds": TIMEOUT_S}
         request = json.dumps({"root": str(root), "files": list(files), **limits}).encode() + b"\n"
         child = await asyncio.create_subprocess_exec(
-            *self._command, stdin=PIPE, stdout=PIPE, cwd=self._cwd, env=_bare_env(), limit=MAX_LINE_BYTES
+            *self._command, stdin=PIPE, stdout=PIPE, cwd=self._cwd, env=bare_env(), limit=MAX_LINE_BYTES
         )
         answers: list[dict[str, Any]] = []
         missing = _DIED
@@ -82,8 +80,3 @@ async def _exchange(child: Process, request: bytes, count: int, answers: list[di
     child.stdin.close()
     while len(answers) < count and (line := await child.stdout.readline()):
         answers.append(json.loads(line))
-
-
-def _bare_env() -> dict[str, str]:
-    inherited = {name: os.environ[name] for name in _INHERITED if name in os.environ}
-    return {**inherited, **package_env(os.environ.get("PYTHONPATH"))}

@@ -6,6 +6,7 @@ import os
 import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -58,6 +59,11 @@ def read_square(root: Path, name: str, size: int, channels: int, interpolation: 
         image = decode(root, name, "L" if channels == 1 else "RGB")
     except Exception as error:  # it was readable when the dataset was opened
         raise _unreadable([f"{name} ({error})"], 1) from error
+    return to_square(image, size, channels, interpolation)
+
+
+def to_square(image: Image.Image, size: int, channels: int, interpolation: str) -> npt.NDArray[np.uint8]:
+    """The centre square of a decoded image, resized: pixels [size, size, channels]."""
     side = min(image.size)
     left, top = (image.width - side) / 2, (image.height - side) / 2
     resampling = _RESAMPLING.get(interpolation, Image.Resampling.BICUBIC)
@@ -78,9 +84,19 @@ def decode(root: Path, name: str, mode: str) -> Image.Image:
         width, height = image.size
         if width * height > MAX_PIXELS:
             raise ValueError(f"{width} × {height} pixels, more than {MAX_PIXELS}")
-        image.load()
-        # Pillow warns when a palette with transparency is turned into RGB directly.
-        return (image.convert("RGBA") if "transparency" in image.info else image).convert(mode)
+        return _in_mode(image, mode)
+
+
+def decode_bytes(content: bytes, mode: str) -> Image.Image:
+    """Fully decode an image file of these bytes, in Pillow's `mode`. Raises whatever Pillow does."""
+    with Image.open(BytesIO(content), formats=FORMATS) as image:
+        return _in_mode(image, mode)
+
+
+def _in_mode(image: Image.Image, mode: str) -> Image.Image:
+    image.load()
+    # Pillow warns when a palette with transparency is turned into RGB directly.
+    return (image.convert("RGBA") if "transparency" in image.info else image).convert(mode)
 
 
 def _unreadable(bad: list[str], num_images: int) -> UserError:

@@ -46,7 +46,7 @@ def job_body(flags: Mapping[str, Any]) -> dict[str, Any]:
         if flags.get(flag) is not None:
             _put(body, place, flags[flag])
     if flags.get("weights"):
-        body["weights"] = str(Path(flags["weights"]).expanduser().absolute())
+        body["weights"] = weights_of(flags["weights"])
     if flags.get("dataset"):
         body["dataset"] = dataset_uri(flags["dataset"])
     if flags.get("model_arg"):
@@ -116,6 +116,11 @@ def _model_arg(text: str) -> tuple[str, Any]:
         return name, json.loads(value)
     except ValueError:
         return name, value
+
+
+def weights_of(text: str) -> str:
+    """A plain path becomes absolute; "job:ID" goes as it is."""
+    return text if text.startswith("job:") else str(Path(text).expanduser().absolute())
 
 
 def dataset_uri(text: str) -> str:
