@@ -4,6 +4,7 @@
     config.json          architecture, model_args, labels, preprocessing
     classes.json         the name of each class by its index: {"0": "ant", "1": "bee"}
     preprocessing.json   what to do with an image, in words that need no timm
+    model.onnx           the same model, where the job asks for it (`export`)
     README.md            the model card (`card`)
     ledger.json          predicted and measured cost, accuracy before and after
     manifest.json        bytes and SHA-256 of all the others
@@ -15,9 +16,10 @@ whole or not at all.
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,8 +30,10 @@ from torch import Tensor
 from workers.card import model_card
 from workers.contract import JobSpec
 from workers.disk import sha256_of, sync
+from workers.export import ONNX_FILE, export_onnx
 from workers.model import ModelInput, resolve
 
+_LOG = logging.getLogger(__name__)
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
 CLASSES_FILE = "classes.json"
@@ -59,10 +63,12 @@ def write_result(
     model_input: ModelInput,
     classes: Sequence[str],
     ledger: Mapping[str, Any],
+    warn: Callable[[str], None] = _LOG.warning,
 ) -> list[Artifact]:
     """Write the result folder, replacing an older one, and return its files.
 
     Everything is written and synced beside the target and renamed into place, so that a crash leaves no half result.
+    What was asked for beside the weights and fails is left away, and `warn` told.
     """
     target = Path(directory).absolute()
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -72,9 +78,11 @@ def write_result(
         _write_json(draft / CONFIG_FILE, timm_config(state_dict, spec, model_input, classes))
         _write_json(draft / CLASSES_FILE, {str(index): name for index, name in enumerate(classes)})
         _write_json(draft / PREPROCESSING_FILE, preprocessing(model_input))
-        _write_text(draft / CARD_FILE, model_card(spec, model_input, classes, ledger))
+        has_onnx = spec.export.onnx and export_onnx(draft, warn)
+        _write_text(draft / CARD_FILE, model_card(spec, model_input, classes, ledger, has_onnx=has_onnx))
         _write_json(draft / LEDGER_FILE, ledger)
-        artifacts = [_describe(draft / name, target) for name in FILES]
+        names = (*FILES, ONNX_FILE) if has_onnx else FILES
+        artifacts = [_describe(draft / name, target) for name in names]
         _write_json(draft / MANIFEST_FILE, {"files": [_without_path(artifact) for artifact in artifacts]})
         artifacts.append(_describe(draft / MANIFEST_FILE, target))
         draft.chmod(0o755)  # mkdtemp lets only the owner in

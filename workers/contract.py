@@ -182,6 +182,13 @@ class Checkpoints(Frozen):
     evaluate: bool = False
 
 
+class Export(Frozen):
+    """What other tools get of a run: `onnx` the model as `model.onnx` too, `tensorboard` event files of its steps."""
+
+    onnx: bool = False
+    tensorboard: bool = True
+
+
 class JobSpec(Frozen):
     """One fine-tuning job.
 
@@ -211,6 +218,7 @@ class JobSpec(Frozen):
     placement: Literal["auto", "split", "whole"] = "auto"
     train_embed: bool = True
     checkpoint: Checkpoints = Field(default_factory=Checkpoints)
+    export: Export = Field(default_factory=Export)
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     priority: Annotated[int, Field(ge=-100, le=100)] = 0
     queue_timeout_s: Annotated[float, Field(gt=0, le=10**8)] | None = None

@@ -6,6 +6,8 @@ Axes: C channels, H W pixels, K classes.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +25,13 @@ class Predictor:
     """The model of a result folder. Raises UserError "bad_result" for a folder that holds none of ours."""
 
     def __init__(self, directory: Path) -> None:
-        try:
-            config = json.loads((directory / CONFIG_FILE).read_text())
+        self._model, config = load_model(directory)
+        with _readable():
             self.labels = [_shown(label) for label in config["label_names"]]
             told = config["pretrained_cfg"]
             self._channels, self._size, _ = told["input_size"]
             self._interpolation = told["interpolation"]
             self._mean_C11, self._std_C11 = (torch.tensor(told[key])[:, None, None] for key in ("mean", "std"))
-            model = _build(config)
-        except (OSError, ValueError, LookupError, TypeError, AssertionError, RuntimeError) as error:
-            raise UserError(f"The result cannot be read: {error}.", code="bad_result") from error
-        load_weights(model, directory / WEIGHTS_FILE)
-        self._model = model.eval()
 
     @torch.inference_mode()
     def top(self, content: bytes, count: int) -> list[dict[str, Any]]:
@@ -51,6 +48,15 @@ class Predictor:
         return [{"index": index, "label": self.labels[index], "probability": value} for index, value in found]
 
 
+def load_model(directory: Path) -> tuple[VisionTransformer, dict[str, Any]]:
+    """(the model of a result, to be asked, its config). Raises UserError "bad_result" and those of `load_weights`."""
+    with _readable():
+        config = json.loads((directory / CONFIG_FILE).read_text())
+        model = _build(config)
+    load_weights(model, directory / WEIGHTS_FILE)
+    return model.eval(), config
+
+
 def _shown(label: str) -> str:
     """A class name as Unicode: a byte of a folder's name that is none becomes a question mark in a diamond."""
     return label.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
@@ -58,9 +64,16 @@ def _shown(label: str) -> str:
 
 def weights_bytes(directory: Path) -> int:
     """The size of a result's weights. Raises UserError "bad_result"."""
-    try:
+    with _readable():
         return (directory / WEIGHTS_FILE).stat().st_size
-    except OSError as error:
+
+
+@contextmanager
+def _readable() -> Iterator[None]:
+    """What goes wrong in here is the result's fault."""
+    try:
+        yield
+    except (OSError, ValueError, LookupError, TypeError, AssertionError, RuntimeError) as error:
         raise UserError(f"The result cannot be read: {error}.", code="bad_result") from error
 
 

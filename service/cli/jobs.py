@@ -65,6 +65,7 @@ def submit(
     steps: Annotated[int | None, typer.Option(help="Optimiser steps, instead of epochs.")] = None,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
     window: Annotated[int | None, typer.Option(help="Steps that one plan covers.")] = None,
+    onnx: Annotated[bool | None, typer.Option("--onnx", help="Have model.onnx made, too.")] = None,
     seed: Seed = None,
     placement: PlacementMode = None,
     name: Annotated[str | None, typer.Option(help="A name for people.")] = None,

@@ -32,6 +32,7 @@ _PLACES = {
     "epochs": ("epochs",),
     "steps": ("steps",),
     "window": ("window",),
+    "onnx": ("export", "onnx"),
     "seed": ("seed",),
     "placement": ("placement",),
     "num_classes": ("num_classes",),
