@@ -125,6 +125,8 @@ class Settings(BaseSettings):
     """Networks that are not public to which messages may go, by http too, comma-separated: "10.0.0.0/8"."""
     log_level: Annotated[Literal["debug", "info", "warning", "error"], BeforeValidator(_lower)] = "info"
     """From which level on the API writes its log: debug, info, warning or error."""
+    mlflow_tracking_uri: str | None = None
+    """MLflow server that runs report to, without a password in it: its own variables in Ray's environment have that."""
     driver_module: str = "workers.loop"
     """Module run as the driver of an attempt: `python -m MODULE --context FILE`."""
     driver_python: str = Field(default_factory=lambda: sys.executable)

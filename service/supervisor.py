@@ -293,6 +293,7 @@ class Supervisor:
             "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": f"{self._settings.start_timeout_s:g}",
             "OMP_NUM_THREADS": "1",
             "HF_HUB_OFFLINE": "1",
+            **({"MLFLOW_TRACKING_URI": uri} if (uri := self._settings.mlflow_tracking_uri) else {}),
             **package_env(),
         }
 
