@@ -125,6 +125,8 @@ class Settings(BaseSettings):
     """Networks that are not public to which messages may go, by http too, comma-separated: "10.0.0.0/8"."""
     log_level: Annotated[Literal["debug", "info", "warning", "error"], BeforeValidator(_lower)] = "info"
     """From which level on the API writes its log: debug, info, warning or error."""
+    hub_downloads: bool = False
+    """Whether runs may download weights from Hugging Face's hub; otherwise those in the machine's cache have to do."""
     mlflow_tracking_uri: str | None = None
     """MLflow server that runs report to, without a password in it: its own variables in Ray's environment have that."""
     driver_module: str = "workers.loop"

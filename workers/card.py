@@ -15,14 +15,13 @@ from typing import Any
 import timm
 from huggingface_hub import EvalResult, ModelCardData
 
-from workers.contract import DIGITS_MODEL, JobSpec
+from workers.contract import DIGITS_MODEL, HUB, JobSpec
 from workers.folder import parse_uri
 from workers.model import ModelInput, resolve
 
 SHOWN_CLASSES = 20
 UNKNOWN_LICENSE = "unknown"
 OUR_LICENSE = "apache-2.0"  # of the bundled model
-HUB = "hf-hub:"
 _ESCAPES = str.maketrans({**{sign: f"\\{sign}" for sign in string.punctuation}, "<": "&lt;", ">": "&gt;", "&": "&amp;"})
 _NO_HUB_NAME = re.compile(r"[^A-Za-z0-9._-]+")
 _SCALES = {"fraction": (100.0, "%"), "s": (1.0, " s"), "MB": (1.0, " MB"), "GFLOP": (1.0, " GFLOP")}

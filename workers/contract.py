@@ -15,6 +15,8 @@ DIGITS_MODEL = "d2ft_digits"
 DIGITS_RATE, RATE = 5e-4, 5e-5  # learning rates of the bundled model, and of any other
 # What a job that chooses heads says of them, where it does not say otherwise.
 HEAD_WORDS = {"hold": "training", "grain": "coherent", "score": "fisher", "skip_fill": "zero"}
+HUB = "hf-hub:"
+_HUB_WEIGHTS = re.compile(rf"{HUB}[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*@[0-9a-f]{{40}}", re.ASCII)
 ModelArg = int | float | bool | str
 Beta = Annotated[float, Field(ge=0, lt=1)]
 MetadataKey = Annotated[str, Field(min_length=1, max_length=64)]
@@ -243,6 +245,13 @@ class JobSpec(Frozen):
         for key in value:
             if key not in MODEL_ARGS:
                 raise ValueError(f"'{key}' is not a model argument; known are {', '.join(MODEL_ARGS)}")
+        return value
+
+    @field_validator("weights")
+    @classmethod
+    def _pinned(cls, value: str | None) -> str | None:
+        if value is not None and value.startswith(HUB) and not _HUB_WEIGHTS.fullmatch(value):
+            raise ValueError(f"weights of the hub are '{HUB}ORG/NAME@REVISION', the 40 hex digits of a commit")
         return value
 
     @field_validator("dataset")

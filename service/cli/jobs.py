@@ -42,7 +42,9 @@ from service.schemas import Job
 @command()
 def submit(
     model: Model = None,
-    weights: Annotated[str | None, typer.Option(help="A .safetensors file on the server's machine, or job:ID.")] = None,
+    weights: Annotated[
+        str | None, typer.Option(help="A .safetensors file on the server's machine, job:ID, or hf-hub:ORG/NAME@COMMIT.")
+    ] = None,
     img_size: ImgSize = None,
     model_arg: ModelArg = None,
     dataset: Annotated[

@@ -120,8 +120,8 @@ def _model_arg(text: str) -> tuple[str, Any]:
 
 
 def weights_of(text: str) -> str:
-    """A plain path becomes absolute; "job:ID" goes as it is."""
-    return text if text.startswith("job:") else str(Path(text).expanduser().absolute())
+    """A plain path becomes absolute; "job:ID" and "hf-hub:…" go as they are."""
+    return text if text.startswith(("job:", "hf-hub:")) else str(Path(text).expanduser().absolute())
 
 
 def dataset_uri(text: str) -> str:
