@@ -7,7 +7,8 @@ All state lies under `home`:
     server.json       what `up` started: URL, ports, process ids
     models.json       which timm models can be trained
     secret            from which the secrets of webhooks follow, mode 0600
-    jobs/ID/aN/       one attempt: context.json, control.json, events.jsonl, logs/, result/
+    jobs/ID/aN/       one attempt: context.json, control.json, events.jsonl, logs/, result/,
+                      tensorboard/
     storage/          Ray Train's own state; checkpoints/ID/, from which a job goes on;
                       scheduler/devices.json, what is known of the devices
     ray               link to Ray's temp directory

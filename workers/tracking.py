@@ -4,7 +4,7 @@
                  └─► MLflow        the server of MLFLOW_TRACKING_URI, where that is set       (`mlflow_runs`)
 
 No step waits for this, and nothing that goes wrong here ends a run: what cannot be passed on is said once in the
-driver's log and tried again, for a few seconds more when the run has ended.
+driver's log and tried again, a last time when the run has ended.
 """
 
 from __future__ import annotations
