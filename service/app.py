@@ -29,6 +29,7 @@ from service.home import ensure_key, ensure_master_secret, make_home, read_secre
 from service.meters import Meters
 from service.outbound import Outbound
 from service.planners import Planners
+from service.predictors import Predictors
 from service.ray_jobs import RayJobs
 from service.routes import World, routers
 from service.routes.description import describe, name_of
@@ -69,7 +70,7 @@ def create_app(
     standings = Standings(store, settings.max_running)
     planners = Planners(settings)
     scrape = Scrape(meters, store, streams.room, planners)
-    children = Catalogue(settings), planners, scrape, Thumbnails(settings)
+    children = Catalogue(settings), planners, scrape, Thumbnails(settings), Predictors(settings)
     hooks = Signer(ensure_master_secret(settings.home)), Outbound(settings.webhook_networks)
     supervisor = Supervisor(settings, store, ray, meters, tracing)
     world = World(settings, store, streams, standings, ray, *children, *hooks, supervisor.nudge)
@@ -90,6 +91,7 @@ def create_app(
                 await task
         world.outbound.close()
         await world.planners.close()
+        await world.predictors.close()
         await world.catalogue.close()
         await ray.close()
         store.close()

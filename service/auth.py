@@ -18,7 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from ulid import ULID
 
 from scheduler.errors import D2ftError
-from service.bodies import NUL, read_whole
+from service.bodies import NUL, Limit, read_whole
 from service.errors import ForbiddenError, InvalidRequestError, Issue, UnauthorisedError
 from service.problems import problem_response
 from service.settings import Settings
@@ -28,6 +28,7 @@ PUBLIC = frozenset({("GET", "/healthz"), ("GET", "/readyz")})
 RUN_PATH = "/v1/runs/events"
 ADMIN_PATHS = ("/v1/users", "/users")
 _SAFE = frozenset({"GET", "HEAD", "OPTIONS"})
+_PREDICT = re.compile(r"(?:/v1)?/jobs/[^/]+/predict")  # its bodies are images
 _HOST = re.compile(r"(?:\[([0-9a-f:.]+)\]|([^\s:@/?#\[\]]+))(?::\d*)?")
 
 
@@ -61,7 +62,8 @@ class Door:
             _check_url(scope)
             if scope["method"] not in _SAFE:
                 is_run = scope["path"] == RUN_PATH  # it tells what it met: what cannot be kept is replaced there
-                receive = await read_whole(headers, receive, self._settings, may_hold_nul=is_run)
+                limit: Limit = "max_predict_bytes" if _PREDICT.fullmatch(scope["path"]) else "max_body_bytes"
+                receive = await read_whole(headers, receive, self._settings, limit=limit, may_hold_nul=is_run)
         except D2ftError as error:
             state["refused"] = error.code
             await problem_response(scope, error)(scope, receive, send)

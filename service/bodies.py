@@ -11,7 +11,7 @@ import asyncio
 import json
 import re
 from collections import Counter
-from typing import Any
+from typing import Any, Literal
 
 from starlette.datastructures import Headers
 from starlette.types import Message, Receive
@@ -19,6 +19,7 @@ from starlette.types import Message, Receive
 from service.errors import ConflictError, InvalidRequestError, Issue, SlowBodyError, TooLargeError
 from service.settings import Settings
 
+Limit = Literal["max_body_bytes", "max_predict_bytes"]
 NUL = "\0"
 MAX_DEPTH = 64
 MAX_BRACKETS = 50_000  # small as they are in a body, they take long to make, and nothing else runs meanwhile
@@ -30,17 +31,24 @@ _SQUARE = bytes.maketrans(b"{}", b"[]")
 _NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 
 
-async def read_whole(headers: Headers, receive: Receive, settings: Settings, *, may_hold_nul: bool = False) -> Receive:
-    """Read the body up to the limit; what is returned plays it back to the route.
+async def read_whole(
+    headers: Headers,
+    receive: Receive,
+    settings: Settings,
+    *,
+    limit: Limit = "max_body_bytes",
+    may_hold_nul: bool = False,
+) -> Receive:
+    """Read the body up to the limit of that setting; what is returned plays it back to the route.
 
     Raises TooLargeError, SlowBodyError, and InvalidRequestError where it is JSON that cannot be relied upon.
     """
-    limit = settings.max_body_bytes
-    if _declared(headers) > limit:
-        raise _too_large(limit)
+    max_bytes: int = getattr(settings, limit)
+    if _declared(headers) > max_bytes:
+        raise _too_large(max_bytes, limit)
     try:
         async with asyncio.timeout(settings.body_timeout_s):
-            body = await _read(receive, limit)
+            body = await _read(receive, max_bytes, limit)
     except TimeoutError:
         message = f"The body did not arrive within {settings.body_timeout_s:g} s."
         raise SlowBodyError(message, code="body_too_slow", remedy="Send it faster, or in smaller parts.") from None
@@ -57,7 +65,7 @@ def _declared(headers: Headers) -> int:
     return int(text[:20]) if text.isdecimal() else 0
 
 
-async def _read(receive: Receive, limit: int) -> bytes:
+async def _read(receive: Receive, max_bytes: int, limit: Limit) -> bytes:
     parts: list[bytes] = []
     size, more = 0, True
     while more:
@@ -67,8 +75,8 @@ async def _read(receive: Receive, limit: int) -> bytes:
         parts.append(message.get("body", b""))
         size += len(parts[-1])
         more = message.get("more_body", False)
-        if size > limit:
-            raise _too_large(limit)
+        if size > max_bytes:
+            raise _too_large(max_bytes, limit)
     return b"".join(parts)
 
 
@@ -125,9 +133,9 @@ def _unreadable(why: str) -> InvalidRequestError:
     return InvalidRequestError([Issue("", f"The body cannot be read as JSON: {why}.", "invalid_json")])
 
 
-def _too_large(limit: int) -> TooLargeError:
-    message = f"The body is larger than {limit} bytes."
-    return TooLargeError(message, code="body_too_large", remedy="Send less, or raise D2FT_MAX_BODY_BYTES.")
+def _too_large(max_bytes: int, limit: Limit) -> TooLargeError:
+    message = f"The body is larger than {max_bytes} bytes."
+    return TooLargeError(message, code="body_too_large", remedy=f"Send less, or raise D2FT_{limit.upper()}.")
 
 
 def _played_back(body: bytes, receive: Receive) -> Receive:

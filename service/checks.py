@@ -15,7 +15,7 @@ from typing import BinaryIO
 from scheduler.errors import UserError
 from service.catalogue import Models
 from service.errors import InvalidRequestError, Issue
-from workers.contract import DIGITS_MODEL, JobSpec
+from workers.contract import DIGITS_MODEL, HUB, JobSpec
 from workers.shapes import Entry
 from workers.sources.address import check_address, check_inside
 from workers.sources.opening import open_source
@@ -56,8 +56,9 @@ def sizes_of(name: str, models: Models) -> Entry:
 
 
 def check_paths(spec: JobSpec, roots: Sequence[str | Path]) -> list[Issue]:
-    """The weights and the dataset lie under the roots and are what they should be."""
-    issues = [] if spec.weights is None else _issues(lambda: _check_weights(str(spec.weights), roots))
+    """The weights and the dataset lie under the roots and are what they should be; at the hub's the workers look."""
+    is_file = spec.weights is not None and not spec.weights.startswith(HUB)
+    issues = [] if not is_file else _issues(lambda: _check_weights(str(spec.weights), roots))
     if spec.dataset != "digits":
         issues += _issues(lambda: _check_dataset(spec.dataset, roots))
     return issues

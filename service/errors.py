@@ -9,6 +9,7 @@ D2ftError
 │   ├── ForbiddenError         403   a foreign host or origin
 │   ├── SlowBodyError          408
 │   ├── TooLargeError          413
+│   ├── UnsupportedMediaError  415
 │   ├── RangeError             416
 │   └── TooManyError           429
 ├── CapacityError              503
@@ -72,6 +73,10 @@ class TooLargeError(UserError):
     """The body is larger than the limit."""
 
 
+class UnsupportedMediaError(UserError):
+    """The body is of a type that is not taken here."""
+
+
 class RangeError(UserError):
     """The part of a file that was asked for lies outside of it."""
 
@@ -95,6 +100,7 @@ STATUS_OF: tuple[tuple[type[D2ftError], int], ...] = (
     (ForbiddenError, 403),
     (SlowBodyError, 408),
     (TooLargeError, 413),
+    (UnsupportedMediaError, 415),
     (RangeError, 416),
     (TooManyError, 429),
     (UserError, 422),

@@ -15,6 +15,7 @@ import psutil
 
 import service
 
+_INHERITED = ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "LANG", "LC_ALL", "LC_CTYPE")
 PACKAGE_ROOT = Path(service.__file__).parent.parent
 
 
@@ -49,6 +50,12 @@ def end_tree(root: psutil.Process, grace_s: float) -> None:
 def child_env() -> dict[str, str]:
     """Our environment, with the packages importable where they are run from a checkout."""
     return {**os.environ, **package_env(os.environ.get("PYTHONPATH"))}
+
+
+def bare_env() -> dict[str, str]:
+    """An environment without secrets: where Python finds its modules, and how text is written."""
+    inherited = {name: os.environ[name] for name in _INHERITED if name in os.environ}
+    return {**inherited, **package_env(os.environ.get("PYTHONPATH"))}
 
 
 def package_env(python_path: str | None = None) -> dict[str, str]:

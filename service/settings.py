@@ -7,7 +7,8 @@ All state lies under `home`:
     server.json       what `up` started: URL, ports, process ids
     models.json       which timm models can be trained
     secret            from which the secrets of webhooks follow, mode 0600
-    jobs/ID/aN/       one attempt: context.json, control.json, events.jsonl, logs/, result/
+    jobs/ID/aN/       one attempt: context.json, control.json, events.jsonl, logs/, result/,
+                      tensorboard/
     storage/          Ray Train's own state; checkpoints/ID/, from which a job goes on;
                       scheduler/devices.json, what is known of the devices
     ray               link to Ray's temp directory
@@ -108,18 +109,32 @@ class Settings(BaseSettings):
     """How many dry runs may wait for that; more are refused."""
     plan_timeout_s: Annotated[float, Field(gt=0)] = 30.0
     """How long the planning of one dry run may take."""
+    predict_workers: Annotated[int, Field(ge=1, le=64)] = 2
+    """How many results are loaded at once to be tried on images, each in a process of its own."""
+    predict_queue: Annotated[int, Field(ge=0, le=10_000)] = 8
+    """How many predictions may wait for that; more are refused."""
+    predict_timeout_s: Annotated[float, Field(gt=0)] = 60.0
+    """How long a prediction may take, the loading of the model included."""
+    predict_idle_s: Annotated[float, Field(ge=0)] = 60.0
+    """How long a result stays loaded when nobody tries it."""
+    max_predict_bytes: Annotated[int, Field(ge=1024)] = 16 << 20
+    """Largest request body with images to predict."""
     max_streams: Annotated[int, Field(ge=1)] = 2000
     """How many event and log streams may be open at once."""
     max_streams_each: Annotated[int, Field(ge=1)] = 1000
     """How many of them one user may have."""
     max_image_pixels: Annotated[int, Field(ge=1)] = 25_000_000
-    """The largest image of which a thumbnail is made."""
+    """The largest image of which a thumbnail is made, or which is predicted."""
     webhooks: bool = False
     """Whether users may have messages about their jobs sent to addresses that they name."""
     webhook_networks: Annotated[tuple[IPv4Network | IPv6Network, ...], NoDecode] = ()
     """Networks that are not public to which messages may go, by http too, comma-separated: "10.0.0.0/8"."""
     log_level: Annotated[Literal["debug", "info", "warning", "error"], BeforeValidator(_lower)] = "info"
     """From which level on the API writes its log: debug, info, warning or error."""
+    hub_downloads: bool = False
+    """Whether runs may download weights from Hugging Face's hub; otherwise those in the machine's cache have to do."""
+    mlflow_tracking_uri: str | None = None
+    """MLflow server that runs report to, without a password in it: its own variables in Ray's environment have that."""
     driver_module: str = "workers.loop"
     """Module run as the driver of an attempt: `python -m MODULE --context FILE`."""
     driver_python: str = Field(default_factory=lambda: sys.executable)

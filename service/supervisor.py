@@ -292,7 +292,8 @@ class Supervisor:
             "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # it costs a process; a lost worker is seen without it
             "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": f"{self._settings.start_timeout_s:g}",
             "OMP_NUM_THREADS": "1",
-            "HF_HUB_OFFLINE": "1",
+            "HF_HUB_OFFLINE": "0" if self._settings.hub_downloads else "1",
+            **({"MLFLOW_TRACKING_URI": uri} if (uri := self._settings.mlflow_tracking_uri) else {}),
             **package_env(),
         }
 

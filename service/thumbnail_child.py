@@ -15,7 +15,6 @@ import os
 import resource
 import stat
 import sys
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
@@ -23,10 +22,10 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-import psutil
 from PIL import Image, UnidentifiedImageError, WebPImagePlugin
 
 from scheduler.errors import UserError
+from workers.confinement import confine, limit
 from workers.sources.address import Address, check_address, check_inside
 from workers.sources.opening import open_source, opener_of
 from workers.sources.source import Pixels
@@ -34,7 +33,6 @@ from workers.sources.source import Pixels
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP")  # those that training reads
 Look = Callable[[str], AbstractContextManager[Image.Image]]  # an image by its name, open but not decoded
 SPARE_BYTES = 256 << 20
-BYTES_PER_PIXEL = 16  # what a WebP needs while it is decoded, its file apart; any other format needs less
 _FOLDER = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _FILE = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
 assert WebPImagePlugin  # imported so that Pillow need not load all its formats to find this one
@@ -49,22 +47,12 @@ def main() -> None:
     address = None if request.get("uri") is None else check_address(request["uri"], request["roots"])
     if address is not None:
         opener_of(address.kind)  # what it loads is not counted, and may write where it likes
-    confine(int(request["max_pixels"]), int(request["seconds"]))
+    confine(int(request["max_pixels"]), SPARE_BYTES)
+    limit(resource.RLIMIT_CPU, int(request["seconds"]))
     look: Look = partial(_in_folder, Path(request["root"])) if address is None else _in_source(address)
     for name in request["files"]:
         answers.write(json.dumps(_answer(look, name, int(request["side"]))) + "\n")
         answers.flush()
-
-
-def confine(max_pixels: int, seconds: int) -> None:
-    """Bound what this process may use from here on, by what an image of `max_pixels` needs."""
-    _limit(resource.RLIMIT_AS, psutil.Process().memory_info().vms + SPARE_BYTES + BYTES_PER_PIXEL * max_pixels)
-    _limit(resource.RLIMIT_CPU, seconds)
-    _limit(resource.RLIMIT_FSIZE, 0)
-    _limit(resource.RLIMIT_CORE, 0)
-    Image.MAX_IMAGE_PIXELS = max_pixels
-    # Pillow looks at the header before it decodes, and only warns of what is not twice too large.
-    warnings.simplefilter("error", Image.DecompressionBombWarning)
 
 
 def open_inside(root: Path, name: str) -> int:
@@ -151,12 +139,6 @@ def _told(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"The file cannot be opened: {error.strerror}."
     return f"The image cannot be decoded: {str(error)[:200] or type(error).__name__}."
-
-
-def _limit(kind: int, value: int) -> None:
-    hard = resource.getrlimit(kind)[1]
-    value = value if hard == resource.RLIM_INFINITY else min(value, hard)
-    resource.setrlimit(kind, (value, value))
 
 
 if __name__ == "__main__":

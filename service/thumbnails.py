@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import sys
 from asyncio.subprocess import PIPE, Process
 from collections.abc import Sequence
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from service.errors import TooManyError
-from service.processes import package_env
+from service.processes import bare_env
 from service.settings import Settings
 
 TIMEOUT_S = 10
@@ -25,8 +24,8 @@ MAX_CHILDREN = 2
 MAX_WAITING = 32
 MAX_LINE_BYTES = 1 << 20
 _LATE = f"There was no time left for this image: all together have {TIMEOUT_S} s."
+_ARROW = {"ARROW_DEFAULT_MEMORY_POOL": "system"}  # its own would reserve more than the child may have
 _DIED = "The decoder ended at this image or at one before it."
-_INHERITED = ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "LANG", "LC_ALL", "LC_CTYPE")
 
 
 class Thumbnails:
@@ -63,7 +62,7 @@ class Thumbnails:
         limits = {"side": SIDE, "max_pixels": self._max_pixels, "seconds": TIMEOUT_S}
         request, count = json.dumps({**wanted, **limits}).encode() + b"\n", len(wanted["files"])
         child = await asyncio.create_subprocess_exec(
-            *self._command, stdin=PIPE, stdout=PIPE, cwd=self._cwd, env=_bare_env(), limit=MAX_LINE_BYTES
+            *self._command, stdin=PIPE, stdout=PIPE, cwd=self._cwd, env={**bare_env(), **_ARROW}, limit=MAX_LINE_BYTES
         )
         answers: list[dict[str, Any]] = []
         missing = _DIED
@@ -89,9 +88,3 @@ async def _exchange(child: Process, request: bytes, count: int, answers: list[di
     child.stdin.close()
     while len(answers) < count and (line := await child.stdout.readline()):
         answers.append(json.loads(line))
-
-
-def _bare_env() -> dict[str, str]:
-    inherited = {name: os.environ[name] for name in _INHERITED if name in os.environ}
-    # pyarrow's own pool would reserve more than the child may have.
-    return {"ARROW_DEFAULT_MEMORY_POOL": "system", **inherited, **package_env(os.environ.get("PYTHONPATH"))}

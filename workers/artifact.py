@@ -2,8 +2,12 @@
 
     model.safetensors    the state dict under timm's keys
     config.json          architecture, model_args, labels, preprocessing
+    classes.json         the name of each class by its index: {"0": "ant", "1": "bee"}
+    preprocessing.json   what to do with an image, in words that need no timm
+    model.onnx           the same model, where the job asks for it (`export`)
+    README.md            the model card (`card`)
     ledger.json          predicted and measured cost, accuracy before and after
-    manifest.json        bytes and SHA-256 of the three above
+    manifest.json        bytes and SHA-256 of all the others
 
 `timm.create_model("local-dir:DIRECTORY", pretrained=True)` rebuilds the model from the folder alone. The folder appears
 whole or not at all.
@@ -12,9 +16,10 @@ whole or not at all.
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,14 +27,21 @@ from typing import Any
 import safetensors.torch
 from torch import Tensor
 
+from workers.card import model_card
 from workers.contract import JobSpec
 from workers.disk import sha256_of, sync
+from workers.export import ONNX_FILE, export_onnx
 from workers.model import ModelInput, resolve
 
+_LOG = logging.getLogger(__name__)
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
+CLASSES_FILE = "classes.json"
+PREPROCESSING_FILE = "preprocessing.json"
+CARD_FILE = "README.md"
 LEDGER_FILE = "ledger.json"
 MANIFEST_FILE = "manifest.json"
+FILES = (WEIGHTS_FILE, CONFIG_FILE, CLASSES_FILE, PREPROCESSING_FILE, CARD_FILE, LEDGER_FILE)
 FILE_MODE = 0o644  # a result is for whoever may enter its parent
 
 
@@ -51,10 +63,12 @@ def write_result(
     model_input: ModelInput,
     classes: Sequence[str],
     ledger: Mapping[str, Any],
+    warn: Callable[[str], None] = _LOG.warning,
 ) -> list[Artifact]:
     """Write the result folder, replacing an older one, and return its files.
 
     Everything is written and synced beside the target and renamed into place, so that a crash leaves no half result.
+    What was asked for beside the weights and fails is left away, and `warn` told.
     """
     target = Path(directory).absolute()
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -62,8 +76,13 @@ def write_result(
     try:
         _write_weights(draft / WEIGHTS_FILE, state_dict)
         _write_json(draft / CONFIG_FILE, timm_config(state_dict, spec, model_input, classes))
+        _write_json(draft / CLASSES_FILE, {str(index): name for index, name in enumerate(classes)})
+        _write_json(draft / PREPROCESSING_FILE, preprocessing(spec, model_input))
+        has_onnx = spec.export.onnx and export_onnx(draft, warn)
+        _write_text(draft / CARD_FILE, model_card(spec, model_input, classes, ledger, has_onnx=has_onnx))
         _write_json(draft / LEDGER_FILE, ledger)
-        artifacts = [_describe(draft / name, target) for name in (WEIGHTS_FILE, CONFIG_FILE, LEDGER_FILE)]
+        names = (*FILES, ONNX_FILE) if has_onnx else FILES
+        artifacts = [_describe(draft / name, target) for name in names]
         _write_json(draft / MANIFEST_FILE, {"files": [_without_path(artifact) for artifact in artifacts]})
         artifacts.append(_describe(draft / MANIFEST_FILE, target))
         draft.chmod(0o755)  # mkdtemp lets only the owner in
@@ -91,7 +110,7 @@ def timm_config(
             "input_size": [channels, size, size],
             "fixed_input_size": True,
             "interpolation": model_input.interpolation,
-            "crop_pct": 1.0 if spec.dataset == "digits" else model_input.crop_pct,  # digits are shown whole
+            "crop_pct": shown_part(spec, model_input),
             "crop_mode": "center",
             "mean": list(model_input.mean),
             "std": list(model_input.std),
@@ -99,6 +118,34 @@ def timm_config(
             "first_conv": "patch_embed.proj",
             "classifier": "head",
         },
+    }
+
+
+def shown_part(spec: JobSpec, model_input: ModelInput) -> float:
+    """How much of an image's shorter side the model is shown; digits are shown whole."""
+    return 1.0 if spec.dataset == "digits" else model_input.crop_pct
+
+
+def preprocessing(spec: JobSpec, model_input: ModelInput) -> dict[str, Any]:
+    """What to do with an image before the model sees it, in the order of the keys.
+
+    `crop_pct` is of the shorter side; `interpolation` is Pillow's; pixels of 0 to 255 are multiplied by `scale`, then
+    each channel has its `mean` taken away and is divided by its `std`. Where an image says that it is turned (EXIF),
+    nobody heeds it.
+    """
+    size = model_input.img_size
+    return {
+        "channels": model_input.in_chans,
+        "mode": "L" if model_input.in_chans == 1 else "RGB",
+        "crop": "square in the centre",
+        "crop_pct": shown_part(spec, model_input),
+        "size": [size, size],
+        "interpolation": model_input.interpolation,
+        "scale": 1 / 255,
+        "mean": list(model_input.mean),
+        "std": list(model_input.std),
+        "layout": "batch, channel, row, column",
+        "dtype": "float32",
     }
 
 
@@ -111,7 +158,11 @@ def _write_weights(path: Path, state_dict: Mapping[str, Tensor]) -> None:
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    _write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
     path.chmod(FILE_MODE)  # the service runs with a umask that keeps others out of its own files
     sync(path)
 

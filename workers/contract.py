@@ -17,6 +17,8 @@ DIGITS_RATE, RATE = 5e-4, 5e-5  # learning rates of the bundled model, and of an
 HEAD_WORDS = {"hold": "training", "grain": "coherent", "score": "fisher", "skip_fill": "zero"}
 # How the addresses of datasets begin; `workers.sources.address` looks at the rest.
 DATASET = r"digits\Z|dataset:[A-Za-z0-9]|(folder|parquet|webdataset)(:///|\+(s3|gs)://[^/])|torchvision:\w|hf:."
+HUB = "hf-hub:"
+_HUB_WEIGHTS = re.compile(rf"{HUB}[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*@[0-9a-f]{{40}}", re.ASCII)
 ModelArg = int | float | bool | str
 Beta = Annotated[float, Field(ge=0, lt=1)]
 MetadataKey = Annotated[str, Field(min_length=1, max_length=64)]
@@ -224,6 +226,13 @@ class Checkpoints(Frozen):
     evaluate: bool = False
 
 
+class Export(Frozen):
+    """What other tools get of a run: `onnx` the model as `model.onnx` too, `tensorboard` event files of its steps."""
+
+    onnx: bool = False
+    tensorboard: bool = True
+
+
 class JobSpec(Frozen):
     """One fine-tuning job.
 
@@ -255,6 +264,7 @@ class JobSpec(Frozen):
     placement: Literal["auto", "split", "whole"] = "auto"
     train_embed: bool = True
     checkpoint: Checkpoints = Field(default_factory=Checkpoints)
+    export: Export = Field(default_factory=Export)
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     priority: Annotated[int, Field(ge=-100, le=100)] = 0
     queue_timeout_s: Annotated[float, Field(gt=0, le=10**8)] | None = None
@@ -279,6 +289,13 @@ class JobSpec(Frozen):
         for key in value:
             if key not in MODEL_ARGS:
                 raise ValueError(f"'{key}' is not a model argument; known are {', '.join(MODEL_ARGS)}")
+        return value
+
+    @field_validator("weights")
+    @classmethod
+    def _pinned(cls, value: str | None) -> str | None:
+        if value is not None and value.startswith(HUB) and not _HUB_WEIGHTS.fullmatch(value):
+            raise ValueError(f"weights of the hub are '{HUB}ORG/NAME@REVISION', the 40 hex digits of a commit")
         return value
 
     @field_validator("dataset")

@@ -19,6 +19,7 @@ reads on from there, so an outage of the reader loses nothing.
 | data.imbalanced | {"ratio": largest to smallest class, "largest", "smallest", "counts": of the ten smallest and the |
 |  | ten largest classes in training} |
 | artifact.ready | {"name", "path", "bytes", "sha256"} |
+| export.failed | {}: a form of the model that was asked for could not be made, and the message says why |
 | ledger | the ledger as a dict |
 | checkpoint.saved | {"step", "name": "step-00000042", "path", "bytes" of the folder, "sha256" of its manifest.json, |
 |  | "files": how many the manifest names, "accuracy" or null; "seconds" that it took where training went on} |

@@ -42,6 +42,7 @@ from workers.muster import Recruiter, muster, resources_of
 from workers.poster import posting
 from workers.pulse import Account, accounts
 from workers.recovery import Losses, last_step
+from workers.tracking import tracked
 from workers.watch import STRIKE_S, Watchdog, strike_here
 
 RANK = "workers.rank"  # what a worker runs
@@ -59,18 +60,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         if context.use_gpu is None:
             context = context.model_copy(update={"use_gpu": ray.cluster_resources().get("GPU", 0) > 0})
         _emit(context, "phase", name="starting")
-        try:
-            error = _attempt(context)
-            why = _paused(context)
-        except _SwitchedOffError:
-            error, why = None, control.DRAIN
-        finally:
-            signal.signal(signal.SIGTERM, before)
-        told = error.to_dict() if error else None
-        status = "failed" if error else "paused" if why else "succeeded"
-        message = str(told["message"]) if told else status
-        with posting(context):
-            _emit(context, "outcome", message, status=status, error=told, **({"why": why} if why else {}))
+        with tracked(context):
+            try:
+                error = _attempt(context)
+                why = _paused(context)
+            except _SwitchedOffError:
+                error, why = None, control.DRAIN
+            finally:
+                signal.signal(signal.SIGTERM, before)
+            told = error.to_dict() if error else None
+            status = "failed" if error else "paused" if why else "succeeded"
+            message = str(told["message"]) if told else status
+            with posting(context):
+                _emit(context, "outcome", message, status=status, error=told, **({"why": why} if why else {}))
         ray.shutdown()  # it prints what the workers said, and the last word is to be ours
         if error is not None:
             say(f"d2ft: job {context.job_id} failed: {message}")

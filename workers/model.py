@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from scheduler.errors import UserError
 from workers import bundled
 from workers.anatomy import Model, foreign_architecture, refusal
-from workers.contract import DIGITS_MODEL, JobSpec
+from workers.contract import DIGITS_MODEL, HUB, JobSpec
+from workers.hub import located
 
 CLASSIFIER_STD = 0.02
 # How timm fits a checkpoint to a model of its own: old names, positions and patches of another size.
@@ -53,11 +54,11 @@ class ModelInput(NamedTuple):
 
 
 class Resolved(NamedTuple):
-    """What a spec's model means to timm; `weights` is None for a random start."""
+    """What a spec's model means to timm; `weights` is a file, an address of the hub, or None for a random start."""
 
     timm_name: str
     model_args: dict[str, Any]
-    weights: Path | None
+    weights: Path | str | None
 
 
 def resolve(spec: JobSpec) -> Resolved:
@@ -66,7 +67,9 @@ def resolve(spec: JobSpec) -> Resolved:
     args: dict[str, Any] = {**(bundled.MODEL_ARGS if digits else {}), **spec.model_args}
     if spec.img_size is not None:
         args["img_size"] = spec.img_size
-    weights = Path(spec.weights) if spec.weights is not None else (bundled.WEIGHTS if digits else None)
+    weights: Path | str | None = bundled.WEIGHTS if digits else None
+    if spec.weights is not None:
+        weights = spec.weights if spec.weights.startswith(HUB) else Path(spec.weights)
     return Resolved(bundled.TIMM_NAME if digits else spec.model, args, weights)
 
 
@@ -75,7 +78,7 @@ def build_model(spec: JobSpec, num_classes: int, *, load: bool = True) -> Model:
 
     Everything random is drawn from `spec.seed` in a forked generator: every worker gets the same bits, and the
     caller's generator does not move. Raises UserError "unknown_model", "model_refused", "bad_model_args", and
-    those of `load_weights`.
+    those of `hub.located` and `load_weights`.
     """
     resolved = resolve(spec)
     _check_known(spec.model, resolved.timm_name)
@@ -88,7 +91,7 @@ def build_model(spec: JobSpec, num_classes: int, *, load: bool = True) -> Model:
             vars(model)["pretrained_cfg"]["crop_pct"] = 1.0  # it has learnt from whole digits
         init_classifier(model)
         if load and resolved.weights is not None:
-            load_weights(model, resolved.weights)
+            load_weights(model, located(resolved.weights))
     return model
 
 

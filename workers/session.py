@@ -315,8 +315,9 @@ class Session:
         ledger = self.ledger.to_dict()
         failpoints.hit("result.write")
         written = write_result(
-            directory, state, spec=self.spec, model_input=self.input, classes=self.data.classes, ledger=ledger
-        )
+            directory, state, spec=self.spec, model_input=self.input, classes=self.data.classes, ledger=ledger,
+            warn=lambda why: self._emit("export.failed", why, level="warning"),
+        )  # fmt: skip
         for artifact in written:
             self._emit("artifact.ready", artifact.name, **asdict(artifact))
         self._emit("ledger", "what it took", **ledger)

@@ -42,7 +42,9 @@ from service.schemas import Job
 @command()
 def submit(
     model: Model = None,
-    weights: Annotated[str | None, typer.Option(help="A .safetensors file on the server's machine.")] = None,
+    weights: Annotated[
+        str | None, typer.Option(help="A .safetensors file on the server's machine, job:ID, or hf-hub:ORG/NAME@COMMIT.")
+    ] = None,
     img_size: ImgSize = None,
     model_arg: ModelArg = None,
     dataset: Annotated[
@@ -68,6 +70,7 @@ def submit(
     steps: Annotated[int | None, typer.Option(help="Optimiser steps, instead of epochs.")] = None,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
     window: Annotated[int | None, typer.Option(help="Steps that one plan covers.")] = None,
+    onnx: Annotated[bool | None, typer.Option("--onnx", help="Have model.onnx made, too.")] = None,
     seed: Seed = None,
     placement: PlacementMode = None,
     name: Annotated[str | None, typer.Option(help="A name for people.")] = None,

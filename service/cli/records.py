@@ -1,8 +1,8 @@
-"""Commands about what belongs to a job: events, logs, metrics, checkpoints, artifacts, ledger."""
+"""Commands about what belongs to a job: events, logs, metrics, checkpoints, artifacts, ledger, predictions."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -11,8 +11,10 @@ import typer
 from service.cli import talk
 from service.cli.exits import Exit
 from service.cli.frame import Follow, JobId, Json, Url, command, connected
+from service.schemas import MAX_PREDICT_IMAGES, PredictionList
 
 MAX_POINTS, SHOWN_POINTS = 2000, 20
+BATCH_BYTES = 12 << 20
 _FIGURES = ("step", "loss", "learning_rate", "step_seconds", "compute_fraction", "bytes_fraction")
 
 
@@ -112,6 +114,40 @@ def ledger(job: JobId, url: Url = None, json_: Json = False) -> None:
     with connected(url) as client:
         found = client.ledger(job)
     talk.put_json(found) if json_ else talk.put_ledger(found)
+
+
+@command()
+def predict(
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE…", help="Image files: JPEG, PNG, WebP, BMP.")],
+    job: Annotated[str, typer.Option(help="The job whose model is asked; it has succeeded.")],
+    top: Annotated[int, typer.Option(min=1, max=100, help="How many classes of each image.")] = 5,
+    url: Url = None,
+    json_: Json = False,
+) -> None:
+    """Try the model of a job on images."""
+    with connected(url) as client:
+        found = [client.predict(job, *batch, top=top) for batch in _batches(images)]
+    data = [prediction for answer in found for prediction in answer.data]
+    if json_:
+        talk.put_json(PredictionList(job_id=job, data=data, seconds=sum(answer.seconds for answer in found)))
+        return
+    rows = ((path, each) for path, prediction in zip(images, data, strict=True) for each in prediction.top)
+    talk.put_rows(
+        ("image", "class", "probability"), ((str(path), each.label, f"{each.probability:.4f}") for path, each in rows)
+    )
+
+
+def _batches(paths: Sequence[Path]) -> Iterator[list[Path]]:
+    """As many at once as the service takes, and not more bytes than it takes by default."""
+    batch: list[Path] = []
+    size = 0
+    for path in paths:
+        more = path.stat().st_size
+        if batch and (len(batch) == MAX_PREDICT_IMAGES or size + more > BATCH_BYTES):
+            yield batch
+            batch, size = [], 0
+        batch, size = [*batch, path], size + more
+    yield batch
 
 
 def _put_pieces(pieces: Iterable[str]) -> None:

@@ -32,6 +32,7 @@ _PLACES = {
     "epochs": ("epochs",),
     "steps": ("steps",),
     "window": ("window",),
+    "onnx": ("export", "onnx"),
     "seed": ("seed",),
     "placement": ("placement",),
     "num_classes": ("num_classes",),
@@ -46,7 +47,7 @@ def job_body(flags: Mapping[str, Any]) -> dict[str, Any]:
         if flags.get(flag) is not None:
             _put(body, place, flags[flag])
     if flags.get("weights"):
-        body["weights"] = str(Path(flags["weights"]).expanduser().absolute())
+        body["weights"] = weights_of(flags["weights"])
     if flags.get("dataset"):
         body["dataset"] = dataset_uri(flags["dataset"])
     if flags.get("model_arg"):
@@ -122,6 +123,11 @@ def _values(texts: Sequence[str], flag: str) -> dict[str, Any]:
         except ValueError:
             found[name] = value
     return found
+
+
+def weights_of(text: str) -> str:
+    """A plain path becomes absolute; "job:ID" and "hf-hub:…" go as they are."""
+    return text if text.startswith(("job:", "hf-hub:")) else str(Path(text).expanduser().absolute())
 
 
 def dataset_uri(text: str) -> str:

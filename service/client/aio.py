@@ -31,6 +31,7 @@ from service.schemas import (
     MetricsPage,
     Model,
     Page,
+    PredictionList,
     Preview,
     PreviewBody,
     SampleList,
@@ -156,6 +157,10 @@ class AsyncClient:
     async def download(self, job_id: str, name: str, directory: Path) -> Path:
         """Fetch one artifact into a directory; the file appears whole and with the server's SHA-256, or not at all."""
         return await self._run(fetch.download(job_id, name, directory, self._patience))
+
+    async def predict(self, job_id: str, *images: Path | bytes, top: int = 5) -> PredictionList:
+        """What the model of a job that has succeeded says of images: the most probable classes of each."""
+        return await self._run(fetch.predict(job_id, images, top, self._patience))
 
     async def plans(self, body: PreviewBody | Mapping[str, Any]) -> Preview:
         """A dry run: the plan that a job would get, with its reasons; nothing is started."""

@@ -8,7 +8,7 @@ that they did not arrive, or were refused for now.
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypedDict, TypeVar
 from urllib.parse import quote
@@ -34,6 +34,7 @@ from service.schemas import (
     Model,
     Page,
     PlanView,
+    PredictionList,
     Preview,
     PreviewBody,
     SampleList,
@@ -75,13 +76,17 @@ class Answer:
 
 @dataclass(frozen=True)
 class Call(Generic[Value]):
-    """One request; `read` makes its value of a successful answer. `good` are other statuses that are answers, too."""
+    """One request; `read` makes its value of a successful answer. `good` are other statuses that are answers, too.
+
+    The body is JSON, or a form of `files`: their names and contents.
+    """
 
     method: str
     path: str
     read: Callable[[Answer], Value]
     params: tuple[tuple[str, str], ...] = ()
     body: Any = None
+    files: tuple[tuple[str, bytes], ...] = ()
     headers: Mapping[str, str] = field(default_factory=dict)
     timeout_s: float | None = None
     repeat: Repeat = Repeat.ALWAYS
@@ -184,6 +189,12 @@ def download(job_id: str, name: str, begin: int, etag: str | None) -> Call[None]
     """The bytes of an artifact from `begin` on; all where the file is no longer the one of this etag."""
     part = {"Range": f"bytes={begin}-", "If-Range": etag} if begin and etag else {}
     return Call("GET", f"{_job(job_id)}/artifacts/{quote(name)}", _nothing, headers={**_PLAIN, **part})
+
+
+def predict(job_id: str, images: Sequence[tuple[str, bytes]], top: int) -> Call[PredictionList]:
+    """`images` are names and contents."""
+    params, files = _params(top=top), tuple(images)
+    return Call("POST", f"{_job(job_id)}/predict", _as(PredictionList), params, files=files, timeout_s=SUBMIT_TIMEOUT_S)
 
 
 # Plans, devices, models, datasets

@@ -32,6 +32,7 @@ def request_of(call: Call[Any]) -> dict[str, Any]:
         **given,
         **({"params": list(call.params)} if call.params else {}),
         **({"json": call.body} if call.body is not None else {}),
+        **({"files": [("images", file) for file in call.files]} if call.files else {}),
         **({"timeout": _timeout(call.timeout_s)} if call.timeout_s is not None else {}),
     }
 

@@ -1,7 +1,7 @@
 """What can come instead of an answer, as one tree; which kind follows from the HTTP status.
 
 ApiError                 `problem` is the server's own account, `status` the HTTP status, `request_id` for its logs
-├── ApiInvalidError      422, 413, 400: the request is wrong
+├── ApiInvalidError      422, 415, 413, 400: the request is wrong
 ├── ApiNotFoundError     404
 ├── ApiConflictError     409
 ├── ApiAuthError         401, 403
@@ -80,6 +80,7 @@ _KINDS: dict[int, type[ApiError]] = {
     404: ApiNotFoundError,
     409: ApiConflictError,
     413: ApiInvalidError,
+    415: ApiInvalidError,
     422: ApiInvalidError,
     429: ApiBusyError,
     503: ApiBusyError,

@@ -1,4 +1,4 @@
-"""Downloading a file: hashed while it is written, gone on with after a broken connection, there whole or not at all."""
+"""Files: sent to be predicted; downloaded, hashed meanwhile, over broken connections, there whole or not at all."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import binascii
 import hashlib
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -15,10 +16,17 @@ import httpx2
 from service.client import calls
 from service.client.calls import Answer
 from service.client.errors import corrupt
-from service.client.flows import PASSING, Close, Deadline, Flow, Open, Patience, Read, Sleep, Work, refusal
+from service.client.flows import PASSING, Close, Deadline, Flow, Open, Patience, Read, Sleep, Work, ask, refusal
+from service.schemas import PredictionList
 
 _DIGEST = re.compile(r"sha-256=:([A-Za-z0-9+/=]+):")
 _BEGIN = re.compile(r"bytes (\d+)-")
+
+
+def predict(job_id: str, images: Sequence[Path | bytes], top: int, patience: Patience) -> Flow[PredictionList]:
+    """What the model of a job says of images, as files or as their bytes."""
+    named = yield Work(lambda: [_named(number, image) for number, image in enumerate(images)])
+    return (yield from ask(calls.predict(job_id, named, top), patience))
 
 
 def download(job_id: str, name: str, directory: Path, patience: Patience) -> Flow[Path]:
@@ -81,6 +89,10 @@ def _inside(directory: Path, name: str) -> Path:
     if not last or last == ".." or "\0" in last:
         raise ValueError(f"{name!r} is no name for a file")
     return directory / last
+
+
+def _named(number: int, image: Path | bytes) -> tuple[str, bytes]:
+    return (f"image-{number}", image) if isinstance(image, bytes) else (image.name, image.read_bytes())
 
 
 def _settle(file: BinaryIO) -> None:

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from service.schemas import Artifact, Checkpoint, Event, Job
+from service.schemas import Artifact, Checkpoint, Event, Job, Prediction
 
 if TYPE_CHECKING:
     from service.client.aio import AsyncClient
@@ -92,6 +92,10 @@ class JobHandle(_Seen):
         wanted = names or [artifact.name for artifact in self.artifacts()]
         return [self._client.download(self.id, name, directory) for name in wanted]
 
+    def predict(self, *images: Path | bytes, top: int = 5) -> list[Prediction]:
+        """The most probable classes of each image, by the model that came of the job."""
+        return self._client.predict(self.id, *images, top=top).data
+
     def _keep(self, job: Job) -> Job:
         self.job = job
         return job
@@ -151,6 +155,10 @@ class AsyncJobHandle(_Seen):
         """Fetch these artifacts, or all, into a directory."""
         wanted = names or [artifact.name for artifact in await self.artifacts()]
         return [await self._client.download(self.id, name, directory) for name in wanted]
+
+    async def predict(self, *images: Path | bytes, top: int = 5) -> list[Prediction]:
+        """The most probable classes of each image, by the model that came of the job."""
+        return (await self._client.predict(self.id, *images, top=top)).data
 
     def _keep(self, job: Job) -> Job:
         self.job = job

@@ -6,7 +6,7 @@ without `/v1`, too.
 
 from fastapi import APIRouter
 
-from service.routes import access, datasets, health, jobs, logs, models, plans, records, runs, webhooks
+from service.routes import access, datasets, health, jobs, logs, models, plans, predictions, records, runs, webhooks
 from service.routes.world import World
 
 __all__ = ["World", "routers"]
@@ -14,7 +14,7 @@ __all__ = ["World", "routers"]
 
 def routers() -> list[tuple[APIRouter, str, bool]]:
     """(router, prefix, whether the description of the API names it)."""
-    of_jobs = (jobs.router, records.router, logs.router)
+    of_jobs = (jobs.router, records.router, logs.router, predictions.router)
     others = (plans.router, access.router, datasets.router, models.router, webhooks.router)
     return [
         *((router, "/v1/jobs", True) for router in of_jobs),

@@ -39,6 +39,7 @@ FAILS: dict[str, tuple[int, ...]] = {
     "read_logs": (429,),
     "download_artifact": (416,),
     "preview_plan": (404, 409, 429),
+    "predict": (409, 415, 429),
     "make_key": (404,),
     "make_user": (409,),
     "change_user": (409,),

@@ -12,6 +12,7 @@ from service.checks import check_model, check_paths, needs_catalogue
 from service.datasets import resolved
 from service.errors import InvalidRequestError, Issue
 from service.lifecycle import JobState
+from service.results import with_weights
 from service.routes.world import PROBLEM, ByCaller, InWorld, Limit, World
 from service.schemas import Job, Page
 from service.store import Caller, JobQuery
@@ -34,6 +35,7 @@ async def create_job(
     known = None
     if _names_files(spec):
         spec = await asyncio.to_thread(resolved, spec, world.store, caller)
+        spec = await asyncio.to_thread(with_weights, spec, world.store, world.settings, caller)
         if idempotency_key is not None:
             # What was accepted once is not looked at again: its files may be gone by now.
             known = await asyncio.to_thread(lambda: jobs.replay(spec, owner=owner, idempotency_key=idempotency_key))

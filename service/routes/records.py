@@ -11,7 +11,8 @@ from fastapi import APIRouter, Header, Query, Request
 from fastapi.responses import FileResponse, StreamingResponse
 from starlette.responses import MalformedRangeHeader, RangeNotSatisfiable
 
-from service.errors import NotFoundError, RangeError
+from service.errors import RangeError
+from service.results import artifact_file
 from service.routes.world import PROBLEM, ByCaller, InWorld, Limit
 from service.schemas import Artifact, Checkpoint, Event, LedgerView, MetricsPage, Page, PlanView
 from service.store.jobs import page
@@ -113,11 +114,7 @@ class OnePart(FileResponse):
 )
 def download_artifact(job_id: str, name: str, world: InWorld, caller: ByCaller) -> FileResponse:
     """One file, or with `Range` a part of it. `name` is looked up in the recorded list, never made into a path."""
-    artifact = world.store.records.artifact(job_id, name, owner=caller.reach)
-    home = (world.settings.home / "jobs" / job_id).resolve()
-    path = (home / artifact.path).resolve()
-    if not path.is_relative_to(home) or not path.is_file():
-        raise NotFoundError(f"The file of artifact '{artifact.name}' is gone.", code="artifact_gone", param="name")
+    artifact, path = artifact_file(world.store, world.settings, job_id, name, owner=caller.reach)
     headers = {}
     if artifact.sha256:
         headers["Repr-Digest"] = f"sha-256=:{base64.b64encode(bytes.fromhex(artifact.sha256)).decode()}:"

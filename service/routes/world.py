@@ -12,6 +12,7 @@ from service.catalogue import Catalogue
 from service.errors import ForbiddenError
 from service.outbound import Outbound
 from service.planners import Planners
+from service.predictors import Predictors
 from service.ray_jobs import RayJobs
 from service.schemas import Problem
 from service.scrape import Scrape
@@ -39,6 +40,7 @@ class World:
     planners: Planners
     scrape: Scrape
     thumbnails: Thumbnails
+    predictors: Predictors
     signer: Signer
     outbound: Outbound
     nudge: Callable[[], None]  # tells the supervisor that a user has asked for something

@@ -6,7 +6,18 @@ fields they do not know, and take `status` as text: a newer server may know more
 
 from service.schemas.access import Key, KeyBody, Me, User, UserBody, UserChange
 from service.schemas.base import FieldProblem, Health, Page, Problem, Wire
-from service.schemas.data import Dataset, DatasetBody, DatasetClass, Model, Sample, SampleList
+from service.schemas.data import (
+    MAX_PREDICT_IMAGES,
+    Dataset,
+    DatasetBody,
+    DatasetClass,
+    Model,
+    PredictedClass,
+    Prediction,
+    PredictionList,
+    Sample,
+    SampleList,
+)
 from service.schemas.jobs import (
     Artifact,
     Checkpoint,
@@ -35,6 +46,7 @@ from service.schemas.webhooks import Delivery, Webhook, WebhookBody
 
 __all__ = [
     "MAX_DEVICES",
+    "MAX_PREDICT_IMAGES",
     "Artifact",
     "Checkpoint",
     "Dataset",
@@ -59,6 +71,9 @@ __all__ = [
     "Page",
     "PairBody",
     "PlanView",
+    "PredictedClass",
+    "Prediction",
+    "PredictionList",
     "Preview",
     "PreviewBody",
     "Problem",

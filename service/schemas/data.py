@@ -10,6 +10,8 @@ from service.schemas.access import Name
 from service.schemas.base import Wire
 from workers.contract import Frozen
 
+MAX_PREDICT_IMAGES = 16  # of one request
+
 
 class DatasetBody(Frozen):
     """A dataset to register: a name for `dataset: "dataset:NAME"` in a job, and its address, as in a job."""
@@ -62,6 +64,30 @@ class SampleList(Wire):
 
     object: Literal["list"] = "list"
     data: list[Sample]
+
+
+class PredictedClass(Wire):
+    """A class that an image may be of. `index` counts from 0, as in the result's `classes.json`."""
+
+    index: int
+    label: str
+    probability: float
+
+
+class Prediction(Wire):
+    """The most probable classes of one image, best first; `file` is the name that it was sent under."""
+
+    file: str | None = None
+    top: list[PredictedClass]
+
+
+class PredictionList(Wire):
+    """What the model of a job says of images, in their order. `seconds` is what it took, waiting included."""
+
+    object: Literal["list"] = "list"
+    job_id: str
+    data: list[Prediction]
+    seconds: float
 
 
 class Model(Wire):

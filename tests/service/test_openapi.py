@@ -84,7 +84,7 @@ def test_every_answer_and_every_body_has_a_schema(document: dict[str, Any]) -> N
         good = [answer for status, answer in operation["responses"].items() if status < "300"]
         assert good and all(content["schema"] for answer in good for content in answer["content"].values()), path
         if body := operation.get("requestBody"):
-            assert body["required"] and body["content"]["application/json"]["schema"]
+            assert body["required"] and all(content["schema"] for content in body["content"].values()), path
         for parameter in operation.get("parameters", []):
             assert parameter["schema"] and (
                 parameter["in"] == "query" or parameter.get("required") or parameter["in"] == "header"
@@ -96,6 +96,8 @@ def test_what_is_no_json_is_named(document: dict[str, Any]) -> None:
         return set(named(document, name)["responses"][status]["content"])
 
     assert types("read_events") == {"application/json", "text/event-stream"}
+    taken = named(document, "predict")["requestBody"]["content"]
+    assert {"image/jpeg", "image/png", "multipart/form-data"} <= set(taken) and "application/json" not in taken
     assert types("read_logs") == {"text/plain"} and types("download_artifact") == {"application/octet-stream"}
     assert types("download_artifact", "206") == {"application/octet-stream"}
     assert types("metrics") == {"text/plain", "application/openmetrics-text"}

@@ -41,6 +41,20 @@ def test_a_queued_job_becomes_one_ray_job_with_its_context(bench: Bench) -> None
     assert bench.job(job_id).status == "starting"
 
 
+def test_a_run_is_told_where_mlflow_is(settings: Settings, store: Store, ray: FakeRay) -> None:
+    told = settings.model_copy(update={"mlflow_tracking_uri": "http://mlflow.example:5000"})
+    for each, expected in ((told, "http://mlflow.example:5000"), (settings, None)):
+        bench = Bench(each, store, ray)
+        job_id = bench.submit(steps=3)
+        bench.looks(3)
+        env = ray.jobs[sid(job_id)]["runtime_env"]["env_vars"]
+        assert env.get("MLFLOW_TRACKING_URI") == expected
+        with bench.events(job_id) as events:
+            events.emit("outcome", status="succeeded", error=None)
+        ray.set_status(sid(job_id), "SUCCEEDED")
+        bench.looks(3)
+
+
 def test_a_run_is_followed_to_its_success_and_settled(bench: Bench) -> None:
     job_id = bench.submit(steps=2)
     bench.looks()

@@ -7,14 +7,17 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
 
 from workers import artifact
 from workers.artifact import Artifact, timm_config, write_result
 from workers.contract import JobSpec
+from workers.images import centre, decode, fill_square
 from workers.model import build_model, model_input
 
 LEDGER = {"compute_fraction": {"predicted": 0.6, "measured": 0.61}}
@@ -75,14 +78,38 @@ def test_the_bundled_model_and_its_result_as_weights_go_round(tmp_path: Path) ->
 
 def test_every_file_is_returned_with_its_size_and_hash(tmp_path: Path) -> None:
     _, artifacts = written(tmp_path / "result", spec())
-    names = ["model.safetensors", "config.json", "ledger.json", "manifest.json"]
+    names = [
+        "model.safetensors", "config.json", "classes.json", "preprocessing.json", "README.md", "ledger.json",
+        "manifest.json",
+    ]  # fmt: skip
     assert [found.name for found in artifacts] == names
     for found in artifacts:
         content = Path(found.path).read_bytes()
         assert (found.bytes, found.sha256) == (len(content), hashlib.sha256(content).hexdigest())
     manifest = json.loads((tmp_path / "result/manifest.json").read_text())
-    assert {entry["name"]: entry["sha256"] for entry in manifest["files"]} == {a.name: a.sha256 for a in artifacts[:3]}
+    assert {entry["name"]: entry["sha256"] for entry in manifest["files"]} == {a.name: a.sha256 for a in artifacts[:-1]}
     assert json.loads((tmp_path / "result/ledger.json").read_text()) == LEDGER
+
+
+def test_another_program_is_told_the_classes_and_what_to_do_with_an_image(tmp_path: Path) -> None:
+    """Done by hand from the two files, the model sees what training showed it."""
+    job = spec(in_chans=3)
+    written(tmp_path / "result", job)
+    told = json.loads((tmp_path / "result/preprocessing.json").read_text())
+    assert json.loads((tmp_path / "result/classes.json").read_text()) == {"0": "ant", "1": "bee"}
+    pixels_HWC = np.random.default_rng(5).integers(0, 256, (24, 40, 3), dtype=np.uint8)
+    image = Image.fromarray(pixels_HWC)
+    image.save(tmp_path / "image.png")
+    resampling = Image.Resampling[told["interpolation"].upper()]
+    side = 24 * told["crop_pct"]
+    box = (20 - side / 2, 12 - side / 2, 20 + side / 2, 12 + side / 2)
+    square = image.convert(told["mode"]).resize(tuple(told["size"]), resampling, box=box)
+    by_hand_HWC = (np.asarray(square) * told["scale"] - told["mean"]) / told["std"]
+    inputs = model_input(build_model(job, 2, load=False))
+    read = decode((tmp_path / "image.png").read_bytes(), "RGB")
+    ours = fill_square(read, centre(read.size, told["crop_pct"]), inputs.img_size, inputs.interpolation)
+    ours_HWC = np.asarray(ours) / 255
+    assert np.allclose(by_hand_HWC, (ours_HWC - np.array(inputs.mean)) / np.array(inputs.std))
 
 
 def test_views_of_one_storage_and_transposed_tensors_are_written(tmp_path: Path) -> None:

@@ -1,0 +1,134 @@
+"""What other tools are told of a run while it goes on: threads in the driver read the event file and pass it on.
+
+    events.jsonl ──► TensorBoard   <run_dir>/tensorboard/, where its package is installed    (`summaries`)
+                 └─► MLflow        the server of MLFLOW_TRACKING_URI, where that is set       (`mlflow_runs`)
+
+No step waits for this, and nothing that goes wrong here ends a run: what cannot be passed on is said once in the
+driver's log and tried again, a last time when the run has ended.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+from workers.contract import RunContext
+from workers.events import EVENTS_FILE, read_events
+
+PERIOD_S = 5.0
+CLOSE_S = 15.0
+MAX_EVENTS = 1000  # handed over at once
+TENSORBOARD_DIR = "tensorboard"
+MLFLOW_URI = "MLFLOW_TRACKING_URI"
+# What a step's metrics are called elsewhere, and what its evaluations.
+STEP_NAMES = {
+    "loss": "train/loss",
+    "train_accuracy": "train/accuracy",
+    "learning_rate": "train/learning_rate",
+    "grad_norm": "train/grad_norm",
+    "step_seconds": "step/seconds",
+    "idle_share": "step/idle_share",
+    "compute_fraction": "step/compute_fraction",
+    "bytes_fraction": "step/bytes_fraction",
+}
+TEST_NAMES = {"accuracy": "test/accuracy", "loss": "test/loss"}
+Event = dict[str, Any]
+_LOG = logging.getLogger(__name__)
+
+
+class Tracker(Protocol):
+    """Takes over events, in their order; some may come again after a failure."""
+
+    def take(self, events: Sequence[Event]) -> None:
+        """Pass these on, or raise."""
+
+    def close(self) -> None:
+        """No more will come."""
+
+
+class Scalars:
+    """Turns events into (name, value, step, Unix seconds); an evaluation counts for the step before it."""
+
+    def __init__(self) -> None:
+        self._step = 0
+
+    def of(self, event: Event) -> list[tuple[str, float, int, float]]:
+        data, names = event["data"], {"metrics": STEP_NAMES, "evaluation": TEST_NAMES}.get(event["type"], {})
+        if event["type"] == "metrics":
+            self._step = int(data["step"])
+        found = [(name, data.get(key)) for key, name in names.items()]
+        return [(name, float(value), self._step, event["at"]) for name, value in found if value is not None]
+
+
+@contextmanager
+def tracked(context: RunContext, period_s: float = PERIOD_S, close_s: float = CLOSE_S) -> Iterator[None]:
+    """Pass on the run's events during the block, and what is left in the `close_s` behind it; never raises itself."""
+    path = Path(context.run_dir) / EVENTS_FILE
+    threads = [_Thread(path, name, make, period_s) for name, make in _wanted(context)]
+    try:
+        yield
+    finally:
+        deadline = time.monotonic() + close_s
+        for thread in threads:
+            thread.closing.set()
+        for thread in threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+
+
+def _wanted(context: RunContext) -> Iterator[tuple[str, Callable[[], Tracker]]]:
+    # Modules by name, when they are needed: their packages may not be installed, and take a while to load.
+    if context.spec.export.tensorboard and importlib.util.find_spec("tensorboard") is not None:
+        directory = Path(context.run_dir) / TENSORBOARD_DIR
+        yield "TensorBoard", lambda: importlib.import_module("workers.summaries").Summaries(directory)
+    if os.environ.get(MLFLOW_URI):
+        yield "MLflow", lambda: importlib.import_module("workers.mlflow_runs").MlflowRun(context)
+
+
+class _Thread(threading.Thread):
+    """Follows the file for one tracker, which it makes with the first events."""
+
+    def __init__(self, path: Path, name: str, make: Callable[[], Tracker], period_s: float) -> None:
+        super().__init__(name=f"tracking {name}", daemon=True)
+        self.closing = threading.Event()
+        self._path, self._make, self._period_s = path, make, period_s
+        self._tracker: Tracker | None = None
+        self._offset = 0
+        self._warned = False
+        self.start()
+
+    def run(self) -> None:
+        closing = False
+        while not closing:
+            closing = self.closing.wait(self._period_s)  # before the file: what was written before it is set is read
+            try:
+                self._pass_on()
+                if closing and self._tracker is not None:
+                    self._tracker.close()
+            except Exception as error:
+                self._failed(error)
+
+    def _pass_on(self) -> None:
+        while batch := self._batch():
+            self._tracker = self._tracker or self._make()
+            self._tracker.take([event for _, event in batch])
+            self._offset = batch[-1][0]
+
+    def _batch(self) -> list[tuple[int, Event]]:
+        found: list[tuple[int, Event]] = []
+        for behind, event in read_events(self._path, self._offset):
+            found.append((behind, event))
+            if len(found) == MAX_EVENTS:
+                break
+        return found
+
+    def _failed(self, error: Exception) -> None:
+        if not self._warned:
+            _LOG.warning("%s; the run goes on without it, and it is tried again: %s", self.name, error)
+        self._warned = True
