@@ -74,6 +74,30 @@ class Phase(Frozen):
         return self
 
 
+class Lora(Frozen):
+    """Low-rank adapters instead of the blocks' own weights: of rank `rank`, scaled by `alpha` / `rank`.
+
+    `targets` are the matrices that get one. The base is frozen, the classifier trains.
+    """
+
+    rank: Annotated[int, Field(ge=1, le=1024)] = 8
+    alpha: Annotated[float, Field(gt=0, le=4096)] = 16.0
+    targets: Annotated[tuple[Literal["qkv", "proj", "fc1", "fc2"], ...], Field(min_length=1, strict=False)] = (
+        "qkv", "proj", "fc1", "fc2",
+    )  # fmt: skip
+
+    @field_validator("targets")
+    @classmethod
+    def _once_each(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(value)) < len(value):
+            raise ValueError("a target is given twice")
+        return value
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+
 class Method(Frozen):
     """How the work is chosen. Give one of `ratios`, `budgets` and `schedule`; none means all-FULL.
 
@@ -86,7 +110,7 @@ class Method(Frozen):
     same over a window: "training" which heads are FULL and which FORWARD, with SKIPs drawn for each step; "all" also
     which are SKIP; "none" nothing, every micro-batch is chosen for. `grain`: a worker's heads of a block sit out
     together ("coherent": that saves bytes), or each alone ("scattered"). `score` is what a head is worth; `skip_fill`
-    what a skipped head adds. Words not given are those of `HEAD_WORDS`.
+    what a skipped head adds. Words not given are those of `HEAD_WORDS`. With `lora` adapters are trained instead.
     """
 
     type: Literal["d2ft"] = "d2ft"
@@ -98,6 +122,7 @@ class Method(Frozen):
     grain: Literal["coherent", "scattered"] | None = None
     score: Literal["fisher", "gradient", "taylor", "weight", "activation", "random"] | None = None
     skip_fill: Literal["zero", "mean", "rescale"] | None = None
+    lora: Lora | None = None
 
     @model_validator(mode="after")
     def _no_heads_of_the_hardest(self) -> Method:
@@ -259,6 +284,10 @@ class JobSpec(Frozen):
         if self.min_workers is not None and self.min_workers > self.workers:
             raise ValueError(f"min_workers is {self.min_workers}, more than the {self.workers} workers; lower it")
         return self
+
+    @property
+    def trains_embedding(self) -> bool:
+        return self.train_embed and self.method.lora is None
 
     @property
     def fewest_workers(self) -> int:
