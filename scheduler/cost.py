@@ -106,7 +106,7 @@ def residual_bytes(shape: ModelShape, step: StepShape) -> int:
 
 def trunk_bytes(shape: ModelShape, step: StepShape, units: Sequence[int]) -> int:
     """Bytes of the gradients of trunk units: -1 is the embedding, l ≥ 0 the norms of block l."""
-    return step.wire_itemsize * sum(shape.embed_params if unit < 0 else shape.norm_params for unit in units)
+    return step.wire_itemsize * sum(shape.embed_params if unit < 0 else shape.updated_norm_params for unit in units)
 
 
 def _curves(attn_us: Sequence[int], mlp_us: Sequence[int]) -> dict[str, Sequence[int]]:

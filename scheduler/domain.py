@@ -46,7 +46,9 @@ class ModelShape:
 
     `mlp_dims[h]` is the width of head h's slice of the MLP, which has `mlp_matrices` such matrices: three where it is
     gated. Parameter counts: `head_params[h]` of one head with its slices, `embed_params`, `norm_params` (norms, layer
-    scales and output biases of one block), `classifier_params`.
+    scales and output biases of one block), `classifier_params`. Where some of a block is frozen, `trained_head_params`
+    and `trained_norm_params` count what is not. A head's backward pass costs `backward_weight` forward passes: two, or
+    one where its matrices need no gradient; what adapters multiply is not counted.
     """
 
     num_blocks: int
@@ -62,6 +64,18 @@ class ModelShape:
     norm_params: int
     classifier_params: int
     mlp_matrices: int = 2
+    trained_head_params: tuple[int, ...] | None = None
+    trained_norm_params: int | None = None
+    backward_weight: int = 2
+
+    @property
+    def updated_norm_params(self) -> int:
+        """Those of a block's trunk whose gradients are summed and whose optimiser state is held."""
+        return self.norm_params if self.trained_norm_params is None else self.trained_norm_params
+
+    @property
+    def updated_head_params(self) -> tuple[int, ...]:
+        return self.head_params if self.trained_head_params is None else self.trained_head_params
 
     def head_forward_flops(self, head: int, batch: int) -> int:
         """Multiply-adds × 2 of one head (attention and MLP slice) in one forward pass over `batch` images."""
@@ -269,12 +283,12 @@ def uniform_ops(shape: ModelShape, num_micro_batches: int, op: Op) -> OpTable:
 
 
 def step_flops(shape: ModelShape, step: StepShape, ops_LHM: OpTable) -> int:
-    """FLOPs of one step: a FORWARD head costs its forward pass, a FULL head three times that.
+    """FLOPs of one step: a FORWARD head costs its forward pass, a FULL head its backward pass besides.
 
     The trunk runs for every micro-batch that some head runs for.
     """
     forward_H = np.array([shape.head_forward_flops(h, step.micro_batch_size) for h in range(shape.num_heads)])
-    weight_LHM = np.array([0, 1, 3])[ops_LHM]
+    weight_LHM = np.array([0, 1, 1 + shape.backward_weight])[ops_LHM]
     heads = int((weight_LHM.sum(axis=(0, 2)) * forward_H).sum())
     return heads + int(ops_LHM.any(axis=(0, 1)).sum()) * shape.trunk_flops(step.micro_batch_size)
 

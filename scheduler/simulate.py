@@ -13,7 +13,7 @@ from scheduler.program import Instruction, Program
 def simulate(programs: Sequence[Program], costs: Costs) -> Forecast:
     """Step time, idle share, peak bytes and bytes per link of one step; raises DeadlockError if it would hang.
 
-    Bytes and FLOPs are exact, times as good as the profiles. FLOPs count a head's backward as twice its forward.
+    Bytes and FLOPs are exact, times as good as the profiles. FLOPs count a head's backward as the shape weighs it.
     """
     return forecast_of(timing.play([[program.instructions] for program in programs], costs), costs)
 
@@ -44,7 +44,8 @@ def _flops(instructions: Iterable[Instruction], costs: Costs) -> int:
     total = 0
     for instruction in instructions:
         if instruction.kind == "fwd" and instruction.part == "attn":
-            total += sum(3 * forward_H[h] for h in instruction.full) + sum(forward_H[h] for h in instruction.only)
+            total += sum((1 + shape.backward_weight) * forward_H[h] for h in instruction.full)
+            total += sum(forward_H[h] for h in instruction.only)
         elif instruction.kind == "classify":
             total += shape.trunk_flops(batch)
     return total

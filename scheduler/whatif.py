@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from typing import Any
 
 import numpy as np
@@ -115,33 +115,37 @@ def _default_link(data: Any) -> LinkProfile | None:
     return parse_link(data) if isinstance(data, str) else link_of(_object(data, "link"), "link")
 
 
+_PER_HEAD = {"mlp_dims", "head_params", "trained_head_params"}
+
+
 def _shape(data: Any) -> ModelShape:
-    sizes = _sizes({"mlp_matrices": 2, **_object(data, "shape")}, ModelShape, "shape")
+    given = {name: value for name, value in _object(data, "shape").items() if value is not None}
+    sizes = _sizes(given, ModelShape, "shape")
     heads = sizes["num_heads"]
-    for name in ("mlp_dims", "head_params"):
+    for name in _PER_HEAD & set(sizes):
         if len(sizes[name]) != heads:
             raise _bad(f"shape.{name}", f"has {len(sizes[name])} entries for {heads} heads", "Give one per head.")
     return ModelShape(**sizes)
 
 
 def _step(data: Any) -> StepShape:
-    return StepShape(**_sizes({"wire_itemsize": 4, **_object(data, "step")}, StepShape, "step"))
+    return StepShape(**_sizes(_object(data, "step"), StepShape, "step"))
 
 
 def _sizes(data: Mapping[str, Any], kind: type, param: str) -> dict[str, Any]:
-    """The fields of a shape: whole numbers, or lists of them for `mlp_dims` and `head_params`."""
+    """The fields of a shape that are given or have to be: whole numbers, or lists of them for what is per head."""
     names = [f.name for f in fields(kind)]
     if unknown := sorted(set(data) - set(names)):
         raise _bad(f"{param}.{unknown[0]}", "is unknown", f"Use {', '.join(names)}.")
     sizes: dict[str, Any] = {}
-    for name in names:
+    for name in (each.name for each in fields(kind) if each.name in data or each.default is MISSING):
         value = data.get(name)
-        if name in ("mlp_dims", "head_params"):
+        if name in _PER_HEAD:
             if not isinstance(value, list | tuple):
                 raise _bad(f"{param}.{name}", "is not a list", "Give one number per head.")
             sizes[name] = tuple(_whole(v, f"{param}.{name}.{i}", MOST_SIZE) for i, v in enumerate(value))
         else:
-            fewest = 0 if name == "norm_params" else 1
+            fewest = 0 if name in ("norm_params", "trained_norm_params") else 1
             sizes[name] = _whole(value, f"{param}.{name}", MOST.get(name, MOST_SIZE), fewest)
     return sizes
 

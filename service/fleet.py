@@ -16,7 +16,7 @@ from scheduler.book import read_book
 from scheduler.devices import DeviceRecord
 from service.errors import ConflictError
 from service.schemas import Device, DeviceList, PreviewBody
-from workers.shapes import Entry, resized, shape_of
+from workers.shapes import Entry, adapted, resized, shape_of
 
 STALE_S = 6 * 3600  # other jobs, heat and drivers change a device within hours
 
@@ -44,7 +44,9 @@ def read_live(path: Path) -> tuple[list[DeviceRecord], list[str]]:
 def question(body: PreviewBody, entry: Entry, live: Sequence[DeviceRecord]) -> dict[str, Any]:
     """What `scheduler.whatif` is asked. Raises UserError where the model cannot be built so."""
     shape = shape_of(resized(entry, body.model_args, body.img_size), body.num_classes)
-    method = body.method.to_plan()
+    if body.method.lora is not None:
+        shape = adapted(shape, body.method.lora)
+    method, trains_embedding = body.method.to_plan(), body.train_embed and body.method.lora is None
     fleet: dict[str, Any] = {"records": [record.to_dict() for record in live]}
     if body.devices != "live":
         fleet = {"devices": [_spec(device) for device in body.devices]}
@@ -52,7 +54,7 @@ def question(body: PreviewBody, entry: Entry, live: Sequence[DeviceRecord]) -> d
     return {
         "shape": asdict(shape),
         "step": {"num_micro_batches": body.micro_batches, "micro_batch_size": body.micro_batch_size},
-        "plan": {**method, "placement": body.placement, "embed_grad": body.train_embed, "seed": body.seed},
+        "plan": {**method, "placement": body.placement, "embed_grad": trains_embedding, "seed": body.seed},
         **fleet,
         "link": link,
         "links": [pair.model_dump() for pair in body.links],

@@ -5,6 +5,8 @@
     classes.json         the name of each class by its index: {"0": "ant", "1": "bee"}
     preprocessing.json   what to do with an image, in words that need no timm
     model.onnx           the same model, where the job asks for it (`export`)
+    adapter_config.json, adapter_model.safetensors   with LoRA: the adapter for the weights that training began with, as
+                         PEFT reads it; model.safetensors has it merged in
     README.md            the model card (`card`)
     ledger.json          predicted and measured cost, accuracy before and after
     manifest.json        bytes and SHA-256 of all the others
@@ -31,6 +33,7 @@ from workers.card import model_card
 from workers.contract import JobSpec
 from workers.disk import sha256_of, sync
 from workers.export import ONNX_FILE, export_onnx
+from workers.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, adapter, merged
 from workers.model import ModelInput, resolve
 
 _LOG = logging.getLogger(__name__)
@@ -42,6 +45,7 @@ CARD_FILE = "README.md"
 LEDGER_FILE = "ledger.json"
 MANIFEST_FILE = "manifest.json"
 FILES = (WEIGHTS_FILE, CONFIG_FILE, CLASSES_FILE, PREPROCESSING_FILE, CARD_FILE, LEDGER_FILE)
+ADAPTER_FILES = (ADAPTER_WEIGHTS, ADAPTER_CONFIG)
 FILE_MODE = 0o644  # a result is for whoever may enter its parent
 
 
@@ -74,14 +78,20 @@ def write_result(
     target.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
     try:
-        _write_weights(draft / WEIGHTS_FILE, state_dict)
+        lora = spec.method.lora
+        plain = state_dict if lora is None else merged(state_dict, lora)
+        _write_weights(draft / WEIGHTS_FILE, plain)
+        if lora is not None:
+            weights, told = adapter(state_dict, lora)
+            _write_weights(draft / ADAPTER_WEIGHTS, weights)
+            _write_json(draft / ADAPTER_CONFIG, told)
         _write_json(draft / CONFIG_FILE, timm_config(state_dict, spec, model_input, classes))
         _write_json(draft / CLASSES_FILE, {str(index): name for index, name in enumerate(classes)})
         _write_json(draft / PREPROCESSING_FILE, preprocessing(spec, model_input))
         has_onnx = spec.export.onnx and export_onnx(draft, warn)
         _write_text(draft / CARD_FILE, model_card(spec, model_input, classes, ledger, has_onnx=has_onnx))
         _write_json(draft / LEDGER_FILE, ledger)
-        names = (*FILES, ONNX_FILE) if has_onnx else FILES
+        names = (*FILES, *([ONNX_FILE] if has_onnx else []), *(ADAPTER_FILES if lora is not None else []))
         artifacts = [_describe(draft / name, target) for name in names]
         _write_json(draft / MANIFEST_FILE, {"files": [_without_path(artifact) for artifact in artifacts]})
         artifacts.append(_describe(draft / MANIFEST_FILE, target))

@@ -9,12 +9,12 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, field_validator, model_validator
+from pydantic import Field, WithJsonSchema, field_validator, model_validator
+
+from workers.method import Frozen, Method
 
 DIGITS_MODEL = "d2ft_digits"
 DIGITS_RATE, RATE = 5e-4, 5e-5  # learning rates of the bundled model, and of any other
-# What a job that chooses heads says of them, where it does not say otherwise.
-HEAD_WORDS = {"hold": "training", "grain": "coherent", "score": "fisher", "skip_fill": "zero"}
 # How the addresses of datasets begin; `workers.sources.address` looks at the rest.
 DATASET = r"digits\Z|dataset:[A-Za-z0-9]|(folder|parquet|webdataset)(:///|\+(s3|gs)://[^/])|torchvision:\w|hf:."
 HUB = "hf-hub:"
@@ -23,135 +23,6 @@ ModelArg = int | float | bool | str
 Beta = Annotated[float, Field(ge=0, lt=1)]
 MetadataKey = Annotated[str, Field(min_length=1, max_length=64)]
 MetadataValue = Annotated[str, Field(max_length=512)]
-
-
-class Frozen(BaseModel):
-    """Base of the border types: unknown fields are refused, values do not change."""
-
-    # Strict: no word or truth value is taken for a number. Without a bound on strings, one that is not Unicode (a lone
-    # surrogate) gets in and cannot be written out again.
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, str_max_length=4096)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _whole_numbers(cls, given: Any) -> Any:
-        """JSON has one kind of number: 5.0 is as good as 5."""
-        if not isinstance(given, dict):
-            return given
-        return {name: int(value) if _is_whole(value) else value for name, value in given.items()}
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, float) and value.is_integer() and abs(value) < 2**53
-
-
-class Ratios(Frozen):
-    """Exact counts: of a step's M micro-batches, how many a head runs FULL, FORWARD and SKIP."""
-
-    full: Annotated[int, Field(ge=0)]
-    forward: Annotated[int, Field(ge=0)] = 0
-    skip: Annotated[int, Field(ge=0)] = 0
-
-    @property
-    def total(self) -> int:
-        return self.full + self.forward + self.skip
-
-
-class Budgets(Frozen):
-    """Upper bounds as fractions of all-FULL on the same placement; the planner finds the mix."""
-
-    compute: Annotated[float, Field(gt=0, le=1)]
-    bytes: Annotated[float, Field(gt=0, le=1)] = 1.0
-
-
-class Phase(Frozen):
-    """A part of the training, `share` of its steps, with its own ratios or budgets; neither means all-FULL."""
-
-    share: Annotated[float, Field(gt=0, le=1)]
-    ratios: Ratios | None = None
-    budgets: Budgets | None = None
-
-    @model_validator(mode="after")
-    def _one_of(self) -> Phase:
-        if self.ratios is not None and self.budgets is not None:
-            raise ValueError("give ratios or budgets, not both")
-        return self
-
-
-class Method(Frozen):
-    """How the work is chosen. Give one of `ratios`, `budgets` and `schedule`; none means all-FULL.
-
-    `strategy` says who chooses: "hardest" whole micro-batches, every head alike, filled with the images that lost most
-    when they were last seen (the default). The others choose heads: "hull" the most worthy within each worker's time,
-    "cpsat" the same, proved; "two_stage" FULL by backward and then FORWARD by forward score, device by device (the
-    paper's way); "random", "uniform" without looking at worth. "full" is all-FULL.
-
-    The rest is about heads, and saying any of it means "hull" where no strategy is given. `hold` says what stays the
-    same over a window: "training" which heads are FULL and which FORWARD, with SKIPs drawn for each step; "all" also
-    which are SKIP; "none" nothing, every micro-batch is chosen for. `grain`: a worker's heads of a block sit out
-    together ("coherent": that saves bytes), or each alone ("scattered"). `score` is what a head is worth; `skip_fill`
-    what a skipped head adds. Words not given are those of `HEAD_WORDS`.
-    """
-
-    type: Literal["d2ft"] = "d2ft"
-    ratios: Ratios | None = None
-    budgets: Budgets | None = None
-    schedule: Annotated[tuple[Phase, ...], Field(max_length=16, strict=False)] = ()
-    strategy: Literal["hardest", "hull", "cpsat", "two_stage", "random", "uniform", "full"] | None = None
-    hold: Literal["training", "all", "none"] | None = None
-    grain: Literal["coherent", "scattered"] | None = None
-    score: Literal["fisher", "gradient", "taylor", "weight", "activation", "random"] | None = None
-    skip_fill: Literal["zero", "mean", "rescale"] | None = None
-
-    @model_validator(mode="after")
-    def _no_heads_of_the_hardest(self) -> Method:
-        given = [name for name in HEAD_WORDS if getattr(self, name) is not None]
-        if self.strategy == "hardest" and given:
-            raise ValueError(
-                f"strategy 'hardest' chooses whole micro-batches, and {', '.join(given)} speaks of heads; "
-                f"leave it away, or set strategy to 'hull'"
-            )
-        return self
-
-    @property
-    def words(self) -> dict[str, str]:
-        """`strategy` and all words about heads, as they hold where they are not given."""
-        given = {name: getattr(self, name) for name in HEAD_WORDS}
-        strategy = self.strategy or ("hull" if any(given.values()) else "hardest")
-        return {"strategy": strategy, **{name: word or HEAD_WORDS[name] for name, word in given.items()}}
-
-    @property
-    def chooses_heads(self) -> bool:
-        """Whether what a head is worth matters."""
-        return self.words["strategy"] not in ("hardest", "full") and self.leaves_out
-
-    @property
-    def sorts_images(self) -> bool:
-        """Whether the images of a step go into its micro-batches by what they lost last."""
-        return self.words["strategy"] == "hardest" and self.leaves_out
-
-    @property
-    def leaves_out(self) -> bool:
-        return bool(self.ratios or self.budgets or self.schedule)
-
-    def to_plan(self) -> dict[str, Any]:
-        """What the planner is asked."""
-        return {**self.model_dump(include={"ratios", "budgets", "schedule"}), **self.words}
-
-    @model_validator(mode="after")
-    def _one_of(self) -> Method:
-        if sum((self.ratios is not None, self.budgets is not None, bool(self.schedule))) > 1:
-            raise ValueError("give one of ratios, budgets and schedule")
-        total = sum(phase.share for phase in self.schedule)
-        if self.schedule and abs(total - 1) > 1e-6:
-            raise ValueError(f"the shares of the schedule's phases sum to {total:g}; make them sum to 1")
-        return self
-
-    @property
-    def all_ratios(self) -> tuple[Ratios, ...]:
-        """Every ratios that the job will use at some time."""
-        given = (self.ratios, *(phase.ratios for phase in self.schedule))
-        return tuple(ratios for ratios in given if ratios is not None)
 
 
 class Optimiser(Frozen):
@@ -329,6 +200,10 @@ class JobSpec(Frozen):
         if self.min_workers is not None and self.min_workers > self.workers:
             raise ValueError(f"min_workers is {self.min_workers}, more than the {self.workers} workers; lower it")
         return self
+
+    @property
+    def trains_embedding(self) -> bool:
+        return self.train_embed and self.method.lora is None
 
     @property
     def fewest_workers(self) -> int:

@@ -248,14 +248,17 @@ class Executor:
         branch = g_BND if gamma is None else g_BND * gamma
         if i.lead:
             with torch.no_grad():
-                if bias is not None:
+                total_BND = state.sums.pop((i.block, i.part, i.mb), None)
+                if bias is not None and bias.requires_grad:
                     _accumulate(bias, branch.sum((0, 1)))
-                if gamma is not None:
-                    _accumulate(gamma, (g_BND * state.sums.pop((i.block, i.part, i.mb))).sum((0, 1)))
+                if gamma is not None and gamma.requires_grad:
+                    assert total_BND is not None
+                    _accumulate(gamma, (g_BND * total_BND).sum((0, 1)))
         if i.running:
             branch = branch * (self.shard.shape.num_heads / i.running)
         leaf, out = state.kept.pop((i.block, i.part, i.mb))
-        torch.autograd.backward(out, branch)
+        if out.requires_grad:  # at the floor nothing does where no matrix of this half trains
+            torch.autograd.backward(out, branch)
         if not i.floor:
             assert leaf.grad is not None
             state.gpart[i.mb] = leaf.grad
@@ -332,7 +335,7 @@ class Executor:
             self.shard.collect()
             params = [p for _, p in self.shard.head_parameters()] + [p for _, p in self.shard.classifier()]
             for unit in filter(self.shard.leads, self.shard.units()):
-                params += [p for _, p in self.shard.unit(unit)]
+                params += [p for _, p in self.shard.trained_unit(unit)]
             grads = [p.grad for p in params if p.grad is not None]
             tally = torch.zeros(state.num_tallied, dtype=torch.float64, device=self.shard.device)
             if grads:
@@ -346,12 +349,12 @@ class Executor:
 
     @torch.no_grad()
     def _flatten(self, units: Sequence[int]) -> Tensor:
-        params = [p for unit in units for _, p in self.shard.unit(unit)]
+        params = [p for unit in units for _, p in self.shard.trained_unit(unit)]
         return torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in params])
 
     @torch.no_grad()
     def _unflatten(self, units: Sequence[int], flat: Tensor) -> None:
-        params = [p for unit in units for _, p in self.shard.unit(unit)]
+        params = [p for unit in units for _, p in self.shard.trained_unit(unit)]
         for param, grad in zip(params, flat.split([p.numel() for p in params]), strict=True):
             param.grad = grad.view_as(param)
 

@@ -10,6 +10,8 @@ width, F the head's share of the MLP's hidden width, R relative positions):
     fc1_w [F, D], fc1_b [F]          its rows of mlp.fc1
     gate_w [F, D], gate_b [F]        of a gated MLP: its rows of the half that is activated
     fc2_w [F, D]                     its columns of mlp.fc2, transposed
+    qkv_up, fc1_up, gate_up          with LoRA of rank r: its rows of B, as many as of the matrix [3K or F, r]
+    proj_down [K, r], fc2_down [F, r]  its columns of A, transposed
 
 All else is trunk. A hidden width that H does not divide is shared out as evenly as whole rows allow. A block that is
 `bound` is one head, and its slices are the parameters of its sub-layers under timm's names.
@@ -18,7 +20,7 @@ All else is trunk. A hidden width that H does not divide is shared out as evenly
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -47,6 +49,7 @@ class Cut:
     shape: ModelShape
     pieces: Mapping[str, Pieces]
     whole: bool
+    frozen: frozenset[str] = frozenset()  # slices that do not train
 
     @property
     def slices(self) -> Pieces:
@@ -74,6 +77,8 @@ def cut_of(model: Model) -> Cut:
         pieces = {half.part: _whole_pieces(block, half) for half in halves(block)}
     else:
         pieces = {"attn": _attn_pieces(attn, attn.num_heads * head_dim), "mlp": _mlp_pieces(mlp)}
+    own = dict(block.named_parameters())
+    frozen = {n for of in pieces.values() for n, each in of.items() if not own[each[0].key].requires_grad}
     params = dict(model.named_parameters())
     embed, classifier, in_blocks = (_count(params, of) for of in (_is_embed, is_classifier, _is_of_blocks))
     shape = ModelShape(
@@ -92,7 +97,10 @@ def cut_of(model: Model) -> Cut:
         mlp_matrices=3 if isinstance(mlp, GluMlp | SwiGLU) else 2,
     )
     trunk = in_blocks // shape.num_blocks - sum(shape.head_params)
-    return Cut(ModelShape(**{**vars(shape), "norm_params": trunk}), pieces, is_whole)
+    shape = replace(shape, norm_params=trunk)
+    if frozen:
+        shape = replace(shape, **_trained(own, pieces, frozen, shape))
+    return Cut(shape, pieces, is_whole, frozenset(frozen))
 
 
 def model_shape(model: Model) -> ModelShape:
@@ -140,7 +148,12 @@ def _attn_pieces(attn: Any, inner: int) -> Pieces:
     pieces |= {f"{name}_b": (Piece(f"attn.{key}"),) for name, key in apart.items()}
     if getattr(attn, "relative_position_bias_table", None) is not None:
         pieces["table"] = (Piece("attn.relative_position_bias_table", axis=1),)
-    return {**pieces, "proj_w": (Piece("attn.proj.weight", axis=1),)}
+    pieces["proj_w"] = (Piece("attn.proj.weight", axis=1),)
+    if attn.qkv is not None and hasattr(attn.qkv, "lora_b"):
+        pieces["qkv_up"] = tuple(Piece("attn.qkv.lora_b", i * inner) for i in range(3))
+    if hasattr(attn.proj, "lora_a"):
+        pieces["proj_down"] = (Piece("attn.proj.lora_a", axis=1),)
+    return pieces
 
 
 def _mlp_pieces(mlp: Any) -> Pieces:
@@ -158,7 +171,13 @@ def _mlp_pieces(mlp: Any) -> Pieces:
         pieces[f"{name}_w"] = (Piece(f"{key}.weight", begin),)
         if biased:
             pieces[f"{name}_b"] = (Piece(f"{key}.bias", begin),)
-    return {**pieces, "fc2_w": (Piece("mlp.fc2.weight", axis=1),)}
+    pieces["fc2_w"] = (Piece("mlp.fc2.weight", axis=1),)
+    for name, (key, begin) in sources.items():
+        if hasattr(mlp.get_submodule(key.removeprefix("mlp.")), "lora_b"):
+            pieces[f"{name}_up"] = (Piece(f"{key}.lora_b", begin),)
+    if hasattr(mlp.fc2, "lora_a"):
+        pieces["fc2_down"] = (Piece("mlp.fc2.lora_a", axis=1),)
+    return pieces
 
 
 def _whole_pieces(block: nn.Module, half: Half) -> Pieces:
@@ -169,7 +188,12 @@ def _whole_pieces(block: nn.Module, half: Half) -> Pieces:
 
 def _head_params(block: nn.Module, pieces: Mapping[str, Pieces], head_dim: int, mlp_dim: int, num_heads: int) -> int:
     """Parameters of a head whose share of the MLP is `mlp_dim` wide."""
-    params = dict(block.named_parameters())
+    return _of_head(dict(block.named_parameters()), pieces, head_dim, mlp_dim, num_heads)
+
+
+def _of_head(
+    params: Mapping[str, nn.Parameter], pieces: Mapping[str, Pieces], head_dim: int, mlp_dim: int, num_heads: int
+) -> int:
     if num_heads == 1:
         keys = {piece.key for of_part in pieces.values() for each in of_part.values() for piece in each}
         return sum(params[key].numel() for key in keys)
@@ -180,6 +204,17 @@ def _head_params(block: nn.Module, pieces: Mapping[str, Pieces], head_dim: int, 
             width = 1 if name == "table" else widths[part]
             total += sum(width * params[p.key].numel() // params[p.key].shape[p.axis] for p in each)
     return total
+
+
+def _trained(
+    own: Mapping[str, nn.Parameter], pieces: Mapping[str, Pieces], frozen: set[str], shape: ModelShape
+) -> dict[str, Any]:
+    """What of a block trains where some of its slices are frozen."""
+    left = {part: {n: each for n, each in of.items() if n not in frozen} for part, of in pieces.items()}
+    per_head = tuple(_of_head(own, left, shape.head_dim, width, shape.num_heads) for width in shape.mlp_dims)
+    of_heads = {piece.key for of in pieces.values() for each in of.values() for piece in each}
+    shared = sum(param.numel() for key, param in own.items() if key not in of_heads and param.requires_grad)
+    return {"trained_head_params": per_head, "trained_norm_params": shared, "backward_weight": 1}
 
 
 def _patch_dim(model: Any) -> int:

@@ -164,11 +164,16 @@ class _Stopwatch:
         return _interpolate(counts, forward, num_heads), _interpolate(counts, backward, num_heads)
 
     def embed_us(self) -> int:
-        size = self.shard._ends.patch_embed.img_size
-        images = torch.zeros(
-            self.batch, self.shard._ends.in_chans, *size, dtype=self.shard.dtype, device=self.shard.device
-        )
-        return self._typical_us(lambda _: self.shard.embed(images).backward(self.x_BND))
+        stem = self.shard._ends.patch_embed
+        sizes = (self.batch, stem.proj.in_channels, *stem.img_size)
+        images = torch.zeros(sizes, dtype=self.shard.dtype, device=self.shard.device)
+
+        def run(_: int) -> None:
+            x_BND = self.shard.embed(images)
+            if x_BND.requires_grad:
+                x_BND.backward(self.x_BND)
+
+        return self._typical_us(run)
 
     def classify_us(self) -> int:
         labels_B = torch.zeros(self.batch, dtype=torch.long, device=self.shard.device)
@@ -194,7 +199,9 @@ class _Stopwatch:
     @torch.no_grad()
     def trunk_us(self) -> int:
         """Packing the gradients of one block's trunk and taking them apart again."""
-        params = [p for block in self.blocks for _, p in block.trunk.parameters()]
+        params = [p for block in self.blocks for _, p in block.trunk.parameters() if p.requires_grad]
+        if not params:
+            return 1
         sizes = [p.numel() for p in params]
 
         def run(_: int) -> None:
@@ -213,7 +220,8 @@ class _Stopwatch:
 
     def _update_us(self, num_heads: int) -> int:
         heads = [head for block in self.blocks for head in block.params.values()]
-        params = [p.detach().clone().requires_grad_() for head in heads[:num_heads] for p in head.values()]
+        trained = [p for head in heads[:num_heads] for p in head.values() if p.requires_grad]
+        params = [p.detach().clone().requires_grad_() for p in trained]
         grads = [torch.zeros_like(p) for p in params]
         for param, grad in zip(params, grads, strict=True):
             param.grad = grad

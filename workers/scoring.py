@@ -95,7 +95,8 @@ def weight_sizes(model: Model) -> Tensor:
 def _gradient_sums(model: Model, batches: Batches, label_smoothing: float) -> tuple[Tensor, int]:
     """(Σ over micro-batches of the norm of ∂(mean loss)/∂(head's weights), number of micro-batches)."""
     cut = cut_of(model)
-    keys = {piece.key for pieces in cut.slices.values() for piece in pieces}
+    # Adapters are not run here, and at 0 have nothing to tell yet: what their matrices would learn stands for them.
+    keys = {piece.key for n, pieces in cut.slices.items() if not n.endswith(("_up", "_down")) for piece in pieces}
     wanted = [f"blocks.{block}.{key}" for block in range(cut.shape.num_blocks) for key in sorted(keys)]
     params = dict(model.named_parameters())
     total_LH, count = torch.zeros(cut.shape.num_blocks, cut.shape.num_heads, dtype=torch.float64), 0

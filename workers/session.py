@@ -41,6 +41,7 @@ from workers.gather import gather_json, gather_state
 from workers.keeper import Keeper
 from workers.ledger import Ledger
 from workers.liveworth import LiveWorth
+from workers.lora import attach
 from workers.manifest import Manifest, fingerprint
 from workers.model import build_model, model_input
 from workers.optimiser import Adam
@@ -144,6 +145,8 @@ class Session:
         self.input = model_input(probe)
         self.data = open_dataset(self.spec, self.input, progress=lambda: self.pulse.phase("prepare"))
         self.model = build_model(self.spec, len(self.data.classes))
+        if self.spec.method.lora is not None:
+            attach(self.model, self.spec.method.lora, self.spec.seed)
         self.shape = model_shape(self.model)
         self.step_shape = StepShape(self.spec.micro_batches, self.spec.micro_batch_size)
         self.transport.prepare(residual_bytes(self.shape, self.step_shape))
@@ -362,4 +365,9 @@ def _kind(profile: DeviceProfile) -> tuple[str, Any]:
 
 def plan_request(spec: JobSpec) -> dict[str, Any]:
     """What the planner needs to know of a job."""
-    return {**spec.method.to_plan(), "placement": spec.placement, "embed_grad": spec.train_embed, "seed": spec.seed}
+    return {
+        **spec.method.to_plan(),
+        "placement": spec.placement,
+        "embed_grad": spec.trains_embedding,
+        "seed": spec.seed,
+    }

@@ -15,6 +15,7 @@ from typing import Any
 from scheduler.domain import ModelShape
 from scheduler.errors import UserError
 from workers.contract import ModelArg
+from workers.method import Lora
 
 POOLS = ("token", "avg")  # those that a request may ask for
 MAX_SIZE = 1 << 20  # of any one argument: more is a slip of the hand, and must not fill the memory
@@ -126,6 +127,34 @@ def shape_of(entry: Entry, num_classes: int) -> ModelShape:
         embed_params=patch_dim * dim + dim + (prefix + positions) * dim,
         norm_params=trunk_widths * dim + (4 * head_dim if sizes.qk_norm else 0),
         classifier_params=(2 * dim if sizes.final_norm else 0) + dim * num_classes + num_classes,
+    )
+
+
+def adapted(shape: ModelShape, lora: Lora) -> ModelShape:
+    """The shape with adapters, as `partition.cut_of` counts the model that `lora.attach` gave them to."""
+    rank, gates = lora.rank, shape.mlp_matrices - 1
+    of_head = {"qkv": 3 * shape.head_dim, "proj": shape.head_dim}
+    if rank > shape.dim:
+        raise UserError(
+            f"A rank of {rank} is more than the model's width of {shape.dim}.",
+            code="lora_rank",
+            param="method.lora.rank",
+            remedy=f"Choose a rank of at most {shape.dim}; 4 to 64 are usual.",
+        )
+
+    def rows(width: int) -> int:
+        widths = {**of_head, "fc1": gates * width, "fc2": width}
+        return sum(widths[target] for target in lora.targets)
+
+    added = tuple(rank * rows(width) for width in shape.mlp_dims)
+    shared = rank * shape.dim * len(lora.targets)
+    return replace(
+        shape,
+        head_params=tuple(map(sum, zip(shape.head_params, added, strict=True))),
+        norm_params=shape.norm_params + shared,
+        trained_head_params=added,
+        trained_norm_params=shared,
+        backward_weight=1,
     )
 
 

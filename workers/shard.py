@@ -79,7 +79,8 @@ class BlockShard:
         """Weights of the heads as leaves that collect gradients until `collect`."""
         key = (part, heads)
         if key not in self._leaves:
-            self._leaves[key] = {name: w.detach().requires_grad_() for name, w in self._gather(key).items()}
+            frozen = self.cut.frozen
+            self._leaves[key] = {n: w.detach().requires_grad_(n not in frozen) for n, w in self._gather(key).items()}
         return self._leaves[key]
 
     def frozen(self, part: str, heads: tuple[int, ...]) -> Weights:
@@ -125,7 +126,8 @@ class BlockShard:
         return torch.cat([bank[bounds[i] : bounds[i + 1]] for i in at])
 
     def _head_params(self, i: int) -> dict[str, nn.Parameter]:
-        return {n: nn.Parameter(bank[self._bounds[n][i] : self._bounds[n][i + 1]]) for n, bank in self.bank.items()}
+        rows = {n: bank[self._bounds[n][i] : self._bounds[n][i + 1]] for n, bank in self.bank.items()}
+        return {n: nn.Parameter(of_head, requires_grad=n not in self.cut.frozen) for n, of_head in rows.items()}
 
 
 class Shard:
@@ -179,6 +181,10 @@ class Shard:
         if unit != EMBED_UNIT:
             return list(self.blocks[unit].trunk.parameters())
         return [(n, p) for n, p in self._ends.named_parameters() if not is_classifier(n)]
+
+    def trained_unit(self, unit: int) -> list[tuple[str, nn.Parameter]]:
+        """Those of a unit that train: what the step's gradient messages are made of."""
+        return [(name, param) for name, param in self.unit(unit) if param.requires_grad]
 
     def units(self) -> list[int]:
         return [*([EMBED_UNIT] if self.holds_embedding else []), *self.blocks]
@@ -277,13 +283,19 @@ def _trunk_names(block: nn.Module, half: Half, cut: Cut) -> list[str]:
     shared = [f"{half.before}."] if half.before else []
     if not cut.whole:
         shared += ["attn.q_norm.", "attn.k_norm.", "attn.proj.bias"] if half.part == "attn" else ["mlp.fc2.bias"]
+        of_heads = {piece.key for pieces in cut.slices.values() for piece in pieces}
+        adapters = (name for name, _ in block.named_parameters() if name.endswith((".lora_a", ".lora_b")))
+        shared += [name for name in adapters if name.startswith(f"{half.part}.") and name not in of_heads]
     names = [name for name, _ in block.named_parameters() if name.startswith(tuple(shared))]
     return [*names, half.scale] if half.scale else names
 
 
 def _skeleton(block: nn.Module, device: torch.device) -> nn.Module:
     """A block without memory but that of its buffers."""
-    kept = {id(param): nn.Parameter(torch.empty_like(param, device="meta")) for param in block.parameters()}
+    kept = {
+        id(param): nn.Parameter(torch.empty_like(param, device="meta"), requires_grad=param.requires_grad)
+        for param in block.parameters()
+    }
     skeleton = copy.deepcopy(block, kept)
     for module in skeleton.modules():
         for name, buffer in module.named_buffers(recurse=False):
@@ -299,9 +311,11 @@ def _not_decayed(model: Any, cut: Cut) -> frozenset[str]:
 
 
 def _set_param(module: nn.Module, name: str, value: Tensor) -> None:
-    """Put a new parameter in the place of the one called `name`."""
+    """Put a new parameter in the place of the one called `name`; frozen if that was."""
     path, _, last = name.rpartition(".")
-    setattr(module.get_submodule(path), last, nn.Parameter(value))
+    setattr(
+        module.get_submodule(path), last, nn.Parameter(value, requires_grad=module.get_parameter(name).requires_grad)
+    )
 
 
 def _slices(arrived: Mapping[str, Tensor], block: int, head: int) -> dict[str, Tensor]:

@@ -78,7 +78,7 @@ class StepPrograms:
             if instruction.cargo == "tally":
                 return Parcel(key, (self.num_tallied,), torch.float64)
             if instruction.units:
-                numel = sum(shape.embed_params if u < 0 else shape.norm_params for u in instruction.units)
+                numel = sum(shape.embed_params if u < 0 else shape.updated_norm_params for u in instruction.units)
                 return Parcel(key, (numel,), dtype)
             return Parcel(key, residual, dtype, passing=instruction.cargo in ("part", "gpart"))
 

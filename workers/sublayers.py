@@ -31,19 +31,20 @@ def sub_layer(block: Any, half: Half, cut: Cut, rope: Tensor | None) -> SubLayer
     """
     if cut.whole:
         return _Whole(block, half, rope)
-    return _Attention(block.attn, cut.shape.head_dim, rope) if half.part == "attn" else _Mlp(block.mlp.act)
+    return _Attention(block.attn, cut.shape.head_dim, rope) if half.part == "attn" else _Mlp(block.mlp)
 
 
 class _Attention:
     def __init__(self, attn: Any, head_dim: int, rope: Tensor | None) -> None:
-        self.head_dim, self.rope = head_dim, rope
+        self.attn, self.head_dim, self.rope = attn, head_dim, rope
         self.q_norm, self.k_norm = getattr(attn, "q_norm", None), getattr(attn, "k_norm", None)
         self.num_prefix, self.rotates_half = getattr(attn, "num_prefix_tokens", 0), getattr(attn, "rotate_half", False)
         self.positions_NN: Tensor | None = getattr(attn, "relative_position_index", None)
 
     def __call__(self, y_BND: Tensor, weights: Weights, bias: Tensor | None, watch: Watch | None) -> Tensor:
         batch, tokens, _ = y_BND.shape
-        qkv = F.linear(y_BND, weights["qkv_w"], self._bias(weights)).view(batch, tokens, -1, 3, self.head_dim)
+        qkv = _plus(F.linear(y_BND, weights["qkv_w"], self._bias(weights)), self.attn.qkv, y_BND, weights.get("qkv_up"))
+        qkv = qkv.view(batch, tokens, -1, 3, self.head_dim)
         q_BkNK, k_BkNK, v_BkNK = qkv.permute(3, 0, 2, 1, 4).unbind(0)
         if self.q_norm is not None and self.k_norm is not None:
             q_BkNK, k_BkNK = self.q_norm(q_BkNK), self.k_norm(k_BkNK)
@@ -53,7 +54,8 @@ class _Attention:
         out_BNF = out_BkNK.transpose(1, 2).reshape(batch, tokens, -1)
         if watch is not None:
             watch(out_BNF)
-        return F.linear(out_BNF, weights["proj_w"].T, bias)
+        added_BND = F.linear(out_BNF, weights["proj_w"].T, bias)
+        return _plus_shared(added_BND, self.attn.proj, out_BNF, weights.get("proj_down"))
 
     def _bias(self, weights: Weights) -> Tensor | None:
         """Of models that keep them apart, each head's q, k and v biases; one that is missing is 0."""
@@ -74,18 +76,24 @@ class _Attention:
 
 
 class _Mlp:
-    def __init__(self, act: nn.Module) -> None:
-        self.act = act
+    def __init__(self, mlp: Any) -> None:
+        self.mlp, self.act = mlp, mlp.act
+        self.layers = {"fc1": getattr(mlp, "fc1_x", None) or mlp.fc1, "gate": getattr(mlp, "fc1_g", None) or mlp.fc1}
 
     def __call__(self, y_BND: Tensor, weights: Weights, bias: Tensor | None, watch: Watch | None) -> Tensor:
-        hidden_BNF = F.linear(y_BND, weights["fc1_w"], weights.get("fc1_b"))
+        hidden_BNF = self._into("fc1", y_BND, weights)
         if "gate_w" in weights:
-            hidden_BNF = self.act(F.linear(y_BND, weights["gate_w"], weights.get("gate_b"))) * hidden_BNF
+            hidden_BNF = self.act(self._into("gate", y_BND, weights)) * hidden_BNF
         else:
             hidden_BNF = self.act(hidden_BNF)
         if watch is not None:
             watch(hidden_BNF)
-        return F.linear(hidden_BNF, weights["fc2_w"].T, bias)
+        added_BND = F.linear(hidden_BNF, weights["fc2_w"].T, bias)
+        return _plus_shared(added_BND, self.mlp.fc2, hidden_BNF, weights.get("fc2_down"))
+
+    def _into(self, name: str, y_BND: Tensor, weights: Weights) -> Tensor:
+        hidden_BNF = F.linear(y_BND, weights[f"{name}_w"], weights.get(f"{name}_b"))
+        return _plus(hidden_BNF, self.layers[name], y_BND, weights.get(f"{name}_up"))
 
 
 class _Whole:
@@ -110,3 +118,17 @@ class _Whole:
 
 def _under(prefix: str, weights: Weights) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): weight for name, weight in weights.items() if name.startswith(prefix)}
+
+
+def _plus(plain: Tensor, layer: Any, y_BND: Tensor, up: Tensor | None) -> Tensor:
+    """With an adapter whose A all heads share: y·Aᵀ·Bᵀ of the heads' own rows of B."""
+    if up is None:
+        return plain
+    return plain + layer.lora_scale * F.linear(F.linear(y_BND, layer.lora_a), up)
+
+
+def _plus_shared(plain: Tensor, layer: Any, inner_BNF: Tensor, down: Tensor | None) -> Tensor:
+    """With an adapter whose B all heads share: the heads' own columns of A, then Bᵀ."""
+    if down is None:
+        return plain
+    return plain + layer.lora_scale * F.linear(inner_BNF @ down, layer.lora_b)

@@ -294,7 +294,7 @@ class Windows:
         engine = self.engine
         ops_LHM = uniform_ops(engine.costs.shape, engine.costs.step.num_micro_batches, Op.FULL)
         placement = engine.shard.placement
-        programs = compile_step(placement, ops_LHM, engine.costs, embed_grad=self.spec.train_embed)
+        programs = compile_step(placement, ops_LHM, engine.costs, embed_grad=self.spec.trains_embedding)
         compiled = StepPrograms(programs, engine.transport.rank, engine.costs, engine.shard.dtype)
         seen = _Seen()
         with Prefetcher(self.data, self.order, lambda _: _needs(compiled)) as batches:
@@ -311,7 +311,7 @@ class Windows:
         compiled = []
         for ops_LHM in plan.cycle:
             programs = compile_step(
-                plan.placement, ops_LHM, engine.costs, embed_grad=self.spec.train_embed, skip_fill=plan.skip_fill
+                plan.placement, ops_LHM, engine.costs, embed_grad=self.spec.trains_embedding, skip_fill=plan.skip_fill
             )
             compiled.append(StepPrograms(programs, engine.transport.rank, engine.costs, engine.shard.dtype))
         return compiled
@@ -319,7 +319,7 @@ class Windows:
     def _toll(self, plan: Plan, ops_LHM: OpTable) -> tuple[int, int]:
         """(FLOPs, bytes) of one step under an op table."""
         costs = self.engine.costs
-        sent = step_bytes(plan.placement, ops_LHM, costs.shape, costs.step, self.spec.train_embed).sum()
+        sent = step_bytes(plan.placement, ops_LHM, costs.shape, costs.step, self.spec.trains_embedding).sum()
         return step_flops(costs.shape, costs.step, ops_LHM), int(sent)
 
     def _batch(self, batches: Prefetcher, step: int) -> Batch:

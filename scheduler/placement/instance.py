@@ -381,8 +381,8 @@ def block_bytes(costs: Costs, num_full: int, num_only: int) -> int:
     """
     if num_full + num_only == 0:
         return 0
-    shape, head = costs.shape, max(costs.shape.head_params)
-    trained = num_full * head + (shape.norm_params if num_full else 0)
-    held = num_only * head + (0 if num_full else shape.norm_params)
+    shape, head, updated = costs.shape, max(costs.shape.head_params), max(costs.shape.updated_head_params)
+    trained = num_full * updated + (shape.updated_norm_params if num_full else 0)
+    held = (num_full + num_only) * head + shape.norm_params - trained
     kept = sum(costs.kept_bytes(part, num_full) for part in SUBLAYERS) if num_full else 0
     return OPTIMISER_BYTES_PER_PARAM * trained + WEIGHT_BYTES_PER_PARAM * held + costs.max_in_flight * kept

@@ -52,7 +52,7 @@ class MeansProgram:
         self.meter, self.units = meter, units
         self.solver = solver = pywraplp.Solver.CreateSolver("GLOP")
         placement, forward = meter.placement, meter.forward_LH / float(meter.forward_LH.max())
-        scale = meter.num_micro_batches * float(meter.forward_LH.max())
+        scale, back = meter.num_micro_batches * float(meter.forward_LH.max()), meter.backward_weight
         blocks, heads = placement.owner_LH.shape
         self.runs = [solver.NumVar(0, 1, "") for _ in units]
         self.full = [[solver.NumVar(0, 1, "") for _ in range(heads)] for _ in range(blocks)]
@@ -69,7 +69,7 @@ class MeansProgram:
             for h in unit.heads:
                 solver.Add(self.full[unit.block][h] <= run)
                 solver.Add(self.full[unit.block][h] <= trains[key])
-                work[unit.worker].append(float(forward[unit.block, h]) * (run + 2 * self.full[unit.block][h]))
+                work[unit.worker].append(float(forward[unit.block, h]) * (run + back * self.full[unit.block][h]))
                 worth.append(FORWARD_WEIGHT * float(scores.forward_LH[unit.block, h]) * run)
                 worth.append(float(scores.backward_LH[unit.block, h]) * self.full[unit.block][h])
         for mine, cap in zip(work, caps_W.tolist(), strict=True):

@@ -58,10 +58,11 @@ def likely_mix(request: SelectionRequest, costs: Costs) -> tuple[int, float]:
     """(FULL heads, share of the micro-batches that a head runs) as a compute budget will have it, bytes aside."""
     shape, step = costs.shape, costs.step
     forward = sum(shape.head_forward_flops(h, step.micro_batch_size) for h in range(shape.num_heads))
-    heads_flops, trunk = 3 * forward * shape.num_blocks, shape.trunk_flops(step.micro_batch_size)
+    back = shape.backward_weight
+    heads_flops, trunk = (1 + back) * forward * shape.num_blocks, shape.trunk_flops(step.micro_batch_size)
     spent = ((request.compute or 1.0) * (heads_flops + trunk) - trunk) / heads_flops
-    run_share = min(1.0, max(0.0, 3 * spent / (1 + 2 * LEAST_TRAINED)))
-    trained = (3 * spent / run_share - 1) / 2 if run_share > 0 else 0.0
+    run_share = min(1.0, max(0.0, (1 + back) * spent / (1 + back * LEAST_TRAINED)))
+    trained = ((1 + back) * spent / run_share - 1) / back if run_share > 0 else 0.0
     return int(max(0.0, min(1.0, trained)) * shape.num_blocks * shape.num_heads + 1e-9), run_share
 
 
@@ -89,7 +90,7 @@ def caps_of(strategy: Strategy, meter: Meter, budget: float) -> FloatArray:
 def _bound(request: SelectionRequest, strategy: Strategy, meter: Meter, scores: Scores) -> float:
     """The linear program's worth; workers may exceed their shares by one head, since heads are whole."""
     budget = meter.head_flops(request.compute or 1.0)
-    one_head = 3.0 * meter.num_micro_batches * float(meter.forward_LH.max())
+    one_head = (1.0 + meter.backward_weight) * meter.num_micro_batches * float(meter.forward_LH.max())
     units = groups_of(meter.placement) if request.coherent and request.hold == "training" else heads_of(meter.placement)
     seen = scores
     if scores.backward_TLHM is not None and request.hold == "none":

@@ -156,7 +156,7 @@ class Drafts:
             heads = sorted(group.heads, key=lambda h, b=group.block: (-gain_LH[b, h], h))  # type: ignore[misc]
             order_G.append(heads)
             worth_GK[index, : len(heads) + 1] = [0.0, *np.cumsum(gain_LH[group.block, heads])]
-            work = 2 * runs_LH[group.block, heads] * meter.forward_LH[group.block, heads]
+            work = meter.backward_weight * runs_LH[group.block, heads] * meter.forward_LH[group.block, heads]
             cost_GK[index, 1 : len(heads) + 1] = np.cumsum(work)
             if not self._is_base(group, means):
                 sent_GK[index, 1:] = MESSAGES * meter.costs.residual_bytes * runs_LH[group.block, heads].max()
@@ -197,10 +197,10 @@ class Drafts:
         if full_LH is None or full_LH.shape != meter.placement.owner_LH.shape or self.request.max_bytes < 1:
             return None
         runs_LH = np.stack([(ops > 0).sum(axis=2) for ops in base]).mean(axis=0)
-        spent_LH = runs_LH * meter.forward_LH * np.where(full_LH, 3, 1)
+        spent_LH = runs_LH * meter.forward_LH * np.where(full_LH, 1 + meter.backward_weight, 1)
         owners = meter.placement.owner_LH.ravel()
         spent_W = np.bincount(owners, weights=spent_LH.ravel(), minlength=meter.placement.num_workers)
-        one_head = 2 * meter.num_micro_batches * int(meter.forward_LH.max())
+        one_head = meter.backward_weight * meter.num_micro_batches * int(meter.forward_LH.max())
         spends = self.budget - one_head <= spent_W.sum() <= self.budget
         return full_LH if spends and (spent_W <= self.caps_W + one_head).all() else None
 
@@ -216,7 +216,7 @@ class Drafts:
         left = self.budget * len(cycle) - sum(self.meter.flops(ops) - self.meter.trunk_flops for ops in cycle)
         swing = self._swing(full_LH)
         if swing is not None:
-            runs = int(max(0.0, left) / (2 * int(self.meter.forward_LH[swing])) + 1e-9)
+            runs = int(max(0.0, left) / (self.meter.backward_weight * int(self.meter.forward_LH[swing])) + 1e-9)
             for index, ops in enumerate(cycle):
                 able = np.flatnonzero(ops[swing] == Op.FORWARD)[: runs // (len(cycle) - index)]
                 ops[swing][able] = int(Op.FULL)

@@ -132,7 +132,7 @@ class Tables:
             forward_GN,
             backward_GN,
             cost_GN1,
-            2 * cost_GN1,
+            meter.backward_weight * cost_GN1,
             sent_G2,
             np.floor(budget_W * (1 + 1e-12)).astype(np.int64),
             max_bytes,
@@ -147,7 +147,8 @@ class Tables:
 
     def _spent(self, ops_LHM: OpTable) -> FloatArray:
         """[W] FLOPs of heads."""
-        work_LH: FloatArray = 1.0 * np.array([0, 1, 3])[ops_LHM].sum(axis=2) * self.meter.forward_LH
+        weights = np.array([0, 1, 1 + self.meter.backward_weight])
+        work_LH: FloatArray = 1.0 * weights[ops_LHM].sum(axis=2) * self.meter.forward_LH
         placement = self.meter.placement
         spent_W = np.bincount(placement.owner_LH.ravel(), weights=work_LH.ravel(), minlength=placement.num_workers)
         return spent_W.astype(np.float64)

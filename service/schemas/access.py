@@ -8,7 +8,7 @@ from pydantic import Field
 from pydantic.json_schema import SkipJsonSchema
 
 from service.schemas.base import Wire
-from workers.contract import Frozen
+from workers.method import Frozen
 
 NotGiven = SkipJsonSchema[None]  # for what may be left away, but not null
 Scope = Literal["read", "write", "admin"]

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from service.schemas.access import Name
 from service.schemas.base import Wire
-from workers.contract import Frozen
+from workers.method import Frozen
 
 MAX_PREDICT_IMAGES = 16  # of one request
 

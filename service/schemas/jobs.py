@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field
 
 from service.schemas.base import Wire
-from workers.contract import Frozen
+from workers.method import Frozen
 
 
 class JobError(Wire):

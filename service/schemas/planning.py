@@ -7,7 +7,8 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field, ValidationError, model_validator
 
 from service.schemas.base import Wire
-from workers.contract import DIGITS_MODEL, Frozen, JobSpec, Method, ModelArg
+from workers.contract import DIGITS_MODEL, JobSpec, ModelArg
+from workers.method import Frozen, Method
 
 MAX_DEVICES = 64
 

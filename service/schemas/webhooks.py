@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from service.schemas.base import Wire
-from workers.contract import Frozen
+from workers.method import Frozen
 
 WebhookType = Literal["job.running", "job.paused", "job.succeeded", "job.failed", "job.cancelled"]
 

@@ -91,7 +91,8 @@ def test_every_make_target_is_documented():
 
 
 def test_every_field_of_a_job_is_in_the_readme():
-    from workers.contract import Augment, JobSpec, Method, Optimiser
+    from workers.contract import Augment, JobSpec, Optimiser
+    from workers.method import Method
 
     readme = read("README.md")
     for model in (JobSpec, Method, Optimiser, Augment):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 from pydantic import ValidationError
 
-from workers.contract import DIGITS_RATE, HEAD_WORDS, RATE, JobSpec, Method
+from workers.contract import DIGITS_RATE, RATE, JobSpec
+from workers.method import HEAD_WORDS, Method
 
 
 @pytest.mark.parametrize(
