@@ -13,7 +13,7 @@ demo: $(STAMP)
 	deploy/demo.sh $(BIN)
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow

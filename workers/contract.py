@@ -14,7 +14,7 @@ from pydantic import Field, WithJsonSchema, field_validator, model_validator
 from workers.method import Frozen, Method
 
 DIGITS_MODEL = "d2ft_digits"
-DIGITS_RATE, RATE = 5e-4, 5e-5  # learning rates of the bundled model, and of any other
+DIGITS_RATE, RATE = 5e-4, 5e-5  # learning rates of the bundled model and of adapters, and of anything else
 # How the addresses of datasets begin; `workers.sources.address` looks at the rest.
 DATASET = r"digits\Z|dataset:[A-Za-z0-9]|(folder|parquet|webdataset)(:///|\+(s3|gs)://[^/])|torchvision:\w|hf:."
 HUB = "hf-hub:"
@@ -212,8 +212,9 @@ class JobSpec(Frozen):
 
     @property
     def filled_optimiser(self) -> Optimiser:
-        """The optimiser with a learning rate: the small bundled model bears more than one that was well pretrained."""
-        rate = self.optimiser.learning_rate or (DIGITS_RATE if self.model == DIGITS_MODEL else RATE)
+        """The optimiser with a learning rate: the small bundled model and adapters bear more than other weights."""
+        bears_more = self.model == DIGITS_MODEL or self.method.lora is not None
+        rate = self.optimiser.learning_rate or (DIGITS_RATE if bears_more else RATE)
         return self.optimiser.model_copy(update={"learning_rate": rate})
 
 

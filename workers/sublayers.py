@@ -124,11 +124,16 @@ def _plus(plain: Tensor, layer: Any, y_BND: Tensor, up: Tensor | None) -> Tensor
     """With an adapter whose A all heads share: y·Aᵀ·Bᵀ of the heads' own rows of B."""
     if up is None:
         return plain
-    return plain + layer.lora_scale * F.linear(F.linear(y_BND, layer.lora_a), up)
+    return _added(plain, F.linear(y_BND, layer.lora_a) * layer.lora_scale, up)
 
 
 def _plus_shared(plain: Tensor, layer: Any, inner_BNF: Tensor, down: Tensor | None) -> Tensor:
     """With an adapter whose B all heads share: the heads' own columns of A, then Bᵀ."""
     if down is None:
         return plain
-    return plain + layer.lora_scale * F.linear(inner_BNF @ down, layer.lora_b)
+    return _added(plain, (inner_BNF @ down) * layer.lora_scale, layer.lora_b)
+
+
+def _added(plain: Tensor, low_BNr: Tensor, up: Tensor) -> Tensor:
+    """plain + low·upᵀ in one product, so that what is wide is passed over once."""
+    return torch.addmm(plain.flatten(0, 1), low_BNr.flatten(0, 1), up.T).view_as(plain)

@@ -63,6 +63,7 @@ def submit(
     grain: Grain = None,
     score: Score = None,
     skip_fill: Annotated[str | None, typer.Option(help="zero, mean or rescale.")] = None,
+    lora: Annotated[int | None, typer.Option(metavar="RANK", help="Train adapters of this rank instead.")] = None,
     workers: Annotated[int | None, typer.Option(help="How many workers share the heads.")] = None,
     micro_batches: MicroBatches = None,
     micro_batch_size: MicroBatchSize = None,

@@ -25,6 +25,7 @@ _PLACES = {
     "grain": ("method", "grain"),
     "score": ("method", "score"),
     "skip_fill": ("method", "skip_fill"),
+    "lora": ("method", "lora", "rank"),
     "lr": ("optimiser", "learning_rate"),
     "workers": ("workers",),
     "micro_batches": ("micro_batches",),
