@@ -55,10 +55,10 @@ bench-service: $(STAMP)
 clean:
 	rm -rf $(VENV) .bench .demo .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 
-# torch first and by exact version: without it a resolver may walk through several gigabytes of older releases.
-$(STAMP): pyproject.toml
+# torch first and by exact version, and the rest as it was tested: without that pip may walk through years of releases.
+$(STAMP): pyproject.toml deploy/constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet torch==2.14.1 torchvision==0.29.1
-	$(BIN)/pip install --quiet --editable '.[dev]'
+	$(BIN)/pip install --quiet --editable '.[dev]' --constraint deploy/constraints.txt
 	touch $(STAMP)
