@@ -13,9 +13,8 @@ adapter in PEFT's layout.
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 from scheduler.errors import UserError
 from workers.anatomy import Model, bound
 from workers.method import Lora
+from workers.shapes import check_rank
 
 DOWN, UP = "lora_a", "lora_b"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -51,13 +51,12 @@ def attach(model: Model, lora: Lora, seed: int) -> None:
             param="method.lora",
             remedy="Leave method.lora away, or choose a model without that.",
         )
-    model.requires_grad_(False)
     for name, param in model.named_parameters():
         param.requires_grad_(name.startswith("head."))
     generator = torch.Generator().manual_seed(seed)
     for block in blocks:
-        for _, layer in _targets(block, lora):
-            _check_rank(layer, lora.rank)
+        for layer in _targets(block, lora):
+            check_rank(lora.rank, min(layer.in_features, layer.out_features))
             down = torch.empty(lora.rank, layer.in_features)
             # As PEFT and LoRA's authors draw it: Kaiming's bound with a = √5.
             down.uniform_(-1 / math.sqrt(layer.in_features), 1 / math.sqrt(layer.in_features), generator=generator)
@@ -103,25 +102,13 @@ def adapter(state: Mapping[str, Tensor], lora: Lora) -> tuple[dict[str, Tensor],
         "modules_to_save": ["head"],
         "base_model_name_or_path": None,
     }
-    return weights, json.loads(json.dumps(config))
+    return weights, config
 
 
-def _targets(block: nn.Module, lora: Lora) -> Iterator[tuple[str, Any]]:
+def _targets(block: nn.Module, lora: Lora) -> list[Any]:
     layers = dict(block.named_modules())
-    for target in lora.targets:
-        yield from ((name, layers[name]) for name in _LAYERS[target] if name in layers)
+    return [layers[name] for target in lora.targets for name in _LAYERS[target] if name in layers]
 
 
 def _adapted(state: Mapping[str, Tensor]) -> list[str]:
     return [key.removesuffix(f".{DOWN}") for key in state if key.endswith(f".{DOWN}")]
-
-
-def _check_rank(layer: nn.Linear, rank: int) -> None:
-    most = min(layer.in_features, layer.out_features)
-    if rank > most:
-        raise UserError(
-            f"A rank of {rank} is more than the model's width of {most}.",
-            code="lora_rank",
-            param="method.lora.rank",
-            remedy=f"Choose a rank of at most {most}; 4 to 64 are usual.",
-        )

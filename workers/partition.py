@@ -79,8 +79,9 @@ def cut_of(model: Model) -> Cut:
         pieces = {"attn": _attn_pieces(attn, attn.num_heads * head_dim), "mlp": _mlp_pieces(mlp)}
     own = dict(block.named_parameters())
     frozen = {n for of in pieces.values() for n, each in of.items() if not own[each[0].key].requires_grad}
-    params = dict(model.named_parameters())
-    embed, classifier, in_blocks = (_count(params, of) for of in (_is_embed, is_classifier, _is_of_blocks))
+    head_params = tuple(_of_head(own, pieces, head_dim, width, num_heads) for width in mlp_dims)
+    around = {name: param for name, param in model.named_parameters() if not name.startswith("blocks.")}
+    classifier = sum(param.numel() for name, param in around.items() if is_classifier(name))
     shape = ModelShape(
         num_blocks=len(model.blocks),
         num_heads=num_heads,
@@ -90,14 +91,12 @@ def cut_of(model: Model) -> Cut:
         num_tokens=int(model.patch_embed.num_patches) + model.num_prefix_tokens,
         patch_dim=_patch_dim(model),
         num_classes=model.num_classes,
-        head_params=tuple(_head_params(block, pieces, head_dim, width, num_heads) for width in mlp_dims),
-        embed_params=embed,
-        norm_params=0,
+        head_params=head_params,
+        embed_params=sum(param.numel() for param in around.values()) - classifier,
+        norm_params=sum(param.numel() for param in own.values()) - sum(head_params),
         classifier_params=classifier,
         mlp_matrices=3 if isinstance(mlp, GluMlp | SwiGLU) else 2,
     )
-    trunk = in_blocks // shape.num_blocks - sum(shape.head_params)
-    shape = replace(shape, norm_params=trunk)
     if frozen:
         shape = replace(shape, **_trained(own, pieces, frozen, shape))
     return Cut(shape, pieces, is_whole, frozenset(frozen))
@@ -186,14 +185,10 @@ def _whole_pieces(block: nn.Module, half: Half) -> Pieces:
     return {name: (Piece(name),) for name in names}
 
 
-def _head_params(block: nn.Module, pieces: Mapping[str, Pieces], head_dim: int, mlp_dim: int, num_heads: int) -> int:
-    """Parameters of a head whose share of the MLP is `mlp_dim` wide."""
-    return _of_head(dict(block.named_parameters()), pieces, head_dim, mlp_dim, num_heads)
-
-
 def _of_head(
     params: Mapping[str, nn.Parameter], pieces: Mapping[str, Pieces], head_dim: int, mlp_dim: int, num_heads: int
 ) -> int:
+    """Parameters of a head whose share of the MLP is `mlp_dim` wide."""
     if num_heads == 1:
         keys = {piece.key for of_part in pieces.values() for each in of_part.values() for piece in each}
         return sum(params[key].numel() for key in keys)
@@ -220,18 +215,6 @@ def _trained(
 def _patch_dim(model: Any) -> int:
     height, width = model.patch_embed.patch_size
     return int(model.patch_embed.proj.in_channels) * height * width
-
-
-def _is_of_blocks(name: str) -> bool:
-    return name.startswith("blocks.")
-
-
-def _is_embed(name: str) -> bool:
-    return not _is_of_blocks(name) and not is_classifier(name)
-
-
-def _count(params: Mapping[str, nn.Parameter], of: Any) -> int:
-    return sum(param.numel() for name, param in params.items() if of(name))
 
 
 def _shares(total: int, parts: int) -> tuple[int, ...]:

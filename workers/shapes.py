@@ -130,17 +130,22 @@ def shape_of(entry: Entry, num_classes: int) -> ModelShape:
     )
 
 
+def check_rank(rank: int, most: int) -> None:
+    """Raises UserError for adapters of a rank above what the model is wide."""
+    if rank > most:
+        raise UserError(
+            f"A rank of {rank} is more than the model's width of {most}.",
+            code="lora_rank",
+            param="method.lora.rank",
+            remedy=f"Choose a rank of at most {most}; 4 to 64 are usual.",
+        )
+
+
 def adapted(shape: ModelShape, lora: Lora) -> ModelShape:
     """The shape with adapters, as `partition.cut_of` counts the model that `lora.attach` gave them to."""
     rank, gates = lora.rank, shape.mlp_matrices - 1
     of_head = {"qkv": 3 * shape.head_dim, "proj": shape.head_dim}
-    if rank > shape.dim:
-        raise UserError(
-            f"A rank of {rank} is more than the model's width of {shape.dim}.",
-            code="lora_rank",
-            param="method.lora.rank",
-            remedy=f"Choose a rank of at most {shape.dim}; 4 to 64 are usual.",
-        )
+    check_rank(rank, shape.dim)
 
     def rows(width: int) -> int:
         widths = {**of_head, "fc1": gates * width, "fc2": width}

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from scheduler.domain import Placement
 from scheduler.program import EMBED_UNIT
 from workers import anatomy
-from workers.anatomy import Half, Model, halves, is_classifier
+from workers.anatomy import Model, halves, is_classifier
 from workers.gates import Watch
 from workers.partition import Cut, cut_of, head_slices, write_head
 from workers.sublayers import Weights, sub_layer
@@ -39,7 +39,7 @@ class BlockTrunk:
         outer = {"attn": "attn.proj.bias", "mlp": "mlp.fc2.bias"}
         self.biases = {part: None if cut.whole else self._param(name) for part, name in outer.items()}
         self.run = {half.part: sub_layer(block, half, cut, rope) for half in self.halves}
-        self._names = [name for half in self.halves for name in _trunk_names(block, half, cut)]
+        self._names = _trunk_names(block, cut)
 
     def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Names as in the timm state dict, in a fixed order."""
@@ -252,8 +252,8 @@ class Shard:
 
     def _new_trunk(self, index: int, values: Mapping[str, Tensor]) -> BlockTrunk:
         block = copy.deepcopy(self._skeletons[index])
-        for name, _ in list(BlockTrunk(block, index, self.cut, None).parameters()):
-            _set_param(block, name.removeprefix(f"blocks.{index}."), values[name].to(self.device, copy=True))
+        for name in _trunk_names(block, self.cut):
+            _set_param(block, name, values[f"blocks.{index}.{name}"].to(self.device, copy=True))
         return BlockTrunk(block, index, self.cut, self._rope)
 
     def _hold_ends(self, placement: Placement, arrived: Mapping[str, Tensor] | None = None) -> None:
@@ -278,16 +278,15 @@ def join(parts: Mapping[str, Tensor], state: Mapping[str, Tensor], cut: Cut) -> 
             state[name].copy_(tensor)
 
 
-def _trunk_names(block: nn.Module, half: Half, cut: Cut) -> list[str]:
-    """What all heads of a half share, under timm's names within the block."""
-    shared = [f"{half.before}."] if half.before else []
-    if not cut.whole:
-        shared += ["attn.q_norm.", "attn.k_norm.", "attn.proj.bias"] if half.part == "attn" else ["mlp.fc2.bias"]
-        of_heads = {piece.key for pieces in cut.slices.values() for piece in pieces}
-        adapters = (name for name, _ in block.named_parameters() if name.endswith((".lora_a", ".lora_b")))
-        shared += [name for name in adapters if name.startswith(f"{half.part}.") and name not in of_heads]
-    names = [name for name, _ in block.named_parameters() if name.startswith(tuple(shared))]
-    return [*names, half.scale] if half.scale else names
+def _trunk_names(block: nn.Module, cut: Cut) -> list[str]:
+    """What all heads of a block share, under timm's names within it: half by half all that is no head's."""
+    of_heads = {piece.key for pieces in cut.slices.values() for piece in pieces}
+    names = []
+    for half in halves(block):
+        inside = tuple(f"{path}." for path in (half.before, half.part) if path)
+        names += [name for name, _ in block.named_parameters() if name.startswith(inside) and name not in of_heads]
+        names += [half.scale] if half.scale else []
+    return names
 
 
 def _skeleton(block: nn.Module, device: torch.device) -> nn.Module:

@@ -84,11 +84,7 @@ def main():
 
 def measure(rank, num_blocks, rounds, wire):
     """(by (placement, pattern) an array [steps, 3]: cpu s, wall s, bytes; whether bytes were always as simulated)."""
-    torch.set_num_threads(1)
-    keep_freed_memory()
-    os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[rank]})
-    torch.manual_seed(0)
-    model = vit_small(num_blocks)
+    model = settled(core_of(rank), num_blocks)
     batch = synthetic_batch()
     rows = build_rows(rank, model, wire)
     plain = plain_timm(model, batch)
@@ -178,6 +174,20 @@ def clocked(work):
 
 def record(samples, key, *values):
     samples.setdefault(key, []).append(values)
+
+
+def core_of(rank):
+    """A core of its own, of those that this process may use."""
+    return sorted(os.sched_getaffinity(0))[rank]
+
+
+def settled(core, num_blocks):
+    """This worker on one core with one thread; the model, the same on all."""
+    torch.set_num_threads(1)
+    keep_freed_memory()
+    os.sched_setaffinity(0, {core})
+    torch.manual_seed(0)
+    return vit_small(num_blocks)
 
 
 def vit_small(num_blocks):

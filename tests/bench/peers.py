@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import os
 import resource
 import statistics
 import time
@@ -45,14 +44,14 @@ from scheduler.cost import Costs, residual_bytes
 from scheduler.domain import Scores, StepShape
 from scheduler.plan import make_plan
 from scheduler.request import PlanRequest
-from tests.bench.engine import BATCH, MICRO_BATCHES, gathered, synthetic_batch, vit_small
+from tests.bench.engine import BATCH, MICRO_BATCHES, gathered, settled, synthetic_batch
 from tests.bench.report import matching, publish, target
 from tests.workers.processes import on_processes
 from workers.contract import Optimiser
 from workers.executor import Executor
 from workers.optimiser import Adam
 from workers.partition import model_shape
-from workers.profiling import keep_freed_memory, profile_device
+from workers.profiling import profile_device
 from workers.shard import Shard
 from workers.steps import StepPrograms
 from workers.transport import Gloo, Shared
@@ -79,11 +78,7 @@ def main():
 
 def measure(rank, name, args):
     """This worker's figures of one peer: lists over the rounds, and its peak memory."""
-    torch.set_num_threads(1)
-    keep_freed_memory()
-    os.sched_setaffinity(0, {args.cores[rank]})
-    torch.manual_seed(0)
-    model = vit_small(args.blocks)
+    model = settled(args.cores[rank], args.blocks)
     step = PEERS[name](model, synthetic_batch())
     seen = {"cpu": [], "wall": [], "bytes": [], "loss": 0.0}
     for turn in range(args.rounds + 1):

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import os
 import tarfile
 import tempfile
 import time
@@ -31,7 +30,7 @@ from scheduler.compiler import compile_step
 from scheduler.cost import Costs, residual_bytes
 from scheduler.domain import Op, StepShape, uniform_ops
 from scheduler.placement import propose
-from tests.bench.engine import BATCH, MICRO_BATCHES, gathered, vit_small
+from tests.bench.engine import BATCH, MICRO_BATCHES, core_of, gathered, settled
 from tests.bench.report import publish, target
 from tests.workers.processes import on_processes
 from workers.contract import Augment, JobSpec, Optimiser
@@ -41,7 +40,7 @@ from workers.model import model_input
 from workers.optimiser import Adam
 from workers.order import MicroBatches
 from workers.partition import model_shape
-from workers.profiling import keep_freed_memory, profile_device
+from workers.profiling import profile_device
 from workers.shard import Shard
 from workers.steps import Batch, StepPrograms
 from workers.transport import Shared
@@ -81,11 +80,7 @@ def main():
 
 def measure(rank, uris, num_blocks, num_steps):
     """By (kind, change): seconds of waiting and of the whole step, [steps, 2]; and "memory", where nothing is read."""
-    torch.set_num_threads(1)
-    keep_freed_memory()
-    os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[rank]})
-    torch.manual_seed(0)
-    model = vit_small(num_blocks)
+    model = settled(core_of(rank), num_blocks)
     executor, compiled = built(rank, model)
     needs = Needs(frozenset(compiled.own.image_micro_batches), frozenset(compiled.own.label_micro_batches))
     found = {}
