@@ -4,12 +4,14 @@
 
 A directory holds two checkpoints; the newer one is damaged in every way there is, and two workers look for one to go on
 from. What they find must be the older, or nothing: a newer one that is found is a silent load. Then checkpoints are
-written to a file system with room for a part of one only; whatever is listed afterwards must verify.
+written to a file system with room for a part of one only; whatever is listed afterwards must verify. Last, what four
+workers have saved is read by one, two and three, under placements of their own.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import itertools
 import random
 import shutil
@@ -19,13 +21,25 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from scheduler.domain import Placement
 from scheduler.errors import SystemFault
 from tests.bench.report import publish, target
-from tests.workers.test_checkpoint import found_in, saved_at
+from tests.workers.engine import costs_for, on_threads, tiny_vit
+from tests.workers.test_checkpoint import GROUP, PLAN, found_in, manifest_of, saved_at, trained
+from tests.workers.test_forward import Images
+from workers.checkpoint import Vault, newest_whole, save
+from workers.executor import Executor
+from workers.forward import ForwardPasses
 from workers.manifest import names, verify
+from workers.partition import cut_of
+from workers.shard import Shard
+from workers.transport import Transport
 
 FLIPS, CUTS, DISKS = 60, 20, 24
 OLDER, NEWER = 7, 42
+EQUAL = 1e-12  # of losses in float64, whose sums have another order
 Row = dict[str, Any]
 
 
@@ -50,8 +64,10 @@ def rows_and_targets(seed: int = 0) -> tuple[list[Row], list[Row]]:
             "of another checkpoint": [_foreign(name) for name in files],
         }
         rows = [_tried(whole, Path(home) / "hurt", kind, acts) for kind, acts in kinds.items()]
+        restored = _restored(Path(home) / "four")
         rows.append(_full_disks(Path(home), sum(p.stat().st_size for p in (whole / f"step-{NEWER:08d}").iterdir())))
-    return rows, [
+    return [*rows, *restored], [
+        target("saved by 4, read by 1, 2, 3: tests that differ", sum(not row["equal"] for row in restored), "==", 0),
         target("damaged checkpoints that load silently", sum(row["silent"] for row in rows), "==", 0),
         target("older checkpoints lost by it", sum(row["lost"] for row in rows), "==", 0),
         target("listed checkpoints that do not verify after a full disk", rows[-1]["silent"], "==", 0),
@@ -68,6 +84,37 @@ def _tried(whole: Path, hurt: Path, kind: str, acts: list[Callable[[Path], None]
         lost += found is None
         shutil.rmtree(hurt)
     return {"damage": kind, "tried": len(acts), "silent": silent, "lost": lost}
+
+
+def _restored(directory: Path) -> list[Row]:
+    """Accuracy and loss on test images, before and after a checkpoint went to fewer workers."""
+    model, rng = tiny_vit(), np.random.default_rng(0)
+    data, grid = Images(model, 40), (len(model.blocks), model.blocks[0].attn.num_heads)
+
+    def tested(shard: Shard, transport: Transport) -> tuple[float, float]:
+        costs = costs_for(model, transport.size, 2, 2)
+        return ForwardPasses(Executor(shard, transport), shard.placement, costs).evaluate(data)
+
+    def saved(rank: int, transport: Transport) -> tuple[float, float]:
+        shard, adam = trained(model, rank, 4, owners)
+        save(Vault(directory, "job", 1), manifest_of(NEWER), shard, adam, transport, GROUP, PLAN)
+        return tested(shard, transport)
+
+    def read(rank: int, transport: Transport) -> tuple[float, float]:
+        found = newest_whole(directory, transport, lambda *_, **__: None)
+        assert found is not None
+        blank = copy.deepcopy(model)
+        found.load_weights(blank.state_dict(), cut_of(blank))
+        return tested(Shard(blank, Placement.make(owners, transport.size), rank), transport)
+
+    owners, rows = rng.integers(0, 4, grid), []
+    accuracy, loss = on_threads(4, saved)[0]
+    for size in (1, 2, 3):
+        owners = rng.integers(0, size, grid)
+        again, loss_again = on_threads(size, read)[0]
+        equal = again == accuracy and abs(loss_again - loss) < EQUAL
+        rows.append({"saved by": 4, "read by": size, "accuracy": again, "loss": loss_again, "equal": equal})
+    return rows
 
 
 def _full_disks(home: Path, size: int) -> Row:
