@@ -8,7 +8,7 @@ import numpy as np
 
 from scheduler.compiler import rehearse
 from scheduler.cost import Costs
-from scheduler.domain import Forecast, Op, OpTable, Placement, Plan, step_flops, uniform_ops
+from scheduler.domain import BoolArray, Forecast, Op, OpTable, Placement, Plan, step_flops, uniform_ops
 from scheduler.errors import D2ftError
 from scheduler.placement import memory_bytes_of
 from scheduler.request import PlanRequest
@@ -69,10 +69,19 @@ def _table_faults(plan: Plan, costs: Costs, sits_out: bool) -> Iterator[str]:
         elif not np.isin(ops, [int(op) for op in Op]).all():
             yield f"table {index} has values that are no op"
         else:
-            trained_M = (ops == Op.FULL).any(axis=(0, 1))
+            trained_M = _trains(ops, costs)
             if not (trained_M.any() if sits_out else trained_M.all()):
                 starved = np.flatnonzero(~trained_M).tolist()
                 yield f"table {index} runs no FULL head for micro-batches {starved}"
+            elif (ops[: costs.shape.num_frozen] == Op.FULL).any():
+                yield f"table {index} has FULL heads in blocks that are frozen"
+
+
+def _trains(ops_LHM: OpTable, costs: Costs) -> BoolArray:
+    """[M] whether something learns from a micro-batch: a FULL head, or the classifier alone where all are frozen."""
+    op = Op.FORWARD if costs.shape.num_frozen == costs.shape.num_blocks else Op.FULL
+    result: BoolArray = (ops_LHM == op).any(axis=(0, 1))
+    return result
 
 
 def _forecast_faults(plan: Plan) -> Iterator[str]:
@@ -90,9 +99,10 @@ def _forecast_faults(plan: Plan) -> Iterator[str]:
 
 def _request_faults(plan: Plan, costs: Costs, request: PlanRequest) -> Iterator[str]:
     if request.ratios is not None:
-        heads = plan.placement.owner_LH.size
+        first = costs.shape.num_frozen
+        heads = plan.placement.owner_LH[first:].size
         for index, ops in enumerate(plan.cycle):
-            counts = tuple(int((ops == op).sum()) for op in (Op.FULL, Op.FORWARD, Op.SKIP))
+            counts = tuple(int((ops[first:] == op).sum()) for op in (Op.FULL, Op.FORWARD, Op.SKIP))
             if counts != tuple(heads * n for n in request.ratios):
                 yield f"table {index} has {counts} FULL, FORWARD and SKIP, not {request.ratios} × {heads}"
     elif request.compute is not None:

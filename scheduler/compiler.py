@@ -35,7 +35,7 @@ def compile_step(
 
     `max_in_flight` bounds the micro-batches between first forward and last backward, by default `costs.max_in_flight`.
     """
-    lanes, tails = _lowered(placement, ops_LHM, embed_grad, skip_fill)
+    lanes, tails = _lowered(placement, ops_LHM, costs, embed_grad, skip_fill)
     freeing = [[with_frees(lane) for lane in worker] for worker in lanes]
     seen = timing.play(freeing, costs, max_in_flight=max_in_flight or costs.max_in_flight, tails=tails)
     return _programs(placement, ops_LHM.shape[2], seen.order)
@@ -54,7 +54,7 @@ def rehearse(
 
     Enough for a forecast, at two thirds of the price of both. Raises DeadlockError.
     """
-    lanes, tails = _lowered(placement, ops_LHM, embed_grad, skip_fill)
+    lanes, tails = _lowered(placement, ops_LHM, costs, embed_grad, skip_fill)
     return timing.play(lanes, costs, max_in_flight=max_in_flight or costs.max_in_flight, tails=tails)
 
 
@@ -68,14 +68,16 @@ def compile_evaluation(placement: Placement, ops_LHM: OpTable, costs: Costs) -> 
 
 
 def _lowered(
-    placement: Placement, ops_LHM: OpTable, embed_grad: bool, skip_fill: str
+    placement: Placement, ops_LHM: OpTable, costs: Costs, embed_grad: bool, skip_fill: str
 ) -> tuple[list[transfers.Sequences], transfers.Sequences]:
     """Per worker a lane per micro-batch, and per worker the tail of the step."""
     lanes = [
         transfers.lower(placement, ops_LHM[:, :, m], m, embed_grad=embed_grad, skip_fill=skip_fill)
         for m in range(ops_LHM.shape[2])
     ]
-    return list(map(list, zip(*lanes, strict=True))), transfers.step_end(placement, ops_LHM, embed_grad=embed_grad)
+    trunk_grad = costs.shape.updated_norm_params > 0
+    tails = transfers.step_end(placement, ops_LHM, embed_grad=embed_grad, trunk_grad=trunk_grad)
+    return list(map(list, zip(*lanes, strict=True))), tails
 
 
 def with_frees(lane: Sequence[Instruction]) -> list[Instruction]:

@@ -48,7 +48,8 @@ class ModelShape:
     gated. Parameter counts: `head_params[h]` of one head with its slices, `embed_params`, `norm_params` (norms, layer
     scales and output biases of one block), `classifier_params`. Where some of a block is frozen, `trained_head_params`
     and `trained_norm_params` count what is not. A head's backward pass costs `backward_weight` forward passes: two, or
-    one where its matrices need no gradient; what adapters multiply is not counted.
+    one where its matrices need no gradient; what adapters multiply is not counted. Of the first `num_frozen` blocks
+    nothing trains: their heads run FORWARD at the most.
     """
 
     num_blocks: int
@@ -67,6 +68,7 @@ class ModelShape:
     trained_head_params: tuple[int, ...] | None = None
     trained_norm_params: int | None = None
     backward_weight: int = 2
+    num_frozen: int = 0
 
     @property
     def updated_norm_params(self) -> int:
@@ -278,8 +280,14 @@ def parse_op_rows(rows: list[list[str]]) -> OpTable:
 
 
 def uniform_ops(shape: ModelShape, num_micro_batches: int, op: Op) -> OpTable:
-    """Every head does `op` for every micro-batch."""
-    return np.full((shape.num_blocks, shape.num_heads, num_micro_batches), int(op), dtype=np.int8)
+    """Every head does `op` for every micro-batch; those of frozen blocks no more than FORWARD."""
+    return held_frozen(np.full((shape.num_blocks, shape.num_heads, num_micro_batches), int(op), dtype=np.int8), shape)
+
+
+def held_frozen(ops_LHM: OpTable, shape: ModelShape) -> OpTable:
+    """The table with FORWARD for FULL in the blocks that do not train; in place."""
+    np.minimum(ops_LHM[: shape.num_frozen], int(Op.FORWARD), out=ops_LHM[: shape.num_frozen])
+    return ops_LHM
 
 
 def step_flops(shape: ModelShape, step: StepShape, ops_LHM: OpTable) -> int:

@@ -74,8 +74,13 @@ class Explanation:
     @cached_property
     def _all_alike(self) -> bool:
         """Whether whole micro-batches were chosen, and some left out."""
-        tables = self.plan.cycle
+        tables = [ops[self._first :] if self._first < len(ops) else ops for ops in self.plan.cycle]
         return bool(all((ops == ops[0, 0]).all() for ops in tables) and (np.stack(tables) != Op.FULL).any())
+
+    @property
+    def _first(self) -> int:
+        """The first block that trains."""
+        return self.costs.shape.num_frozen
 
     @cached_property
     def _cut(self) -> float:
@@ -107,6 +112,8 @@ class Explanation:
 
     def _why_op(self, block: int, head: int) -> str:
         full, forward, skip = (float(self._shares[op, block, head]) for op in (Op.FULL, Op.FORWARD, Op.SKIP))
+        if block < self._first:
+            return f"FORWARD in {forward:.0%} of the micro-batches, all that are not left out: the block is frozen"
         if self._all_alike:
             shares = {"FULL": full, "FORWARD": forward, "SKIP": skip}
             said = ", ".join(f"{op} in {share:.0%}" for op, share in shares.items() if share)
@@ -120,7 +127,7 @@ class Explanation:
         return f"{op}; {self._why_skip(block, head, skip)}" if skip else op
 
     def _why_held(self, block: int, head: int, full: bool) -> str:
-        if not (self._shares[Op.FORWARD] > 0).any():
+        if not (self._shares[Op.FORWARD][self._first :] > 0).any():
             return f"FULL as every head that runs, worth {self._stands(block, head)}"
         worth, cut = float(self.scores.backward_LH[block, head]), self._cut
         stands, owner = f"worth {self._stands(block, head)}", int(self.plan.placement.owner_LH[block, head])

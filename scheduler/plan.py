@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -64,7 +64,7 @@ def make_plan(
     that it does not know.
     """
     request = request.at(0.0)
-    asked = request.selection(window)
+    asked, scores = request.selection(window), _trainable(scores, costs)
     if placement is not None:
         offers: Iterable[Sequence[Candidate]] = [[Candidate(placement, _worthy(held, scores), KEPT)]]
     else:
@@ -168,6 +168,16 @@ def held_rows(plan: Plan) -> list[str]:
     ops = np.stack(plan.cycle)
     full_LH = (ops == Op.FULL).any(axis=(0, 3)) & ~(ops == Op.FORWARD).any(axis=(0, 3))
     return ["".join("1" if full else "0" for full in row) for row in full_LH]
+
+
+def _trainable(scores: Scores, costs: Costs) -> Scores:
+    """The worths with nothing for training a frozen head."""
+    backward_LH, singles = scores.backward_LH.copy(), scores.backward_TLHM
+    backward_LH[: costs.shape.num_frozen] = 0
+    if singles is not None and costs.shape.num_frozen:
+        singles = singles.copy()
+        singles[:, : costs.shape.num_frozen] = 0
+    return replace(scores, backward_LH=backward_LH, backward_TLHM=singles)
 
 
 def _worthy(held: Sequence[str] | None, scores: Scores) -> BoolArray | None:

@@ -67,10 +67,13 @@ def lower(
     return _Lowering(placement, ops_LH, mb, embed_grad and train, train, skip_fill).run()
 
 
-def step_end(placement: Placement, ops_LHM: OpTable, *, embed_grad: bool = True) -> Sequences:
-    """The tail of a step for every worker: sum shared trunk gradients, exchange tallies, update."""
+def step_end(placement: Placement, ops_LHM: OpTable, *, embed_grad: bool = True, trunk_grad: bool = True) -> Sequences:
+    """The tail of a step for every worker: sum shared trunk gradients, exchange tallies, update.
+
+    Without `trunk_grad` nothing of the blocks' trunks trains.
+    """
     out: Sequences = [[] for _ in range(placement.num_workers)]
-    touched = touched_units(placement, ops_LHM, embed_grad=embed_grad)
+    touched = touched_units(placement, ops_LHM, embed_grad=embed_grad, trunk_grad=trunk_grad)
     groups: dict[tuple[int, ...], list[int]] = {}
     for unit, holders in touched.items():
         if len(holders) > 1:
@@ -85,10 +88,12 @@ def step_end(placement: Placement, ops_LHM: OpTable, *, embed_grad: bool = True)
     return out
 
 
-def touched_units(placement: Placement, ops_LHM: OpTable, *, embed_grad: bool = True) -> dict[int, tuple[int, ...]]:
+def touched_units(
+    placement: Placement, ops_LHM: OpTable, *, embed_grad: bool = True, trunk_grad: bool = True
+) -> dict[int, tuple[int, ...]]:
     """Trunk units that get a gradient in this step, with the workers that hold them."""
     units = {EMBED_UNIT: tuple(sorted(placement.embedders))} if embed_grad and ops_LHM.any() else {}
-    for block in np.flatnonzero((ops_LHM == Op.FULL).any(axis=(1, 2))):
+    for block in np.flatnonzero((ops_LHM == Op.FULL).any(axis=(1, 2)) & trunk_grad):
         units[int(block)] = placement.holders(int(block))
     return units
 
@@ -98,7 +103,7 @@ def step_bytes(
 ) -> IntArray:
     """Bytes that one step puts on each link: out[src, dst], exact."""
     sequences = [lower(placement, ops_LHM[:, :, m], m, embed_grad=embed_grad) for m in range(ops_LHM.shape[2])]
-    sequences.append(step_end(placement, ops_LHM, embed_grad=embed_grad))
+    sequences.append(step_end(placement, ops_LHM, embed_grad=embed_grad, trunk_grad=shape.updated_norm_params > 0))
     out = np.zeros((placement.num_workers, placement.num_workers), dtype=np.int64)
     for per_worker in sequences:
         for src, instructions in enumerate(per_worker):

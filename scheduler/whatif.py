@@ -116,6 +116,7 @@ def _default_link(data: Any) -> LinkProfile | None:
 
 
 _PER_HEAD = {"mlp_dims", "head_params", "trained_head_params"}
+_MAY_BE_NONE = {"norm_params", "trained_norm_params", "trained_head_params", "num_frozen"}
 
 
 def _shape(data: Any) -> ModelShape:
@@ -125,6 +126,8 @@ def _shape(data: Any) -> ModelShape:
     for name in _PER_HEAD & set(sizes):
         if len(sizes[name]) != heads:
             raise _bad(f"shape.{name}", f"has {len(sizes[name])} entries for {heads} heads", "Give one per head.")
+    if sizes.get("num_frozen", 0) > sizes["num_blocks"]:
+        raise _bad("shape.num_frozen", f"is more than the {sizes['num_blocks']} blocks", "Freeze fewer.")
     return ModelShape(**sizes)
 
 
@@ -143,9 +146,10 @@ def _sizes(data: Mapping[str, Any], kind: type, param: str) -> dict[str, Any]:
         if name in _PER_HEAD:
             if not isinstance(value, list | tuple):
                 raise _bad(f"{param}.{name}", "is not a list", "Give one number per head.")
-            sizes[name] = tuple(_whole(v, f"{param}.{name}.{i}", MOST_SIZE) for i, v in enumerate(value))
+            each = ((f"{param}.{name}.{i}", v) for i, v in enumerate(value))
+            sizes[name] = tuple(_whole(v, where, MOST_SIZE, int(name not in _MAY_BE_NONE)) for where, v in each)
         else:
-            fewest = 0 if name in ("norm_params", "trained_norm_params") else 1
+            fewest = int(name not in _MAY_BE_NONE)
             sizes[name] = _whole(value, f"{param}.{name}", MOST.get(name, MOST_SIZE), fewest)
     return sizes
 

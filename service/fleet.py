@@ -16,7 +16,7 @@ from scheduler.book import read_book
 from scheduler.devices import DeviceRecord
 from service.errors import ConflictError
 from service.schemas import Device, DeviceList, PreviewBody
-from workers.shapes import Entry, adapted, resized, shape_of
+from workers.shapes import Entry, resized, shape_of, trained
 
 STALE_S = 6 * 3600  # other jobs, heat and drivers change a device within hours
 
@@ -43,10 +43,8 @@ def read_live(path: Path) -> tuple[list[DeviceRecord], list[str]]:
 
 def question(body: PreviewBody, entry: Entry, live: Sequence[DeviceRecord]) -> dict[str, Any]:
     """What `scheduler.whatif` is asked. Raises UserError where the model cannot be built so."""
-    shape = shape_of(resized(entry, body.model_args, body.img_size), body.num_classes)
-    if body.method.lora is not None:
-        shape = adapted(shape, body.method.lora)
-    method, trains_embedding = body.method.to_plan(), body.train_embed and body.method.lora is None
+    shape = trained(shape_of(resized(entry, body.model_args, body.img_size), body.num_classes), body.method)
+    method, trains_embedding = body.method.to_plan(), body.train_embed and not body.method.freezes_embedding
     fleet: dict[str, Any] = {"records": [record.to_dict() for record in live]}
     if body.devices != "live":
         fleet = {"devices": [_spec(device) for device in body.devices]}

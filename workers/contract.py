@@ -14,7 +14,7 @@ from pydantic import Field, WithJsonSchema, field_validator, model_validator
 from workers.method import Frozen, Method
 
 DIGITS_MODEL = "d2ft_digits"
-DIGITS_RATE, RATE = 5e-4, 5e-5  # learning rates of the bundled model and of adapters, and of anything else
+DIGITS_RATE, RATE = 5e-4, 5e-5  # learning rates of the bundled model, adapters and classifiers; and of anything else
 # How the addresses of datasets begin; `workers.sources.address` looks at the rest.
 DATASET = r"digits\Z|dataset:[A-Za-z0-9]|(folder|parquet|webdataset)(:///|\+(s3|gs)://[^/])|torchvision:\w|hf:."
 HUB = "hf-hub:"
@@ -203,7 +203,7 @@ class JobSpec(Frozen):
 
     @property
     def trains_embedding(self) -> bool:
-        return self.train_embed and self.method.lora is None
+        return self.train_embed and not self.method.freezes_embedding
 
     @property
     def fewest_workers(self) -> int:
@@ -212,8 +212,8 @@ class JobSpec(Frozen):
 
     @property
     def filled_optimiser(self) -> Optimiser:
-        """The optimiser with a learning rate: the small bundled model and adapters bear more than other weights."""
-        bears_more = self.model == DIGITS_MODEL or self.method.lora is not None
+        """The optimiser with a learning rate: the bundled model, adapters and classifiers bear more than the rest."""
+        bears_more = self.model == DIGITS_MODEL or self.method.lora is not None or self.method.head_only
         rate = self.optimiser.learning_rate or (DIGITS_RATE if bears_more else RATE)
         return self.optimiser.model_copy(update={"learning_rate": rate})
 

@@ -90,6 +90,22 @@ class Lora(Frozen):
         return self.alpha / self.rank
 
 
+class Freeze(Frozen):
+    """What does not train: the embedding, and with it `blocks`, the first so many of them, or `trunk`.
+
+    The trunk is what the heads of a block share: norms, layer scales, output biases.
+    """
+
+    trunk: bool = False
+    blocks: Annotated[int, Field(ge=0, le=1024)] = 0
+
+    @model_validator(mode="after")
+    def _something(self) -> Freeze:
+        if not self.trunk and not self.blocks:
+            raise ValueError("freeze holds nothing still; set blocks or trunk, or leave it away")
+        return self
+
+
 class Method(Frozen):
     """How the work is chosen. Give one of `ratios`, `budgets` and `schedule`; none means all-FULL.
 
@@ -102,7 +118,8 @@ class Method(Frozen):
     same over a window: "training" which heads are FULL and which FORWARD, with SKIPs drawn for each step; "all" also
     which are SKIP; "none" nothing, every micro-batch is chosen for. `grain`: a worker's heads of a block sit out
     together ("coherent": that saves bytes), or each alone ("scattered"). `score` is what a head is worth; `skip_fill`
-    what a skipped head adds. Words not given are those of `HEAD_WORDS`. With `lora` adapters are trained instead.
+    what a skipped head adds. Words not given are those of `HEAD_WORDS`. With `lora` adapters are trained instead, with
+    `freeze` less of the model, with `head_only` the classifier's last layer alone.
     """
 
     type: Literal["d2ft"] = "d2ft"
@@ -115,6 +132,18 @@ class Method(Frozen):
     score: Literal["fisher", "gradient", "taylor", "weight", "activation", "random"] | None = None
     skip_fill: Literal["zero", "mean", "rescale"] | None = None
     lora: Lora | None = None
+    freeze: Freeze | None = None
+    head_only: bool = False
+
+    @model_validator(mode="after")
+    def _one_way_to_freeze(self) -> Method:
+        if self.head_only and (self.lora is not None or self.freeze is not None):
+            raise ValueError("with head_only nothing but the classifier trains; leave lora and freeze away")
+        if self.lora is not None and self.freeze is not None and self.freeze.trunk:
+            raise ValueError("with lora the trunk is frozen already; leave freeze.trunk away")
+        if self.head_only and self.words["strategy"] not in ("hardest", "full"):
+            raise ValueError("with head_only no head trains, so none can be chosen; leave strategy and its words away")
+        return self
 
     @model_validator(mode="after")
     def _no_heads_of_the_hardest(self) -> Method:
@@ -142,6 +171,10 @@ class Method(Frozen):
     def sorts_images(self) -> bool:
         """Whether the images of a step go into its micro-batches by what they lost last."""
         return self.words["strategy"] == "hardest" and self.leaves_out
+
+    @property
+    def freezes_embedding(self) -> bool:
+        return self.lora is not None or self.freeze is not None or self.head_only
 
     @property
     def leaves_out(self) -> bool:

@@ -68,7 +68,8 @@ class Cut:
 
 def cut_of(model: Model) -> Cut:
     """The cut of a supported model."""
-    block: Any = model.blocks[0]
+    blocks: Any = model.blocks
+    block = blocks[-1]  # the one that trains where any does
     attn, mlp, is_whole = block.attn, block.mlp, bound(block) is not None
     num_heads = 1 if is_whole else attn.num_heads
     head_dim = attn.proj.in_features // num_heads
@@ -79,11 +80,12 @@ def cut_of(model: Model) -> Cut:
         pieces = {"attn": _attn_pieces(attn, attn.num_heads * head_dim), "mlp": _mlp_pieces(mlp)}
     own = dict(block.named_parameters())
     frozen = {n for of in pieces.values() for n, each in of.items() if not own[each[0].key].requires_grad}
+    all_train = all(param.requires_grad for param in own.values())
     head_params = tuple(_of_head(own, pieces, head_dim, width, num_heads) for width in mlp_dims)
     around = {name: param for name, param in model.named_parameters() if not name.startswith("blocks.")}
     classifier = sum(param.numel() for name, param in around.items() if is_classifier(name))
     shape = ModelShape(
-        num_blocks=len(model.blocks),
+        num_blocks=len(blocks),
         num_heads=num_heads,
         dim=model.embed_dim,
         head_dim=head_dim,
@@ -96,8 +98,9 @@ def cut_of(model: Model) -> Cut:
         norm_params=sum(param.numel() for param in own.values()) - sum(head_params),
         classifier_params=classifier,
         mlp_matrices=3 if isinstance(mlp, GluMlp | SwiGLU) else 2,
+        num_frozen=_num_frozen(blocks),
     )
-    if frozen:
+    if not all_train:
         shape = replace(shape, **_trained(own, pieces, frozen, shape))
     return Cut(shape, pieces, is_whole, frozenset(frozen))
 
@@ -204,12 +207,23 @@ def _of_head(
 def _trained(
     own: Mapping[str, nn.Parameter], pieces: Mapping[str, Pieces], frozen: set[str], shape: ModelShape
 ) -> dict[str, Any]:
-    """What of a block trains where some of its slices are frozen."""
+    """What of a block trains where some of it is frozen."""
     left = {part: {n: each for n, each in of.items() if n not in frozen} for part, of in pieces.items()}
     per_head = tuple(_of_head(own, left, shape.head_dim, width, shape.num_heads) for width in shape.mlp_dims)
     of_heads = {piece.key for of in pieces.values() for each in of.values() for piece in each}
     shared = sum(param.numel() for key, param in own.items() if key not in of_heads and param.requires_grad)
-    return {"trained_head_params": per_head, "trained_norm_params": shared, "backward_weight": 1}
+    base_frozen = any(name.endswith("_w") for name in frozen) or not any(per_head)
+    return {
+        "trained_head_params": per_head,
+        "trained_norm_params": shared,
+        "backward_weight": 1 if base_frozen else shape.backward_weight,
+    }
+
+
+def _num_frozen(blocks: Any) -> int:
+    """How many of the first blocks have nothing that trains."""
+    idle = [not any(param.requires_grad for param in block.parameters()) for block in blocks]
+    return idle.index(False) if False in idle else len(idle)
 
 
 def _patch_dim(model: Any) -> int:

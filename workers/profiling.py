@@ -221,6 +221,8 @@ class _Stopwatch:
     def _update_us(self, num_heads: int) -> int:
         heads = [head for block in self.blocks for head in block.params.values()]
         trained = [p for head in heads[:num_heads] for p in head.values() if p.requires_grad]
+        if not trained:
+            return 1
         params = [p.detach().clone().requires_grad_() for p in trained]
         grads = [torch.zeros_like(p) for p in params]
         for param, grad in zip(params, grads, strict=True):

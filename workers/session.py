@@ -37,11 +37,11 @@ from workers.data import imbalance, open_dataset
 from workers.events import EventLog
 from workers.executor import Executor
 from workers.forward import ForwardPasses
+from workers.freezing import choose_trained
 from workers.gather import gather_json, gather_state
 from workers.keeper import Keeper
 from workers.ledger import Ledger
 from workers.liveworth import LiveWorth
-from workers.lora import attach
 from workers.manifest import Manifest, fingerprint
 from workers.model import build_model, model_input
 from workers.optimiser import Adam
@@ -145,8 +145,7 @@ class Session:
         self.input = model_input(probe)
         self.data = open_dataset(self.spec, self.input, progress=lambda: self.pulse.phase("prepare"))
         self.model = build_model(self.spec, len(self.data.classes))
-        if self.spec.method.lora is not None:
-            attach(self.model, self.spec.method.lora, self.spec.seed)
+        choose_trained(self.model, self.spec.method, self.spec.seed)
         self.shape = model_shape(self.model)
         self.step_shape = StepShape(self.spec.micro_batches, self.spec.micro_batch_size)
         self.transport.prepare(residual_bytes(self.shape, self.step_shape))

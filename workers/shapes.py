@@ -15,7 +15,7 @@ from typing import Any
 from scheduler.domain import ModelShape
 from scheduler.errors import UserError
 from workers.contract import ModelArg
-from workers.method import Lora
+from workers.method import Lora, Method
 
 POOLS = ("token", "avg")  # those that a request may ask for
 MAX_SIZE = 1 << 20  # of any one argument: more is a slip of the hand, and must not fill the memory
@@ -139,6 +139,35 @@ def check_rank(rank: int, most: int) -> None:
             param="method.lora.rank",
             remedy=f"Choose a rank of at most {most}; 4 to 64 are usual.",
         )
+
+
+def check_frozen_blocks(count: int, depth: int) -> None:
+    """Raises UserError where freezing so many blocks leaves none."""
+    if count >= depth:
+        raise UserError(
+            f"Freezing {count} blocks leaves none of the model's {depth} to train.",
+            code="freeze_blocks",
+            param="method.freeze.blocks",
+            remedy=f"Freeze at most {depth - 1}, or train the classifier alone: head_only.",
+        )
+
+
+def trained(shape: ModelShape, method: Method) -> ModelShape:
+    """The shape of a model of which `method` trains a part, as `partition.cut_of` counts it after `choose_trained`."""
+    if method.lora is not None:
+        shape = adapted(shape, method.lora)
+    if method.head_only:
+        none = (0,) * shape.num_heads
+        return replace(
+            shape, trained_head_params=none, trained_norm_params=0, backward_weight=1, num_frozen=shape.num_blocks
+        )
+    if method.freeze is None:
+        return shape
+    check_frozen_blocks(method.freeze.blocks, shape.num_blocks)
+    shape = replace(shape, num_frozen=method.freeze.blocks)
+    if method.freeze.trunk:
+        shape = replace(shape, trained_head_params=shape.head_params, trained_norm_params=0)
+    return shape
 
 
 def adapted(shape: ModelShape, lora: Lora) -> ModelShape:

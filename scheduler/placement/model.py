@@ -153,7 +153,7 @@ class _Model:
     """uses[r][p]: how many blocks of run r have row p; full[r, l][k]: block l is in run r and has k FULL heads.
 
     With `lengths` every run has so many blocks; without, and with several runs, blocks with few and with many FULL
-    heads may be in any run: a relaxation, which says what good lengths are.
+    heads may be in any run, but for frozen ones: a relaxation, which says what good lengths are.
     """
 
     def __init__(
@@ -177,6 +177,8 @@ class _Model:
             self.model.add(sum(use for place in places for use in self.uses[place]) == len(blocks))
         if losses is not None:
             self._worth(losses)
+        if lengths is None and instance.costs.shape.num_frozen:
+            self._frozen_first(instance.costs.shape.num_frozen)
 
     def _terms(self, worker: int, value: Any) -> Linear:
         """Σ over the rows in use of value(row, worker)."""
@@ -215,6 +217,17 @@ class _Model:
             for k in range(self.instance.num_heads + 1):
                 have = sum(use for row, use in pairs if row.num_full == k)
                 self.model.add(have == sum(self.full[b][k] for b in blocks if k in self.full[b]))
+
+    def _frozen_first(self, frozen: int) -> None:
+        """The first runs have the frozen blocks, whose rows have no FULL head."""
+        length: Linear = 0
+        idle: Linear = 0
+        for rows, uses in zip(self.rows[:-1], self.uses, strict=False):
+            length += sum(uses)
+            idle += sum(use for row, use in zip(rows, uses, strict=True) if not row.num_full)
+            fewest = self.model.new_int_var(0, frozen, "")
+            self.model.add_min_equality(fewest, [length, frozen])
+            self.model.add(idle >= fewest)
 
     def objective(self, at_least: int, below: int | None) -> None:
         """Minimise the proxy, which is known to be `at_least`, and wanted below `below`."""

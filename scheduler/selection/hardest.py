@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from scheduler.cost import Costs
-from scheduler.domain import Op, OpTable, Placement, SolverReport
+from scheduler.domain import ModelShape, Op, OpTable, Placement, SolverReport, held_frozen
 from scheduler.errors import InfeasibleError
 from scheduler.selection.draws import shortest
 from scheduler.selection.meter import Meter
@@ -35,22 +35,22 @@ def select_hardest(request: SelectionRequest, placement: Placement, costs: Costs
             raise starving(counts[0])
     else:
         counts = _within_budgets(request, Meter(placement, costs, request.embed_grad))
-    cycle = shortest([_table(placement, *count) for count in counts])
+    cycle = shortest([_table(costs.shape, *count) for count in counts])
     share = sum(full for full, _, _ in counts) / len(counts) / costs.step.num_micro_batches
     seconds = time.perf_counter() - began
     report = SolverReport("hardest images first", "PROVED", share, share, 0.0, seconds, f"{share:.0%} of a step FULL")
     return Selection(cycle, report)
 
 
-def _table(placement: Placement, full: int, forward: int, skip: int) -> OpTable:
+def _table(shape: ModelShape, full: int, forward: int, skip: int) -> OpTable:
     ops_M = np.repeat(np.array([Op.FULL, Op.FORWARD, Op.SKIP], dtype=np.int8), [full, forward, skip])
-    return np.tile(ops_M, (*placement.owner_LH.shape, 1))
+    return held_frozen(np.tile(ops_M, (shape.num_blocks, shape.num_heads, 1)), shape)
 
 
 def _within_budgets(request: SelectionRequest, meter: Meter) -> list[tuple[int, int, int]]:
     """(FULL, FORWARD, SKIP) micro-batches of each step of a cycle."""
     num = meter.num_micro_batches
-    tables = [_table(meter.placement, full, 0, num - full) for full in range(1, num + 1)]
+    tables = [_table(meter.costs.shape, full, 0, num - full) for full in range(1, num + 1)]
     flops, sent = [meter.flops(ops) for ops in tables], [meter.bytes(ops) for ops in tables]
     compute = 1.0 if request.compute is None else request.compute
     limits = [budget * full * (1 + 1e-12) for budget, full in ((compute, flops[-1]), (request.max_bytes, sent[-1]))]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from scheduler.domain import Op, OpTable, Placement, Scores, SolverReport
+from scheduler.domain import ModelShape, Op, OpTable, Placement, Scores, SolverReport, uniform_ops
 from scheduler.errors import InfeasibleError, UserError
 
 STRATEGIES = ("hardest", "hull", "cpsat", "two_stage", "random", "uniform", "full")
@@ -127,9 +127,9 @@ def heads_of(placement: Placement) -> list[Unit]:
     return [Unit(block, worker, (head,)) for block, row in owners for head, worker in enumerate(row)]
 
 
-def all_full(placement: Placement, num_micro_batches: int) -> Selection:
+def all_full(shape: ModelShape, num_micro_batches: int) -> Selection:
     """Every head FULL for every micro-batch."""
-    ops_LHM = np.full((*placement.owner_LH.shape, num_micro_batches), int(Op.FULL), dtype=np.int8)
+    ops_LHM = uniform_ops(shape, num_micro_batches, Op.FULL)
     return Selection((ops_LHM,), SolverReport("all-FULL", "EXACT", 1.0, 1.0, 0.0, 0.0))
 
 

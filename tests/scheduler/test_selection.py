@@ -278,7 +278,7 @@ def test_coherent_skips_save_bytes_as_well_as_compute(
 
 def test_all_full_is_worth_one() -> None:
     scores = random_scores(3, 4)
-    found = all_full(split(3, 4, 2), 5)
+    found = all_full(vit_shape(3, 4), 5)
     assert len(found.cycle) == 1
     assert worth_fraction(found.cycle, scores) == pytest.approx(1.0)
     for words in ({}, {"strategy": "full"}, {"compute": 1.0}, {"ratios": (5, 0, 0)}):
