@@ -14,7 +14,7 @@ Shapes: L blocks, H heads, B images, N tokens, D width, K head width, F hidden w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -24,6 +24,7 @@ from torch.utils.hooks import RemovableHandle
 
 from scheduler.scores import BY_SAMPLE, KINDS
 from workers.anatomy import Half, Model, halves
+from workers.lora import DOWN
 from workers.partition import Cut, cut_of, head_slices
 
 Batches = Iterable[tuple[Tensor, Tensor]]
@@ -93,10 +94,15 @@ def weight_sizes(model: Model) -> Tensor:
 
 
 def _gradient_sums(model: Model, batches: Batches, label_smoothing: float) -> tuple[Tensor, int]:
-    """(Σ over micro-batches of the norm of ∂(mean loss)/∂(head's weights), number of micro-batches)."""
+    """(Σ over micro-batches of the norm of ∂(mean loss)/∂(head's weights), number of micro-batches).
+
+    Of adapters W + s·B·A, which are still B = 0 and so change no output, ∂loss/∂B = s·∂loss/∂W·Aᵀ stands for the head:
+    its own rows of B, or its part of the B that its block shares. ∂loss/∂A is 0.
+    """
     cut = cut_of(model)
-    # Adapters are not run here, and at 0 have nothing to tell yet: what their matrices would learn stands for them.
-    keys = {piece.key for n, pieces in cut.slices.items() if not n.endswith(("_up", "_down")) for piece in pieces}
+    adapted = sorted({name.partition("_")[0] for name in cut.slices if name.endswith(("_up", "_down"))})
+    of_weights = [f"{name}_w" for name in adapted] or list(cut.slices)
+    keys = {piece.key for name in of_weights for piece in cut.slices[name]}
     wanted = [f"blocks.{block}.{key}" for block in range(cut.shape.num_blocks) for key in sorted(keys)]
     params = dict(model.named_parameters())
     total_LH, count = torch.zeros(cut.shape.num_blocks, cut.shape.num_heads, dtype=torch.float64), 0
@@ -104,7 +110,8 @@ def _gradient_sums(model: Model, batches: Batches, label_smoothing: float) -> tu
         for images_BCHW, labels_B in batches:
             loss = _loss(model, images_BCHW, labels_B, label_smoothing, "mean")
             grads = torch.autograd.grad(loss, [params[name] for name in wanted])
-            total_LH += _norms(dict(zip(wanted, grads, strict=True)), cut)
+            found = dict(zip(wanted, grads, strict=True))
+            total_LH += _adapter_norms(found, params, cut, adapted) if adapted else _norms(found, cut)
             count += 1
     return total_LH, count
 
@@ -199,6 +206,25 @@ def _norms(tensors: dict[str, Tensor], cut: Cut) -> Tensor:
         [_square(head_slices(tensors, block, head, cut)) for head in range(cut.shape.num_heads)]
         for block in range(cut.shape.num_blocks)
     ]
+    return torch.tensor(squares, dtype=torch.float64).sqrt()
+
+
+def _adapter_norms(
+    grads: Mapping[str, Tensor], params: Mapping[str, nn.Parameter], cut: Cut, adapted: Sequence[str]
+) -> Tensor:
+    """Norm of what each head adds to the gradients of its block's B, but for s, [L, H]; `grads` of the matrices."""
+
+    def square(block: int, head: int) -> float:
+        slices, of_up = head_slices(grads, block, head, cut), {}
+        own = head_slices(params, block, head, cut)
+        for name in adapted:
+            layer = cut.slices[f"{name}_w"][0].key.removesuffix(".weight")
+            down, module = own.get(f"{name}_down"), f"blocks.{block}.{layer}"
+            grad = slices[f"{name}_w"]
+            of_up[name] = grad @ params[f"{module}.{DOWN}"].T if down is None else grad.T @ down
+        return _square(of_up)
+
+    squares = [[square(block, head) for head in range(cut.shape.num_heads)] for block in range(cut.shape.num_blocks)]
     return torch.tensor(squares, dtype=torch.float64).sqrt()
 
 

@@ -11,16 +11,21 @@ import pytest
 import safetensors.torch
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from timm.layers import SwiGLU, SwiGLUPacked
+from torch.nn.utils import parametrize
 
 from scheduler.domain import Op, Placement, uniform_ops
 from scheduler.errors import UserError
 from tests.workers.engine import costs_for, gathered_gradients, images_and_labels, run_step, tiny_vit
+from tests.workers.judge import masked_loss
 from tests.workers.test_session import run_job, spec_of
 from workers.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, adapter, attach, merged
 from workers.method import Lora
 from workers.model import build_model
-from workers.partition import model_shape
+from workers.partition import cut_of, head_slices, model_shape
+from workers.scoring import score
 from workers.shapes import adapted
 
 BUILDS = {
@@ -93,6 +98,101 @@ def test_peft_and_the_merged_model_have_equal_logits(tmp_path, name):
         expected = judge(images)
         torch.testing.assert_close(whole(images), expected, rtol=0, atol=1e-10)
         assert (plain(images) - expected).abs().max() > 1e-3
+
+
+@settings(max_examples=12, deadline=None)
+@given(data=st.data())
+@pytest.mark.parametrize("name", sorted(BUILDS))
+def test_gradients_under_any_ops_are_those_of_masked_heads_whose_matrices_have_the_adapters_in_them(name, data):
+    lora = Lora(rank=2, alpha=3.0, targets=data.draw(st.sampled_from(TARGETS)))
+    plain, model = with_adapters(lora, **BUILDS[name])
+    shape, workers = model_shape(model), data.draw(st.integers(1, 3))
+    rng = np.random.default_rng(data.draw(st.integers(0, 10**6)))
+    grid = (shape.num_blocks, shape.num_heads)
+    ops, batches = rng.integers(0, 3, (*grid, 3)).astype(np.int8), images_and_labels(plain, 3, 2)
+    fill = data.draw(st.sampled_from(["zero", "rescale"]))
+    _, ran = run_step(
+        model, Placement.make(rng.integers(0, workers, grid), workers), ops, batches,
+        costs=costs_for(model, workers, 3, 2), embed_grad=False, skip_fill=fill,
+    )  # fmt: skip
+    judge, adapters = merging(plain, model, lora)
+    loss = masked_loss(judge, batches, ops, embed_grad=False, skip_fill=fill)
+    loss.backward()
+    assert ran[0][0].loss == pytest.approx(loss.item(), rel=1e-10)
+    found = gathered_gradients(model, [shard for _, shard in ran])
+    for key, param in adapters.items():
+        wanted = torch.zeros_like(param) if param.grad is None else param.grad
+        torch.testing.assert_close(found[key], wanted, **CLOSE, msg=key)
+
+
+def _rows(path, grad, block, head, cut):
+    return head_slices({f"{path}.lora_b": grad}, block, head, cut).values()
+
+
+def columns_of(path, cut):
+    """(begin, end) of every head's columns of a matrix that is cut so; of others all columns at once."""
+    name = {"proj": "proj_w", "fc2": "fc2_w"}.get(path.rpartition(".")[2])
+    if name is None:
+        return [(None, None)]
+    return [(cut.begin(name, h), cut.begin(name, h) + cut.width(name, h)) for h in range(cut.shape.num_heads)]
+
+
+def merging(plain, model, lora):
+    """(the plain model, each of whose targets is W + s·B·A of leaves; these leaves by name)."""
+    judge, adapters = copy.deepcopy(plain).requires_grad_(False), {}
+    for key, param in model.named_parameters():
+        if key.endswith(("lora_a", "lora_b")):
+            adapters[key] = param.detach().clone().requires_grad_()
+    for key, down in adapters.items():
+        if key.endswith("lora_a"):
+            layer = judge.get_submodule(key.removesuffix(".lora_a"))
+            parametrize.register_parametrization(layer, "weight", Added([(adapters[key[:-1] + "b"], down)], lora.scale))
+    return judge, adapters
+
+
+class Added(torch.nn.Module):
+    """W + s·B·A, for pairs (B, A) of neighbouring columns."""
+
+    def __init__(self, pairs, scale):
+        super().__init__()
+        self.pairs, self.scale = pairs, scale
+
+    def forward(self, weight):
+        columns = [up @ down for up, down in self.pairs]
+        return weight + self.scale * torch.cat(columns, 1)
+
+
+@pytest.mark.parametrize("targets", TARGETS, ids=str)
+@pytest.mark.parametrize("name", sorted(BUILDS))
+def test_the_gradient_score_is_what_heads_add_to_the_gradients_of_new_adapters(name, targets):
+    """A head alone, through adapters of its own rows or columns only, gets the gradient of B that it is said to add."""
+    lora = Lora(rank=2, alpha=2.0, targets=targets)
+    plain = tiny_vit(**BUILDS[name])
+    model = copy.deepcopy(plain)
+    attach(model, lora, seed=3)
+    batches = images_and_labels(plain, 2, 3)
+    added, _, samples = score(model, batches, "gradient")
+    cut, scale = cut_of(model), lora.scale
+    ups, judge = {}, copy.deepcopy(plain).requires_grad_(False)
+    for key, down in model.named_parameters():
+        if key.endswith("lora_a"):
+            path = key.removesuffix(".lora_a")
+            layer, bounds = judge.get_submodule(path), columns_of(path, cut)
+            # Of a matrix cut by columns every head gets a B of its own, else one is for all, by rows.
+            ups[path] = [torch.zeros(layer.out_features, 2).double().requires_grad_() for _ in bounds]
+            each = [(up, down.detach()[:, begin:end]) for up, (begin, end) in zip(ups[path], bounds, strict=True)]
+            parametrize.register_parametrization(layer, "weight", Added(each, scale))
+    expected = torch.zeros_like(added)
+    for images, labels in batches:
+        loss, squares = F.cross_entropy(judge(images), labels), torch.zeros_like(added)
+        for path, leaves in ups.items():
+            grads, block = torch.autograd.grad(loss, leaves, retain_graph=True), int(path.split(".")[1])
+            for head in range(cut.shape.num_heads):
+                mine = [grads[head]] if len(grads) > 1 else _rows(path, grads[0], block, head, cut)
+                squares[block, head] += sum(grad.square().sum() for grad in mine)
+        expected += squares.sqrt() / scale
+    assert samples == 2
+    torch.testing.assert_close(added, expected, rtol=1e-9, atol=1e-12)
 
 
 def test_a_new_adapter_changes_nothing_and_depends_on_the_seed_alone():
