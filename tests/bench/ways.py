@@ -53,6 +53,7 @@ def phases(strategy, *pairs):
 SCORES = ("fisher", "gradient", "taylor", "weight", "activation")
 HALF, FIFTH, THREE = mix(2, 3, 0), mix(1, 4, 0), mix(3, 0, 2)
 LOOSE = {"hold": "none", "grain": "scattered"}  # every head by itself, for every micro-batch
+LORA = {"lora": {"rank": 8}}
 WAYS = {
     FULL: Way(),
     "full fine-tuning, rate × 0.5": Way(rate=0.5),
@@ -64,6 +65,11 @@ WAYS = {
     "stopped at 40 %": Way(share=0.4),
     "3 of 5 micro-batches": Way(batches=3),
     "last 40 % of the blocks": Way(last=0.4),
+    **{f"LoRA of rank 8, rate × {rate:g}": Way(LORA, rate=rate) for rate in (1, 2, 4, 8, 20)},
+    "LoRA of rank 8, rate × 2, hardest 3F2S": Way({**LORA, **mix(3, 0, 2), "strategy": "hardest"}, rate=2.0),
+    "half of the blocks frozen": Way({"freeze": {"blocks": 3}}),
+    "trunk frozen": Way({"freeze": {"trunk": True}}),
+    "classifier alone, rate × 20": Way({"head_only": True}, rate=20.0),
     "hardest 4F1S": hardest(4, 0, 1),
     "hardest 3F2S": hardest(3, 0, 2),
     "hardest 3F1O1S": hardest(3, 1, 1),
