@@ -100,7 +100,16 @@ def test_of_a_measured_model_little_can_be_changed() -> None:
     st.sampled_from(POOLS),
 )
 def test_any_arguments_count_as_the_built_model_does(
-    heads: int, width: int, depth: int, side: int, patch: int, ratio: float, bias: bool, token: bool, registers: int, pool: str
+    heads: int,
+    width: int,
+    depth: int,
+    side: int,
+    patch: int,
+    ratio: float,
+    bias: bool,
+    token: bool,
+    registers: int,
+    pool: str,
 ) -> None:
     args: dict[str, Any] = {
         "num_heads": heads,
