@@ -221,7 +221,8 @@ class Supervisor:
         if step is Step.SUBMIT:
             await self._submit(attempt)
         elif step is Step.STOP:
-            await self._stop(attempt.submission_id, attempt.job_id, attempt.n)
+            cancelled = attempt.job_state is JobState.CANCELLING
+            await self._stop(attempt.submission_id, attempt.job_id, attempt.n, cancelled=cancelled)
         elif step is Step.ASK_PAUSE:
             run_dir = self._settings.attempt_dir(attempt.job_id, attempt.n)
             await asyncio.to_thread(control.ask, run_dir, control.PAUSE)
@@ -237,10 +238,13 @@ class Supervisor:
             await asyncio.to_thread(self._store.attempts.settle, attempt)
             self._trace(attempt)
 
-    async def _stop(self, submission_id: str, job_id: str | None, n: int | str | None) -> None:
+    async def _stop(
+        self, submission_id: str, job_id: str | None, n: int | str | None, *, cancelled: bool = False
+    ) -> None:
         """End a driver that nobody wants any more; its job is known unless Ray's word is all there is of it."""
         if job_id and n:
-            await asyncio.to_thread(runfiles.ask_end, self._settings.attempt_dir(job_id, int(n)))
+            run_dir = self._settings.attempt_dir(job_id, int(n))
+            await asyncio.to_thread(lambda: runfiles.ask_end(run_dir, cancelled=cancelled))
         await self._ray.stop(submission_id)
 
     async def _submit(self, attempt: Attempt) -> None:
