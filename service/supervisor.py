@@ -40,6 +40,7 @@ from workers import control
 from workers.contract import RunContext
 from workers.events import EVENTS_FILE
 from workers.logs import log_path
+from workers.sources.address import HOME_VARIABLE
 
 STOP_WAIT_S = 15
 SOON_S = 0.2
@@ -296,6 +297,7 @@ class Supervisor:
             "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # it costs a process; a lost worker is seen without it
             "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": f"{self._settings.start_timeout_s:g}",
             "OMP_NUM_THREADS": "1",
+            HOME_VARIABLE: str(self._settings.home),
             "HF_HUB_OFFLINE": "0" if self._settings.hub_downloads else "1",
             **({"MLFLOW_TRACKING_URI": uri} if (uri := self._settings.mlflow_tracking_uri) else {}),
             **package_env(),
