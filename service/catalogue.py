@@ -20,7 +20,7 @@ from service.settings import Settings
 from workers.shapes import Entry, read_entry
 
 log = logging.getLogger(__name__)
-FORMAT = 3  # of the file, as workers.catalog writes it
+FORMAT = 4  # of the file, as workers.catalog writes it
 Models = dict[str, Entry | str]  # name → its sizes, or why it cannot be trained
 
 

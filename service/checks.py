@@ -1,4 +1,4 @@
-"""What can be known wrong about a job when it is submitted: its model, weights and dataset.
+"""What can be known wrong about a job when it is submitted: its model, the model's arguments, weights and dataset.
 
 No torch: file headers and directory listings only. Every check returns the issues it found, remedies included; a path
 outside the roots is not looked at further.
@@ -16,7 +16,7 @@ from scheduler.errors import UserError
 from service.catalogue import Models
 from service.errors import InvalidRequestError, Issue
 from workers.contract import DIGITS_MODEL, HUB, JobSpec
-from workers.shapes import Entry
+from workers.shapes import Entry, resized
 from workers.sources.address import check_address, check_inside
 from workers.sources.opening import open_source
 
@@ -24,8 +24,8 @@ MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
 
 
 def needs_catalogue(spec: JobSpec) -> bool:
-    """The bundled model is known without timm, so that the first job need not wait for the catalogue."""
-    return spec.model != DIGITS_MODEL
+    """The bundled model as it is is known without timm, so that the first job need not wait for the catalogue."""
+    return spec.model != DIGITS_MODEL or bool(spec.model_args) or spec.img_size is not None
 
 
 def check_model(name: str, models: Models) -> list[Issue]:
@@ -44,6 +44,11 @@ def check_model(name: str, models: Models) -> list[Issue]:
         else "Take a vision transformer's name from timm.list_models('vit_*')."
     )
     return [Issue("model", f"There is no model '{name[:100]}'. {hint}", "unknown_model")]
+
+
+def check_arguments(spec: JobSpec, models: Models) -> list[Issue]:
+    """The model can be built with the job's arguments, as a plan of it would be told; it is one of `models`."""
+    return _issues(lambda: resized(sizes_of(spec.model, models), spec.model_args, spec.img_size))
 
 
 def sizes_of(name: str, models: Models) -> Entry:
@@ -112,7 +117,7 @@ def _bad_weights(message: str) -> UserError:
     return UserError(message, code="bad_weights", param="weights", remedy=remedy)
 
 
-def _issues(check: Callable[[], None]) -> list[Issue]:
+def _issues(check: Callable[[], object]) -> list[Issue]:
     try:
         check()
     except UserError as error:

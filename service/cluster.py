@@ -64,7 +64,7 @@ def start_head(home: Path, token_file: Path, *, num_cpus: int, num_gpus: int | N
             stdout=output,
             stderr=output,
             cwd=home,
-            env=_head_env(token_file),
+            env=_head_env(home, token_file),
             start_new_session=True,
         )
     return Head(process, f"http://127.0.0.1:{ports['dashboard-port']}", temp)
@@ -139,9 +139,10 @@ def _free_ports(count: int) -> list[int]:
             each.close()
 
 
-def _head_env(token_file: Path) -> dict[str, str]:
+def _head_env(home: Path, token_file: Path) -> dict[str, str]:
     return {
         **child_env(),
+        "D2FT_HOME": str(home),  # what runs on this machine keeps its copies of datasets there
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token_file),
         "RAY_USAGE_STATS_ENABLED": "0",

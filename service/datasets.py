@@ -28,15 +28,20 @@ Split = Literal["train", "test"]
 
 
 def describe(body: DatasetBody, roots: Sequence[str | Path]) -> dict[str, Any]:
-    """What the store notes of a dataset that is to be registered. Raises UserError about the field `uri`."""
+    """What the store notes of a dataset that is to be registered: of one that lies elsewhere only that it may.
+
+    Raises UserError about the field `uri`.
+    """
     try:
+        if check_address(body.uri, roots).store is not None:
+            return {"classes": [], "inspected_at": None}
         return _summary(_source(body.uri, roots))
     except UserError as error:
         raise UserError(_shown(error.message), code=error.code, param="uri", remedy=error.remedy) from None
 
 
 def describe_again(dataset: Dataset, roots: Sequence[str | Path]) -> dict[str, Any]:
-    """The same of one that is registered. Raises ConflictError where it is no dataset any more."""
+    """The same of one that is registered. Raises ConflictError where it is no dataset any more, or lies elsewhere."""
     return _summary(_source_now(dataset, roots))
 
 
@@ -88,10 +93,10 @@ def _source(uri: str, roots: Sequence[str | Path]) -> Source:
     address = check_address(uri, roots)
     if address.store is not None:
         raise UserError(
-            f"{address.url} lies in an object store, and only datasets on the server's disks are registered.",
-            code="remote_not_registered",
+            f"{address.url} is not inspected by the API, which has not the workers' credentials.",
+            code="remote_not_inspected",
             param="dataset",
-            remedy="Name its address in the job itself.",
+            remedy="Its workers look into it when a job begins, and the job says what is wrong.",
         )
     return open_source(address)
 

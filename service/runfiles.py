@@ -22,13 +22,13 @@ def write_context(run_dir: Path, context: RunContext) -> Path:
     return path
 
 
-def ask_end(run_dir: Path) -> None:
+def ask_end(run_dir: Path, *, cancelled: bool) -> None:
     """Have the driver end at once when it is stopped: it would write a checkpoint first.
 
     Where that cannot be left, it is stopped all the same.
     """
     with suppress(OSError):
-        control.ask(run_dir, control.CANCEL)
+        control.ask(run_dir, control.CANCEL if cancelled else control.END)
 
 
 def keep_log(path: Path, text: str) -> None:

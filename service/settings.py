@@ -11,6 +11,7 @@ All state lies under `home`:
                       tensorboard/
     storage/          Ray Train's own state; checkpoints/ID/, from which a job goes on;
                       scheduler/devices.json, what is known of the devices
+    cache/            copies of datasets that lie elsewhere, on this machine
     ray               link to Ray's temp directory
     logs/             ray.log, api.log, catalogue.log, planner.log
 """

@@ -40,6 +40,7 @@ from workers import control
 from workers.contract import RunContext
 from workers.events import EVENTS_FILE
 from workers.logs import log_path
+from workers.sources.address import HOME_VARIABLE
 
 STOP_WAIT_S = 15
 SOON_S = 0.2
@@ -221,7 +222,8 @@ class Supervisor:
         if step is Step.SUBMIT:
             await self._submit(attempt)
         elif step is Step.STOP:
-            await self._stop(attempt.submission_id, attempt.job_id, attempt.n)
+            cancelled = attempt.job_state is JobState.CANCELLING
+            await self._stop(attempt.submission_id, attempt.job_id, attempt.n, cancelled=cancelled)
         elif step is Step.ASK_PAUSE:
             run_dir = self._settings.attempt_dir(attempt.job_id, attempt.n)
             await asyncio.to_thread(control.ask, run_dir, control.PAUSE)
@@ -237,10 +239,13 @@ class Supervisor:
             await asyncio.to_thread(self._store.attempts.settle, attempt)
             self._trace(attempt)
 
-    async def _stop(self, submission_id: str, job_id: str | None, n: int | str | None) -> None:
+    async def _stop(
+        self, submission_id: str, job_id: str | None, n: int | str | None, *, cancelled: bool = False
+    ) -> None:
         """End a driver that nobody wants any more; its job is known unless Ray's word is all there is of it."""
         if job_id and n:
-            await asyncio.to_thread(runfiles.ask_end, self._settings.attempt_dir(job_id, int(n)))
+            run_dir = self._settings.attempt_dir(job_id, int(n))
+            await asyncio.to_thread(lambda: runfiles.ask_end(run_dir, cancelled=cancelled))
         await self._ray.stop(submission_id)
 
     async def _submit(self, attempt: Attempt) -> None:
@@ -292,6 +297,7 @@ class Supervisor:
             "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # it costs a process; a lost worker is seen without it
             "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": f"{self._settings.start_timeout_s:g}",
             "OMP_NUM_THREADS": "1",
+            HOME_VARIABLE: str(self._settings.home),
             "HF_HUB_OFFLINE": "0" if self._settings.hub_downloads else "1",
             **({"MLFLOW_TRACKING_URI": uri} if (uri := self._settings.mlflow_tracking_uri) else {}),
             **package_env(),

@@ -62,6 +62,21 @@ _KINDS = {
 }
 
 
+# What is foreign about timm's larger modules, in plain words; of the others their name has to do.
+_FOREIGN = {
+    "attention within windows": (
+        "swin_transformer", "swin_transformer_v2", "swin_transformer_v2_cr", "vision_transformer_sam", "davit", "gcvit",
+        "maxxvit",
+    ),
+    "convolutional stem": ("vision_transformer_hybrid", "levit", "vitamin", "xcit"),
+    "a convolutional network": (
+        "byobnet", "convnext", "cspnet", "densenet", "dla", "efficientnet", "ghostnet", "hrnet", "mobilenetv3", "nfnet",
+        "regnet", "resnet", "resnetv2", "senet", "vgg", "vovnet",
+    ),
+    "no attention": ("mlp_mixer",),
+}  # fmt: skip
+
+
 def halves(block: nn.Module) -> tuple[Half, Half]:
     """The attention half and the MLP half of a block that `refusal` lets through."""
     kind = _KINDS[type(block)]
@@ -120,7 +135,10 @@ def is_classifier(name: str) -> bool:
 def foreign_architecture(timm_name: str) -> str | None:
     """Why a timm name cannot be run, known from its module alone; None when it may."""
     module = timm.models.model_entrypoint(timm_name).__module__.rpartition(".")[2]
-    return None if module in MODULES else f"architecture {module} is not a plain vision transformer"
+    if module in MODULES:
+        return None
+    why = next((f" ({why})" for why, modules in _FOREIGN.items() if module in modules), "")
+    return f"architecture {module} is not a plain vision transformer{why}"
 
 
 def refusal(model: nn.Module) -> str | None:

@@ -7,6 +7,7 @@ run ended. What may be wanted:
     drain     the same, for a machine that is to be switched off: the job goes on elsewhere, and no failure is counted
     regroup   a checkpoint at the end of this window, and a group of another size
     cancel    nothing more: the driver ends as soon as it is told to, without a checkpoint
+    end       the same, for a run that nobody follows any more though its job is not cancelled
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from pathlib import Path
 from workers.disk import leave
 
 CONTROL_FILE = "control.json"
-PAUSE, DRAIN, REGROUP, CANCEL = "pause", "drain", "regroup", "cancel"
+PAUSE, DRAIN, REGROUP, CANCEL, END = "pause", "drain", "regroup", "cancel", "end"
 PAUSED_FILE = "paused.json"  # what rank 0 leaves for the driver when the group has stopped at a checkpoint
 
 

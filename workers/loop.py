@@ -42,7 +42,7 @@ from workers.muster import Recruiter, muster, resources_of
 from workers.poster import posting
 from workers.pulse import Account, accounts
 from workers.recovery import Losses, last_step
-from workers.tracking import tracked
+from workers.tracking import Trackers, tracked
 from workers.watch import STRIKE_S, Watchdog, strike_here
 
 RANK = "workers.rank"  # what a worker runs
@@ -56,11 +56,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         _LOG.info("job %s, attempt %d", context.job_id, context.attempt)
         hook = {"worker_process_setup_hook": early.HOOK}
         ray.init(namespace=actor.NAMESPACE, log_to_driver=True, logging_level=logging.WARNING, runtime_env=hook)
-        before = signal.signal(signal.SIGTERM, lambda *_: _switched_off(Path(context.run_dir)))
         if context.use_gpu is None:
             context = context.model_copy(update={"use_gpu": ray.cluster_resources().get("GPU", 0) > 0})
-        _emit(context, "phase", name="starting")
-        with tracked(context):
+        with tracked(context) as trackers:
+            before = signal.signal(signal.SIGTERM, lambda *_: _switched_off(Path(context.run_dir), trackers))
+            _emit(context, "phase", name="starting")
             try:
                 error = _attempt(context)
                 why = _paused(context)
@@ -83,9 +83,10 @@ class _SwitchedOffError(BaseException):
     """The driver is to end, and no step has been made that would be lost."""
 
 
-def _switched_off(run_dir: Path) -> None:
+def _switched_off(run_dir: Path, trackers: Trackers) -> None:
     """SIGTERM: the end at once for a job that is cancelled, else a checkpoint, which is asked for like a pause."""
-    if control.asked(run_dir) == control.CANCEL:
+    if (want := control.asked(run_dir)) in (control.CANCEL, control.END):
+        trackers.cut_off("cancelled" if want == control.CANCEL else "paused")
         os._exit(128 + signal.SIGTERM)  # what Ray runs for this driver ends with it
     _LOG.info("SIGTERM: this machine is to be switched off")
     if not any(account.phase == "train" for account in accounts(run_dir)):

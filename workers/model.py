@@ -28,6 +28,8 @@ from workers import bundled
 from workers.anatomy import Model, foreign_architecture, refusal
 from workers.contract import DIGITS_MODEL, HUB, JobSpec
 from workers.hub import located
+from workers.shapes import read_entry, resized
+from workers.sizing import entry_of, sizes_of
 
 CLASSIFIER_STD = 0.02
 # How timm fits a checkpoint to a model of its own: old names, positions and patches of another size.
@@ -83,6 +85,8 @@ def build_model(spec: JobSpec, num_classes: int, *, load: bool = True) -> Model:
     resolved = resolve(spec)
     _check_known(spec.model, resolved.timm_name)
     _refuse(spec.model, foreign_architecture(resolved.timm_name))
+    if spec.model_args or spec.img_size is not None:
+        _check_args(spec)
     with _seeded(spec.seed):
         model = _create(resolved, num_classes)
         _refuse(spec.model, refusal(model))
@@ -152,6 +156,17 @@ def _refuse(name: str, reason: str | None) -> None:
         )
 
 
+def _check_args(spec: JobSpec) -> None:
+    """Refuse what a plan would, by the entry that it counts by, which names the argument."""
+    with _BUILDING:
+        digits = spec.model == DIGITS_MODEL
+        entry = sizes_of(bundled.TIMM_NAME, **bundled.MODEL_ARGS).to_dict() if digits else entry_of(spec.model)
+    if isinstance(entry, str):
+        _refuse(spec.model, entry)
+    else:
+        resized(read_entry(entry), spec.model_args, spec.img_size)
+
+
 def _create(resolved: Resolved, num_classes: int) -> nn.Module:
     try:
         return timm.create_model(resolved.timm_name, pretrained=False, num_classes=num_classes, **resolved.model_args)
@@ -165,13 +180,15 @@ def _create(resolved: Resolved, num_classes: int) -> nn.Module:
         ) from error
 
 
-_DRAWING = threading.Lock()  # the generator is the process's: workers on threads would draw from each other's
+# The generator is the process's: workers on threads would draw from each other's. So are timm's classes, which
+# `sizing` has in hand for a moment.
+_BUILDING = threading.Lock()
 
 
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
     # No devices: models are built on the CPU, and forking every CUDA generator is slow.
-    with _DRAWING, torch.random.fork_rng(devices=[]):
+    with _BUILDING, torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         yield
 

@@ -17,7 +17,7 @@ from scheduler.errors import UserError
 from workers.contract import ModelArg
 from workers.method import Lora, Method
 
-POOLS = ("token", "avg")  # those that a request may ask for
+POOLS = ("token", "avg", "avgmax", "max", "map", "prr")  # those that a request may ask for
 MAX_SIZE = 1 << 20  # of any one argument: more is a slip of the hand, and must not fill the memory
 
 
@@ -56,12 +56,14 @@ class Measured:
     """A model as it was built: its shape, and what of it follows from the image's size.
 
     `position_params` per patch (0 without learnt positions); `has_tables` where every head learns a bias for each
-    relative position, as in BEiT.
+    relative position, as in BEiT. `pools` are what it may pool by without
+    another shape.
     """
 
     img_size: int
     patch_size: int
     in_chans: int
+    pools: tuple[str, ...]
     position_params: int
     has_tables: bool
     shape: ModelShape
@@ -72,7 +74,7 @@ class Measured:
         sizes = data["shape"].items()
         shape: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in sizes}
         own = {field.name: data[field.name] for field in fields(cls)}
-        return cls(**{**own, "shape": ModelShape(**shape)})
+        return cls(**{**own, "pools": tuple(own["pools"]), "shape": ModelShape(**shape)})
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -126,8 +128,16 @@ def shape_of(entry: Entry, num_classes: int) -> ModelShape:
         head_params=tuple(attn + width * (2 * dim + int(sizes.proj_bias)) for width in mlp_dims),
         embed_params=patch_dim * dim + dim + (prefix + positions) * dim,
         norm_params=trunk_widths * dim + (4 * head_dim if sizes.qk_norm else 0),
-        classifier_params=(2 * dim if sizes.final_norm else 0) + dim * num_classes + num_classes,
+        classifier_params=_pool_params(sizes) + (2 * dim if sizes.final_norm else 0) + dim * num_classes + num_classes,
     )
+
+
+def _pool_params(sizes: Sizes) -> int:
+    """Pooling by attention has a query that is learnt, projections, a norm and an MLP; the others have nothing."""
+    if sizes.global_pool != "map":
+        return 0
+    dim, hidden = sizes.embed_dim, int(sizes.embed_dim * sizes.mlp_ratio)
+    return 4 * dim**2 + 8 * dim + 2 * dim * hidden + hidden
 
 
 def check_rank(rank: int, most: int) -> None:
@@ -195,14 +205,17 @@ def adapted(shape: ModelShape, lora: Lora) -> ModelShape:
 _WHOLE = {"img_size": 1, "patch_size": 1, "in_chans": 1, "embed_dim": 1, "depth": 1, "num_heads": 1, "reg_tokens": 0}
 _NUMBERS = ("mlp_ratio", "init_values")
 _SWITCHES = ("qkv_bias", "qk_norm", "class_token")
-_OF_MEASURED = ("img_size", "in_chans", "depth")
+_OF_MEASURED = ("img_size", "in_chans", "depth", "global_pool")
 
 
 def _remeasured(entry: Measured, given: Mapping[str, Any]) -> Measured:
     for name in given:
         if name not in _OF_MEASURED:
             raise _bad(name, f"of this model only {', '.join(_OF_MEASURED)} can be changed")
-    changed = replace(entry, **{name: value for name, value in given.items() if name != "depth"})
+    pool = given.get("global_pool", entry.pools[0])
+    if pool not in entry.pools:
+        raise _bad("global_pool", f"'global_pool' of this model is {' or '.join(entry.pools)}, not '{pool}'")
+    changed = replace(entry, **{name: given[name] for name in ("img_size", "in_chans") if name in given})
     if changed.img_size < entry.patch_size:
         raise _bad("img_size", f"an image of {changed.img_size} px is smaller than a patch of {entry.patch_size} px")
     shape, side, before = entry.shape, changed.img_size // entry.patch_size, entry.img_size // entry.patch_size

@@ -4,7 +4,7 @@
                  └─► MLflow        the server of MLFLOW_TRACKING_URI, where that is set       (`mlflow_runs`)
 
 No step waits for this, and nothing that goes wrong here ends a run: what cannot be passed on is said once in the
-driver's log and tried again, a last time when the run has ended.
+driver's log and tried again, a last time when the run has ended. A run that is cut off has a moment for it, too.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from workers.events import EVENTS_FILE, read_events
 
 PERIOD_S = 5.0
 CLOSE_S = 15.0
+CUT_S = 3.0  # of a run that is cut off; a cancel is to have given all back within ten
 MAX_EVENTS = 1000  # handed over at once
 TENSORBOARD_DIR = "tensorboard"
 MLFLOW_URI = "MLFLOW_TRACKING_URI"
@@ -67,19 +68,42 @@ class Scalars:
         return [(name, float(value), self._step, event["at"]) for name, value in found if value is not None]
 
 
+class Trackers:
+    """The threads that follow one run."""
+
+    def __init__(self, threads: Sequence[_Thread]) -> None:
+        self._threads = threads
+
+    def close(self, within_s: float) -> None:
+        """Have them pass on what is left, and wait for that as long as is given."""
+        deadline = time.monotonic() + within_s
+        for thread in self._threads:
+            thread.closing.set()
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+
+    def cut_off(self, status: str, within_s: float = CUT_S) -> None:
+        """The process ends at once, with this as the outcome where the run has not told one; for a signal's handler.
+
+        A thread of its own does it, since the one that the handler has interrupted may hold a lock.
+        """
+        for thread in self._threads:
+            thread.status = status
+        if self._threads:
+            closing = threading.Thread(target=self.close, args=(within_s,), daemon=True)
+            closing.start()
+            closing.join(within_s)
+
+
 @contextmanager
-def tracked(context: RunContext, period_s: float = PERIOD_S, close_s: float = CLOSE_S) -> Iterator[None]:
+def tracked(context: RunContext, period_s: float = PERIOD_S, close_s: float = CLOSE_S) -> Iterator[Trackers]:
     """Pass on the run's events during the block, and what is left in the `close_s` behind it; never raises itself."""
     path = Path(context.run_dir) / EVENTS_FILE
-    threads = [_Thread(path, name, make, period_s) for name, make in _wanted(context)]
+    trackers = Trackers([_Thread(path, name, make, period_s) for name, make in _wanted(context)])
     try:
-        yield
+        yield trackers
     finally:
-        deadline = time.monotonic() + close_s
-        for thread in threads:
-            thread.closing.set()
-        for thread in threads:
-            thread.join(max(0.0, deadline - time.monotonic()))
+        trackers.close(close_s)
 
 
 def _wanted(context: RunContext) -> Iterator[tuple[str, Callable[[], Tracker]]]:
@@ -98,7 +122,9 @@ class _Thread(threading.Thread):
         super().__init__(name=f"tracking {name}", daemon=True)
         self.closing = threading.Event()
         self._path, self._make, self._period_s = path, make, period_s
+        self.status: str | None = None  # the outcome of a run that is cut off
         self._tracker: Tracker | None = None
+        self._told = False  # whether the run has said its outcome itself
         self._offset = 0
         self._warned = False
         self.start()
@@ -110,6 +136,8 @@ class _Thread(threading.Thread):
             try:
                 self._pass_on()
                 if closing and self._tracker is not None:
+                    if self.status is not None and not self._told:
+                        self._tracker.take([{"type": "outcome", "at": time.time(), "data": {"status": self.status}}])
                     self._tracker.close()
             except Exception as error:
                 self._failed(error)
@@ -119,6 +147,7 @@ class _Thread(threading.Thread):
             self._tracker = self._tracker or self._make()
             self._tracker.take([event for _, event in batch])
             self._offset = batch[-1][0]
+            self._told = self._told or any(event["type"] == "outcome" for _, event in batch)
 
     def _batch(self) -> list[tuple[int, Event]]:
         found: list[tuple[int, Event]] = []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from itertools import islice
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -25,18 +25,23 @@ def models(
     max_params: Annotated[int | None, typer.Option(help="With at most so many parameters.")] = None,
     limit: Annotated[int, typer.Option(min=1, help="How many.")] = 50,
     all_: Annotated[bool, typer.Option("--all", help="All of them.")] = False,
+    refused: Annotated[bool, typer.Option("--refused", help="Those that cannot be trained, and why.")] = False,
+    every: Annotated[bool, typer.Option("--every", help="Both, with the reason of those that cannot.")] = False,
     url: Url = None,
     json_: Json = False,
 ) -> None:
-    """List the models that can be trained, or show one."""
+    """List the models that can be trained, or the others and why they cannot, or show one."""
+    if refused and every:
+        raise typer.BadParameter("--refused and --every exclude each other.")
+    supported: Literal["true", "false", "all"] = "false" if refused else "all" if every else "true"
     with connected(url) as client:
         if name is not None:
             _show_model(client.model(name), json_)
             return
-        known = client.models(search=search, min_params=min_params, max_params=max_params)
+        known = client.models(search=search, supported=supported, min_params=min_params, max_params=max_params)
         found = list(known if all_ else islice(known, limit + 1))
     shown = found if all_ else found[:limit]
-    talk.put_json_list(shown) if json_ else _put_models(shown)
+    talk.put_json_list(shown) if json_ else _put_models(shown, reasons=refused or every)
     if len(found) > len(shown):
         talk.say("There are more: --limit, --search, or --all.")
 
@@ -60,18 +65,21 @@ def list_datasets(
 @command("add", of=datasets_app)
 def add_dataset(
     name: Annotated[str, typer.Argument(metavar="NAME", help="For --dataset dataset:NAME.")],
-    folder: Annotated[str, typer.Argument(metavar="FOLDER", help="On the server's machine, or folder:///path.")],
+    folder: Annotated[str, typer.Argument(metavar="FOLDER", help="On the server's machine, or an address.")],
     url: Url = None,
     json_: Json = False,
 ) -> None:
-    """Register an image folder: train/CLASS/*.jpg, and test/ or val/ beside it."""
+    """Register an image folder, train/CLASS/*.jpg and test/ or val/ beside it, or the address of another kind."""
     with connected(url) as client:
         made = client.add_dataset(name, dataset_uri(folder))
     if json_:
         talk.put_json(made)
         return
     talk.put(made.id)
-    talk.say(f"{made.num_classes} classes, {made.num_train} images to train, {made.num_test} to test.")
+    if made.inspected_at is None:
+        talk.say("Not inspected by the API: the workers look into it when a job begins.")
+    else:
+        talk.say(f"{made.num_classes} classes, {made.num_train} images to train, {made.num_test} to test.")
     talk.say(f"Train on it with: d2ft submit --dataset dataset:{made.name}")
 
 
@@ -120,19 +128,21 @@ def remove_dataset(dataset: DatasetId, yes: Yes = False, url: Url = None, json_:
     talk.put_json(gone) if json_ else talk.put(f"{gone.id}  removed")
 
 
-def _put_models(found: list[Model]) -> None:
+def _put_models(found: list[Model], *, reasons: bool) -> None:
     rows = (
-        (each.id, f"{each.params / 1e6:.1f} M", each.blocks, each.heads, each.dim, each.img_size, _memory(each))
+        (each.id, _params(each), each.blocks, each.heads, each.dim, each.img_size, _memory(each), each.reason)
         for each in found
     )
-    talk.put_rows(("name", "params", "blocks", "heads", "dim", "image", "memory"), rows)
+    columns = ("name", "params", "blocks", "heads", "dim", "image", "memory", "reason")
+    shown = columns if reasons else columns[:-1]
+    talk.put_rows(shown, (row[: len(shown)] for row in rows))
 
 
 def _show_model(model: Model, json_: bool) -> None:
     if json_:
         talk.put_json(model)
         return
-    fields = model.model_dump(exclude={"object", "memory_bytes"})
+    fields = model.model_dump(exclude={"object", "supported", "reason", "memory_bytes"})
     talk.put_fields({**fields, "memory": _memory(model)})
 
 
@@ -144,5 +154,9 @@ def _show_dataset(dataset: Dataset, json_: bool) -> None:
     talk.put_rows(("class", "train", "test"), ((each.name, each.num_train, each.num_test) for each in dataset.classes))
 
 
-def _memory(model: Model) -> str:
-    return f"{model.memory_bytes / 1e9:.2f} GB"
+def _params(model: Model) -> str | None:
+    return None if model.params is None else f"{model.params / 1e6:.1f} M"
+
+
+def _memory(model: Model) -> str | None:
+    return None if model.memory_bytes is None else f"{model.memory_bytes / 1e9:.2f} GB"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypedDict, TypeVar
+from typing import Any, Generic, Literal, TypedDict, TypeVar
 from urllib.parse import quote
 
 from pydantic import BaseModel
@@ -107,9 +107,10 @@ class JobFilter(TypedDict, total=False):
 
 
 class ModelFilter(TypedDict, total=False):
-    """Which models to list: a part of the name, bounds on the number of parameters."""
+    """Which models to list: a part of the name, whether they can be trained, bounds on the number of parameters."""
 
     search: str | None
+    supported: Literal["true", "false", "all"]
     min_params: int | None
     max_params: int | None
 

@@ -171,7 +171,7 @@ class Client:
         return self._ask(calls.list_devices())
 
     def models(self, **wanted: Unpack[ModelFilter]) -> Iterator[Model]:
-        """The models that can be trained, page by page."""
+        """The models that can be trained, or, by `supported`, the others and why they cannot; page by page."""
         return self._iterate(flows.pages(lambda after: calls.list_models(after, wanted), self._patience))
 
     def model(self, name: str) -> Model:

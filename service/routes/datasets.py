@@ -8,6 +8,7 @@ from typing import Annotated
 from fastapi import APIRouter, Query, Response
 
 from service.datasets import Split, describe, describe_again, show
+from service.kept import Kept
 from service.routes.world import PROBLEM, ByCaller, InWorld, Limit
 from service.schemas import Dataset, DatasetBody, Page, SampleList
 from service.store import DatasetQuery
@@ -19,7 +20,12 @@ router = APIRouter(tags=["datasets"], responses=PROBLEM)
 
 @router.post("/datasets", status_code=201, response_model=Dataset)
 def register_dataset(body: DatasetBody, world: InWorld, caller: ByCaller, response: Response) -> Dataset:
-    """Give a dataset a name; the same name and address again are listed anew and answered with 200."""
+    """Give a dataset a name; the same name and address again are listed anew and answered with 200.
+
+    One in an object store or at the hub is not inspected: it has to lie under the roots, and workers look when a job
+    begins.
+    """
+    Kept(world.settings, world.store, caller).check_dataset(body.uri)
     made, fresh = world.store.datasets.register(body, describe(body, world.settings.all_roots), caller)
     response.headers["Location"] = f"/v1/datasets/{made.id}"
     if not fresh:

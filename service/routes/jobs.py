@@ -8,9 +8,10 @@ from typing import Annotated, Literal
 from fastapi import APIRouter, Header, Query, Request, Response
 
 from scheduler.errors import UserError
-from service.checks import check_model, check_paths, needs_catalogue
+from service.checks import check_arguments, check_model, check_paths, needs_catalogue
 from service.datasets import resolved
 from service.errors import InvalidRequestError, Issue
+from service.kept import Kept
 from service.lifecycle import JobState
 from service.results import with_weights
 from service.routes.world import PROBLEM, ByCaller, InWorld, Limit, World
@@ -40,7 +41,7 @@ async def create_job(
             # What was accepted once is not looked at again: its files may be gone by now.
             known = await asyncio.to_thread(lambda: jobs.replay(spec, owner=owner, idempotency_key=idempotency_key))
         if known is None:
-            await _check(world, spec)
+            await _check(world, spec, caller)
     if known is None:
         made, fresh = await jobs.create_together(spec, owner=owner, idempotency_key=idempotency_key, trace=trace)
     else:
@@ -125,13 +126,15 @@ def _names_files(spec: JobSpec) -> bool:
     return needs_catalogue(spec) or spec.weights is not None or spec.dataset != "digits"
 
 
-async def _check(world: World, spec: JobSpec) -> None:
+async def _check(world: World, spec: JobSpec, caller: Caller) -> None:
     """Raise InvalidRequestError with everything that is wrong with the job's model, weights and dataset."""
     issues = []
     if needs_catalogue(spec):
-        issues += check_model(spec.model, await world.catalogue.models())
+        models = await world.catalogue.models()
+        issues += check_model(spec.model, models) or check_arguments(spec, models)
     if spec.weights is not None or spec.dataset != "digits":
-        issues += await asyncio.to_thread(check_paths, spec, world.settings.all_roots)
+        kept = Kept(world.settings, world.store, caller)
+        issues += await asyncio.to_thread(lambda: kept.check(spec) or check_paths(spec, world.settings.all_roots))
     if issues:
         raise InvalidRequestError(issues)
 

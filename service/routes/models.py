@@ -1,9 +1,9 @@
-"""Models: those of timm's that can be trained here, with what they weigh."""
+"""Models: those of timm's that can be trained here, with what they weigh, and why the others cannot."""
 
 from __future__ import annotations
 
 from bisect import bisect_right
-from typing import Annotated
+from typing import Annotated, Literal
 
 from fastapi import APIRouter, Query
 
@@ -25,19 +25,28 @@ router = APIRouter(tags=["models"], responses=PROBLEM)
 async def list_models(
     world: InWorld,
     search: Annotated[str | None, Query(max_length=200, description="Part of the name, in any case")] = None,
+    supported: Annotated[
+        Literal["true", "false", "all"],
+        Query(description="Those that can be trained, those that cannot, with the reason, or every name of timm's"),
+    ] = "true",
     min_params: Params = None,
     max_params: Params = None,
     after: Annotated[str | None, Query(max_length=200)] = None,
     limit: Limit = 20,
 ) -> Page[Model]:
-    """Models that can be trained, by name."""
+    """Models by name: those that can be trained, unless asked otherwise; bounds are for those whose size is known."""
     part = (search or "").lower()
     known = await world.catalogue.models()
+    wanted = {"true": (True,), "false": (False,), "all": (True, False)}[supported]
     models = [
-        _model(name, sizes) for name, sizes in known.items() if not isinstance(sizes, str) and part in name.lower()
+        _refused(name, entry) if isinstance(entry, str) else _model(name, entry)
+        for name, entry in known.items()
+        if part in name.lower() and (not isinstance(entry, str)) in wanted
     ]
-    low, high = min_params or 0, 2**63 if max_params is None else max_params
-    found = sorted((each for each in models if low <= each.params <= high), key=lambda each: each.id)
+    if min_params is not None or max_params is not None:
+        low, high = min_params or 0, 2**63 if max_params is None else max_params
+        models = [each for each in models if each.params is not None and low <= each.params <= high]
+    found = sorted(models, key=lambda each: each.id)
     start = bisect_right(found, after or "", key=lambda each: each.id)
     shown = found[start : start + limit]
     return page(shown, [each.id for each in shown], more=len(found) > start + limit)
@@ -50,6 +59,10 @@ async def get_model(name: str, world: InWorld) -> Model:
     for issue in check_model(name, known):
         raise NotFoundError(issue.message, code=issue.code, param="name")
     return _model(name, sizes_of(name, known))
+
+
+def _refused(name: str, reason: str) -> Model:
+    return Model(id=name, supported=False, reason=reason)
 
 
 def _model(name: str, sizes: Entry) -> Model:

@@ -31,7 +31,8 @@ class DatasetClass(Wire):
 class Dataset(Wire):
     """A registered dataset, as it was listed when it was registered or inspected last.
 
-    `classes` is left away in lists of datasets.
+    `classes` is left away in lists of datasets. Into one in an object store or at the hub the API does not look: its
+    counts and `inspected_at` are null, and what is wrong with it a job's workers say when they begin.
     """
 
     id: str
@@ -39,12 +40,12 @@ class Dataset(Wire):
     owner: str | None = None
     name: str
     uri: str
-    num_classes: int
-    num_train: int
-    num_test: int
+    num_classes: int | None = None
+    num_train: int | None = None
+    num_test: int | None = None
     classes: list[DatasetClass] = Field(default_factory=list)
     created_at: int
-    inspected_at: int
+    inspected_at: int | None = None
 
 
 class Sample(Wire):
@@ -94,16 +95,18 @@ class Model(Wire):
     """A timm model that can be trained: its shape, and the memory that one worker would need for all of it.
 
     `memory_bytes` is weights, gradients and AdamW's two moments in float32, without activations. Its weights are not
-    downloaded: a job names a local file.
+    downloaded: a job names a local file. Of one that is not `supported`, `reason` says why, and no size is known.
     """
 
     id: str
     object: Literal["model"] = "model"
-    params: int
-    blocks: int
-    heads: int
-    dim: int
-    img_size: int
-    patch_size: int
-    in_chans: int
-    memory_bytes: int
+    supported: bool = True
+    reason: str | None = None
+    params: int | None = None
+    blocks: int | None = None
+    heads: int | None = None
+    dim: int | None = None
+    img_size: int | None = None
+    patch_size: int | None = None
+    in_chans: int | None = None
+    memory_bytes: int | None = None

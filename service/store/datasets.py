@@ -140,14 +140,15 @@ def _check_room(session: Session, owner: str) -> None:
 
 def _view(session: Session, row: DatasetRow, *, brief: bool = False) -> Dataset:
     classes = [DatasetClass(**each) for each in row.summary["classes"]]
+    seen = row.summary["inspected_at"] is not None
     return Dataset(
         id=row.id,
         owner=owner_name(session, row.owner),
         name=row.name,
         uri=row.uri,
-        num_classes=len(classes),
-        num_train=sum(each.num_train for each in classes),
-        num_test=sum(each.num_test for each in classes),
+        num_classes=len(classes) if seen else None,
+        num_train=sum(each.num_train for each in classes) if seen else None,
+        num_test=sum(each.num_test for each in classes) if seen else None,
         classes=[] if brief else classes,
         created_at=int(row.created_at),
         inspected_at=row.summary["inspected_at"],

@@ -217,6 +217,11 @@ def test_datasets_and_models(run: Run, pets: Path) -> None:
     names = json.loads(run("models", "--min-params", "10000000", "--json").stdout)["data"]
     assert [model["id"] for model in names] == ["vit_large_patch16_224", "vit_small_patch16_224"]
     assert "There are more" in run("models", "--limit", "1").stderr
+    refused = run("models", "--refused").stdout
+    assert "resnet50" in refused and "reason" in refused and "architecture resnet" in refused and "vit_" not in refused
+    every = run("models", "--every").stdout
+    assert "architecture resnet" in every and "vit_tiny_patch16_224" in every and "GB" in every
+    assert "reason" not in run("models").stdout and run("models", "--refused", "--every").exit_code == 2
     assert "vit_tiny" in run("models", "vit_tiny_patch16_224").stdout and run("models", "resnet50").exit_code == 3
 
 

@@ -93,8 +93,28 @@ def test_object_stores_are_open_as_far_as_the_operator_says(tmp_path: Path, monk
     with TestClient(app, base_url=URL) as api:
         api.headers["Authorization"] = f"Bearer {read_secret(settings.home / 'key')}"
         assert api.post("/v1/jobs", json={"dataset": "parquet+gs://open/pets"}).status_code == 201
-        refused = problem(api.post("/v1/datasets", json={"name": "x", "uri": "folder+gs://open/pets"}), 422)
-        assert refused["code"] == "remote_not_registered"
+
+
+@pytest.mark.parametrize("uri", ["folder+s3://data/sets/pets", f"hf:ann/pets@{'0' * 40}"])
+def test_datasets_that_lie_elsewhere_are_registered_without_a_look(settings: Settings, uri: str) -> None:
+    told = settings.model_copy(update={"roots": ("s3://data/sets", "hf://ann")})
+    with TestClient(create_app(told, supervise=False), base_url=URL) as api:
+        api.headers["Authorization"] = f"Bearer {read_secret(settings.home / 'key')}"
+        answer = api.post("/v1/datasets", json={"name": "pets", "uri": uri})
+        assert answer.status_code == 201, answer.text
+        made = answer.json()
+        unknown = ("num_classes", "num_train", "num_test", "inspected_at")
+        assert made["uri"] == uri and made["classes"] == [] and all(made[name] is None for name in unknown)
+        assert api.post("/v1/datasets", json={"name": "pets", "uri": uri}).status_code == 200
+        assert api.get("/v1/datasets").json()["data"] == [made] and api.get("/v1/datasets/pets").json() == made
+        for answer in (api.post("/v1/datasets/pets/inspect"), api.get("/v1/datasets/pets/samples")):
+            found = problem(answer, 409)
+            assert found["code"] == "remote_not_inspected" and "when a job begins" in found["detail"]
+        assert api.post("/v1/jobs", json={"dataset": "dataset:pets"}).json()["dataset"] == uri
+        for outside in ("folder+s3://data/other", "folder+gs://data/sets", f"hf:bob/pets@{'0' * 40}"):
+            found = problem(api.post("/v1/datasets", json={"name": "x", "uri": outside}), 422)
+            assert (found["code"], found["param"]) == ("outside_roots", "uri")
+        assert api.delete("/v1/datasets/pets").status_code == 200
 
 
 def test_flags_say_all_of_a_dataset() -> None:

@@ -214,6 +214,15 @@ def test_a_cancelled_driver_is_told_to_end_at_once_before_it_is_stopped(bench: B
     assert told == [{"want": "cancel"}] and bench.job(job_id).status == "cancelled"
 
 
+def test_a_run_that_is_paused_before_it_trains_is_not_told_that_its_job_is_cancelled(bench: Bench) -> None:
+    job_id = bench.submit(steps=4)
+    bench.looks()
+    bench.store.actions.pause(job_id)
+    control = bench.settings.attempt_dir(job_id, 1) / "control.json"
+    bench.looks(2)
+    assert json.loads(control.read_text()) == {"want": "end"} and bench.job(job_id).status == "paused"
+
+
 def test_a_driver_is_stopped_though_nothing_can_be_left_for_it(bench: Bench) -> None:
     orphan = {"home": str(bench.settings.home), "job_id": "gone", "attempt": "1"}
     bench.ray.jobs = {"job-gone-a1": {"submission_id": "job-gone-a1", "status": "RUNNING", "metadata": orphan}}

@@ -35,6 +35,7 @@ def test_a_queued_job_becomes_one_ray_job_with_its_context(bench: Bench) -> None
     assert sent["entrypoint"].endswith(f"-m workers.loop --context {path}")
     env = sent["runtime_env"]["env_vars"]
     assert env["RAY_JOB_STOP_SIGNAL"] == "SIGTERM" and env["OMP_NUM_THREADS"] == "1" and env["PYTHONPATH"]
+    assert env["D2FT_SERVICE_HOME"] == str(bench.settings.home)
     context = RunContext.model_validate_json(path.read_text())
     assert context.job_id == job_id and context.spec.steps == 3 and not context.use_gpu
     assert path.stat().st_mode & 0o077 == 0

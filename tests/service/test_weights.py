@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 from starlette.testclient import TestClient
 
+from service.app import create_app
+from service.home import read_secret
 from service.settings import Settings
+from tests.service.conftest import URL
 from tests.service.results import fill_result, tiny_spec
 from tests.service.test_routes import problem
+from tests.service.test_thumbnails import draw
 from tests.service.walk import key_for, store_of
 
 Submit = Callable[..., str]
@@ -87,6 +92,51 @@ def test_what_is_anothers_is_not_there_not_even_for_an_administrator(
         refused(asked, "weights_job_not_found")
         assert asked.json()["detail"].replace(hers, "") == none.json()["detail"].replace(f"{hers[:-1]}x", "")
     assert api.post("/v1/jobs", json=body(f"job:{hers}"), headers=ann).status_code == 201
+
+
+def test_the_path_of_a_result_is_its_owners_alone(
+    api: TestClient, succeeded: Callable[..., str], settings: Settings
+) -> None:
+    ann, bob = key_for(api, "ann"), key_for(api, "bob")
+    hers = succeeded(headers=ann)
+    path = settings.attempt_dir(hers, 1) / "result" / "model.safetensors"
+    link = settings.home / "link.safetensors"
+    link.symlink_to(path)
+    for headers in (bob, dict(api.headers)):
+        for given in (path, link, path.parent / "none.safetensors", settings.home / "jobs/../jobs" / hers / "a1/x"):
+            found = refused(api.post("/v1/jobs", json=body(str(given)), headers=headers), "kept_by_service")
+            assert "job:ID" in found["detail"]
+    assert api.post("/v1/jobs", json=body(str(path)), headers=ann).status_code == 201  # a copied spec goes on working
+    own = settings.home / "mine.safetensors"
+    own.write_bytes(path.read_bytes())
+    assert api.post("/v1/jobs", json=body(str(own)), headers=bob).status_code == 201
+
+
+def test_nothing_that_the_service_keeps_is_weights_or_a_dataset(
+    api: TestClient, succeeded: Callable[..., str], settings: Settings
+) -> None:
+    hers = succeeded(headers=key_for(api, "ann"))
+    for kept in ("cache/x", "logs", "ray/x", "storage/x", f"storage/checkpoints/{hers}/step-1", "jobs", f"jobs/{hers}"):
+        path = settings.home / kept
+        refused(api.post("/v1/jobs", json=body(f"{path}/m.safetensors")), "kept_by_service")
+        for uri in (f"folder://{path}", f"webdataset://{path}/x.tar", f"torchvision:MNIST?root={path}"):
+            found = problem(api.post("/v1/jobs", json={"dataset": uri}), 422)
+            assert (found["code"], found["param"]) == ("kept_by_service", "dataset")
+            found = problem(api.post("/v1/datasets", json={"name": "x", "uri": uri}), 422)
+            assert (found["code"], found["param"]) == ("kept_by_service", "uri")
+
+
+def test_a_storage_of_its_own_is_open_but_for_its_checkpoints(settings: Settings, models: object, home: Path) -> None:
+    shared = home.parent / "shared"
+    told = settings.model_copy(update={"storage_path": shared, "roots": (shared,)})
+    for folder in ("sets", "checkpoints/x"):
+        draw(shared / folder / "train/cat/1.png")
+        draw(shared / folder / "train/dog/1.png")
+    with TestClient(create_app(told, supervise=False), base_url=URL) as api:
+        api.headers["Authorization"] = f"Bearer {read_secret(home / 'key')}"
+        assert api.post("/v1/jobs", json={"dataset": f"folder://{shared}/sets"}).status_code == 201
+        found = problem(api.post("/v1/jobs", json={"dataset": f"folder://{shared}/checkpoints/x"}), 422)
+        assert found["code"] == "kept_by_service"
 
 
 def test_a_job_without_weights_and_a_path_that_leads_away_are_refused(

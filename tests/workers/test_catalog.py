@@ -11,7 +11,7 @@ import pytest
 import timm
 
 import service.catalogue
-from workers import catalog
+from workers import anatomy, catalog
 from workers.contract import DIGITS_MODEL
 from workers.shapes import Measured, read_entry
 
@@ -21,6 +21,9 @@ SOME = [
     "eva02_tiny_patch14_224",
     "deit_tiny_distilled_patch16_224",
     "resnet50",
+    "swin_tiny_patch4_window7_224",
+    "vit_small_r26_s32_224",
+    "cait_xxs24_224",
 ]
 
 
@@ -41,7 +44,12 @@ def test_some_known_models_are_judged_rightly(monkeypatch: pytest.MonkeyPatch) -
     )
     assert built["models"] == {
         "deit_tiny_distilled_patch16_224": "architecture VisionTransformerDistilled is not a plain vision transformer",
-        "resnet50": "architecture resnet is not a plain vision transformer",
+        "resnet50": "architecture resnet is not a plain vision transformer (a convolutional network)",
+        "swin_tiny_patch4_window7_224": "architecture swin_transformer is not a plain vision transformer"
+        " (attention within windows)",
+        "vit_small_r26_s32_224": "architecture vision_transformer_hybrid is not a plain vision transformer"
+        " (convolutional stem)",
+        "cait_xxs24_224": "architecture cait is not a plain vision transformer",
     }
 
 
@@ -57,6 +65,12 @@ def test_the_command_covers_every_name_that_timm_registers(
     assert len(supported) > 220
     assert f"{len(supported)} of {len(models)} models work" in capsys.readouterr().out
     assert catalog.table(models) in Path("workers/README.md").read_text()
+
+
+def test_every_module_that_is_called_foreign_is_one_of_timms() -> None:
+    modules = {timm.models.model_entrypoint(name).__module__.rpartition(".")[2] for name in timm.list_models()}
+    named = [module for modules in anatomy._FOREIGN.values() for module in modules]
+    assert set(named) <= modules - anatomy.MODULES and len(named) == len(set(named))
 
 
 def test_the_file_is_readable_by_all_and_written_whole_or_not_at_all(

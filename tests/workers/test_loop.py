@@ -28,6 +28,7 @@ from workers import control, failures, loop, muster, rank
 from workers.contract import JobSpec, RunContext
 from workers.events import EventLog, read_events
 from workers.pulse import Pulse, accounts
+from workers.tracking import Trackers
 
 
 def context_of(tmp_path, **spec):
@@ -176,23 +177,25 @@ def test_a_group_that_makes_room_for_more_is_no_loss(tmp_path, monkeypatch):
 
 def test_a_machine_that_is_switched_off_asks_for_a_checkpoint_once_there_is_training(tmp_path):
     with pytest.raises(loop._SwitchedOffError):
-        loop._switched_off(tmp_path)
+        loop._switched_off(tmp_path, Trackers([]))
     with Pulse(tmp_path, 0) as pulse:
         pulse.phase("train")
         for _ in range(300):
             if any(account.phase == "train" for account in accounts(tmp_path)):
                 break
             time.sleep(0.02)
-        loop._switched_off(tmp_path)
+        loop._switched_off(tmp_path, Trackers([]))
     assert control.asked(tmp_path) == control.DRAIN
 
 
-def test_a_cancelled_run_ends_at_once(tmp_path):
+@pytest.mark.parametrize("want", [control.CANCEL, control.END])
+def test_a_run_that_nobody_wants_any_more_ends_at_once(tmp_path, want):
     code = (
-        "import sys; from pathlib import Path; from workers import control, loop; "
-        "run_dir = Path(sys.argv[1]); control.ask(run_dir, control.CANCEL); loop._switched_off(run_dir)"
+        "import sys; from pathlib import Path; from workers import control, loop, tracking; "
+        "run_dir = Path(sys.argv[1]); control.ask(run_dir, sys.argv[2]); "
+        "loop._switched_off(run_dir, tracking.Trackers([]))"
     )
-    assert subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False).returncode == 143
+    assert subprocess.run([sys.executable, "-c", code, str(tmp_path), want], check=False).returncode == 143
 
 
 def fail(tmp_path, number, error):

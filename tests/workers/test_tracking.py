@@ -22,7 +22,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.service import fake_driver
-from workers import tracking
+from workers import control, tracking
 from workers.contract import Export, JobSpec, RunContext
 from workers.events import EventLog
 from workers.tracking import MLFLOW_URI, STEP_NAMES, tracked
@@ -211,6 +211,63 @@ def test_attempts_are_one_run_that_ends_as_the_last_of_them_does(tmp_path: Path,
     assert failed.info.status == "FAILED" and "bad_image" in failed.data.tags["d2ft.error"]
     run(context(tmp_path, attempt=2), close_s=60)
     assert only_run(client).info.status == "FINISHED" and only_run(client).data.tags["d2ft.attempt"] == "2"
+
+
+CUT_OFF = """
+import os, signal, sys, time
+from pathlib import Path
+from workers import control, loop
+from workers.contract import RunContext
+from workers.events import EventLog
+from workers.tracking import tracked
+
+told, want, ends = RunContext.model_validate_json(sys.argv[1]), sys.argv[2], sys.argv[3:]
+with tracked(told, period_s=0.05) as trackers, EventLog(told.run_dir) as events:
+    signal.signal(signal.SIGTERM, lambda *_: loop._switched_off(Path(told.run_dir), trackers))
+    events.emit("metrics", step=1, loss=1.5)
+    while not all(thread._tracker for thread in trackers._threads):
+        time.sleep(0.05)
+    for status in ends:
+        events.emit("outcome", status=status, error=None)
+    control.ask(told.run_dir, want)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("want", "ends", "status"),
+    [
+        (control.CANCEL, (), "KILLED"),
+        (control.END, (), "SCHEDULED"),
+        (control.END, ("succeeded",), "FINISHED"),
+        (control.CANCEL, ("failed",), "FAILED"),
+    ],
+)
+def test_a_run_that_is_cut_off_does_not_stay_running(
+    tmp_path: Path, client: Any, want: str, ends: tuple[str, ...], status: str
+) -> None:
+    run(context(tmp_path), close_s=60)
+    told = context(tmp_path, attempt=2)
+    command = [sys.executable, "-c", CUT_OFF, told.model_dump_json(), want, *ends]
+    done = subprocess.run(command, cwd=tmp_path, timeout=120, check=False)
+    assert done.returncode == 143
+    found = only_run(client)
+    assert found.info.status == status and found.data.tags["d2ft.attempt"] == "2"
+
+
+def test_one_that_hangs_does_not_hold_up_a_cancel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Hanging(Flaky):
+        def take(self, events: Sequence[dict[str, Any]]) -> None:
+            time.sleep(5)
+
+    monkeypatch.setattr(tracking, "_wanted", lambda context: iter([("Hanging", lambda: Hanging(0))] * 2))
+    with tracked(context(tmp_path), period_s=0.02, close_s=0) as trackers, EventLog(tmp_path / "a1") as events:
+        events.emit("metrics", step=1)
+        began = time.monotonic()
+        trackers.cut_off("cancelled", within_s=0.3)
+        assert time.monotonic() - began < 2
 
 
 def test_every_metric_has_its_name() -> None:

@@ -11,6 +11,7 @@ from urllib.parse import parse_qsl, unquote
 from scheduler.errors import UserError
 
 ROOTS_SETTING = "D2FT_ROOTS"
+HOME_VARIABLE = "D2FT_SERVICE_HOME"  # the service's home, to the processes of a job: a machine may have its own
 OPTIONS = {  # what may follow a "?", by kind
     "parquet": ("image", "label"),
     "hf": ("image", "label"),

@@ -28,7 +28,7 @@ import fsspec
 
 from scheduler.errors import CapacityError, SystemFault, UserError
 from workers.disk import sync
-from workers.sources.address import Address
+from workers.sources.address import HOME_VARIABLE, Address
 from workers.sources.source import MAX_IMAGES
 
 MAX_CACHE_BYTES = 200_000_000_000
@@ -85,7 +85,9 @@ def fetch(address: Address, progress: Callable[[], None] = lambda: None) -> Addr
 
 
 def cache_dir() -> Path:
-    return Path(os.environ.get("D2FT_HOME", "~/.d2ft")).expanduser() / "cache"
+    """Below the D2FT_HOME of this machine, else below the service's, which a job's processes know by another name."""
+    home = os.environ.get("D2FT_HOME") or os.environ.get(HOME_VARIABLE) or "~/.d2ft"
+    return Path(home).expanduser() / "cache"
 
 
 def filesystem(store: str) -> Any:

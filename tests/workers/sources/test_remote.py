@@ -82,6 +82,16 @@ def copies(home: Path) -> list[Path]:
     return [path for path in (home / "cache").iterdir() if path.is_dir()]
 
 
+def test_copies_lie_below_this_machines_home_else_the_services(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("D2FT_HOME", "/of/this/machine")
+    monkeypatch.setenv("D2FT_SERVICE_HOME", "/of/the/service")
+    assert remote.cache_dir() == Path("/of/this/machine/cache")
+    monkeypatch.delenv("D2FT_HOME")
+    assert remote.cache_dir() == Path("/of/the/service/cache")
+    monkeypatch.delenv("D2FT_SERVICE_HOME")
+    assert remote.cache_dir() == Path.home() / ".d2ft/cache"
+
+
 def test_a_folder_in_s3_is_copied_once_and_opened(bucket: Any, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder_in(bucket)
     folder_in(bucket, "sets/pets-too")
