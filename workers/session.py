@@ -27,8 +27,9 @@ from torch import Tensor
 
 from scheduler import failpoints
 from scheduler.cost import Costs, residual_bytes
-from scheduler.domain import DeviceProfile, Plan, StepShape
+from scheduler.domain import DeviceProfile, Plan
 from workers.artifact import write_result
+from workers.casting import compute_type
 from workers.changes import Planned
 from workers.checkpoint import Checkpoint, Saved, Vault, check_same_job, newest_whole, part_of, save
 from workers.contract import JobSpec
@@ -47,6 +48,7 @@ from workers.model import build_model, model_input
 from workers.optimiser import Adam
 from workers.order import MicroBatches
 from workers.partition import cut_of, model_shape
+from workers.precision import step_shape
 from workers.profiling import profile_device
 from workers.pulse import Pulse, Quiet
 from workers.shard import Shard
@@ -95,7 +97,7 @@ class Session:
         )
         self.rank = transport.rank
         self.device = torch.device(place.device)
-        self.autocast = torch.bfloat16 if self.device.type == "cuda" and torch.cuda.is_bf16_supported() else None
+        self.autocast = compute_type(spec.precision, self.device)
         self.ledger = Ledger()
         self.vault, self.pulse = vault, pulse or Quiet()
         self.saved: Saved | None = None
@@ -148,7 +150,9 @@ class Session:
         if self.spec.method.lora is not None:
             attach(self.model, self.spec.method.lora, self.spec.seed)
         self.shape = model_shape(self.model)
-        self.step_shape = StepShape(self.spec.micro_batches, self.spec.micro_batch_size)
+        compute = "fp32" if self.autocast is None else "bf16"
+        spec = self.spec
+        self.step_shape = step_shape(spec.micro_batches, spec.micro_batch_size, spec.precision, compute)
         self.transport.prepare(residual_bytes(self.shape, self.step_shape))
         self.order = MicroBatches(
             self.data.num_train, self.spec.micro_batch_size, self.spec.micro_batches, self.spec.seed
