@@ -16,6 +16,7 @@ from scheduler.book import read_book
 from scheduler.devices import DeviceRecord
 from service.errors import ConflictError
 from service.schemas import Device, DeviceList, PreviewBody
+from workers.precision import step_shape
 from workers.shapes import Entry, adapted, resized, shape_of
 
 STALE_S = 6 * 3600  # other jobs, heat and drivers change a device within hours
@@ -46,6 +47,12 @@ def question(body: PreviewBody, entry: Entry, live: Sequence[DeviceRecord]) -> d
     shape = shape_of(resized(entry, body.model_args, body.img_size), body.num_classes)
     if body.method.lora is not None:
         shape = adapted(shape, body.method.lora)
+    compute = body.precision.compute
+    step = asdict(
+        step_shape(body.micro_batches, body.micro_batch_size, body.precision, compute.replace("auto", "fp32"))
+    )
+    if compute == "auto":
+        del step["compute_itemsize"]  # the devices', which the planner knows
     method, trains_embedding = body.method.to_plan(), body.train_embed and body.method.lora is None
     fleet: dict[str, Any] = {"records": [record.to_dict() for record in live]}
     if body.devices != "live":
@@ -53,7 +60,7 @@ def question(body: PreviewBody, entry: Entry, live: Sequence[DeviceRecord]) -> d
     link = body.link if body.link is None or isinstance(body.link, str) else body.link.model_dump()
     return {
         "shape": asdict(shape),
-        "step": {"num_micro_batches": body.micro_batches, "micro_batch_size": body.micro_batch_size},
+        "step": step,
         "plan": {**method, "placement": body.placement, "embed_grad": trains_embedding, "seed": body.seed},
         **fleet,
         "link": link,

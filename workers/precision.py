@@ -10,8 +10,6 @@ from typing import Literal
 from scheduler.domain import StepShape
 from workers.method import Frozen
 
-ITEMSIZES = {"fp32": 4, "bf16": 2}
-
 
 class Precision(Frozen):
     """Weights, their gradients and AdamW's moments are float32 whatever this says.
@@ -26,12 +24,12 @@ class Precision(Frozen):
     recompute: bool = False
 
 
-def step_shape(num_micro_batches: int, micro_batch_size: int, precision: Precision, compute: str) -> StepShape:
-    """A job's step, on workers that compute in "fp32" or "bf16"."""
+def step_shape(num_micro_batches: int, micro_batch_size: int, precision: Precision, *, bf16: bool) -> StepShape:
+    """A job's step, on workers that compute in bfloat16 or do not."""
     return StepShape(
         num_micro_batches,
         micro_batch_size,
-        wire_itemsize=ITEMSIZES[precision.wire],
-        compute_itemsize=ITEMSIZES[compute],
+        wire_itemsize=2 if precision.wire == "bf16" else 4,
+        compute_itemsize=2 if bf16 else 4,
         recompute=precision.recompute,
     )
