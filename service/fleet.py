@@ -47,11 +47,9 @@ def question(body: PreviewBody, entry: Entry, live: Sequence[DeviceRecord]) -> d
     shape = shape_of(resized(entry, body.model_args, body.img_size), body.num_classes)
     if body.method.lora is not None:
         shape = adapted(shape, body.method.lora)
-    compute = body.precision.compute
-    step = asdict(
-        step_shape(body.micro_batches, body.micro_batch_size, body.precision, compute.replace("auto", "fp32"))
-    )
-    if compute == "auto":
+    precision = body.precision
+    step = asdict(step_shape(body.micro_batches, body.micro_batch_size, precision, bf16=precision.compute == "bf16"))
+    if precision.compute == "auto":
         del step["compute_itemsize"]  # the devices', which the planner knows
     method, trains_embedding = body.method.to_plan(), body.train_embed and body.method.lora is None
     fleet: dict[str, Any] = {"records": [record.to_dict() for record in live]}

@@ -150,9 +150,8 @@ class Session:
         if self.spec.method.lora is not None:
             attach(self.model, self.spec.method.lora, self.spec.seed)
         self.shape = model_shape(self.model)
-        compute = "fp32" if self.autocast is None else "bf16"
-        spec = self.spec
-        self.step_shape = step_shape(spec.micro_batches, spec.micro_batch_size, spec.precision, compute)
+        spec, bf16 = self.spec, self.autocast is not None
+        self.step_shape = step_shape(spec.micro_batches, spec.micro_batch_size, spec.precision, bf16=bf16)
         self.transport.prepare(residual_bytes(self.shape, self.step_shape))
         self.order = MicroBatches(
             self.data.num_train, self.spec.micro_batch_size, self.spec.micro_batches, self.spec.seed

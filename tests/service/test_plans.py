@@ -75,7 +75,7 @@ def test_the_planner_is_asked_for_the_models_shape_and_the_jobs_method(ask: Call
 def test_the_planner_is_asked_for_the_jobs_own_step(ask: Callable[..., dict[str, Any]]) -> None:
     words = {"compute": "bf16", "wire": "bf16", "recompute": True}
     spec = JobSpec.model_validate({"precision": words, "micro_batches": 3})
-    expected = asdict(step_shape(spec.micro_batches, spec.micro_batch_size, spec.precision, "bf16"))
+    expected = asdict(step_shape(spec.micro_batches, spec.micro_batch_size, spec.precision, bf16=True))
     assert ask(precision=words, micro_batches=3, **FLEET)["step"] == expected
     assert expected["wire_itemsize"] == expected["compute_itemsize"] == 2 and expected["recompute"]
     assert "compute_itemsize" not in ask(**FLEET)["step"]  # the devices decide

@@ -338,9 +338,9 @@ def test_a_gpu_without_bfloat16_is_refused_only_where_it_was_asked_for(monkeypat
 
 def test_the_step_that_the_planner_hears_of():
     spec = JobSpec.model_validate({"precision": {"wire": "bf16", "recompute": True}, "micro_batches": 4})
-    step = step_shape(spec.micro_batches, 8, spec.precision, "bf16")
+    step = step_shape(spec.micro_batches, 8, spec.precision, bf16=True)
     assert step == StepShape(4, 8, wire_itemsize=2, itemsize=4, compute_itemsize=2, recompute=True)
-    assert step_shape(5, 16, JobSpec().precision, "fp32") == StepShape(5, 16)
+    assert step_shape(5, 16, JobSpec().precision, bf16=False) == StepShape(5, 16)
 
 
 def test_placement_counts_what_is_kept():
