@@ -176,7 +176,9 @@ class Executor:
             with torch.no_grad(), self._casting():
                 y_BND = block.norms[i.part](x_BND) if y_BND is None else y_BND.detach()
                 bias = None if i.full else bias
-                constant = block.run(i.part, y_BND, block.frozen(i.part, i.only), bias).to(self.shard.dtype)
+                constant = block.run(i.part, y_BND, block.frozen(i.part, i.only, self.autocast), bias).to(
+                    self.shard.dtype
+                )
                 if self.measures_means:
                     self._measure_means(i, y_BND)
             part = constant if part is None else part + constant
@@ -189,8 +191,8 @@ class Executor:
         watch = None if gates is None else gates.watch(i.block, i.part, i.mb, i.full)
         with torch.enable_grad(), self._casting():
             y_BND = block.norms[i.part](leaf)
-            out = block.run(i.part, y_BND, block.trainable(i.part, i.full), bias, watch).to(self.shard.dtype)
-        return y_BND, out
+            out = block.run(i.part, y_BND, block.trainable(i.part, i.full, self.autocast), bias, watch)
+        return y_BND, out.to(self.shard.dtype)
 
     def _rounded(self, cargo: str, i: Instruction) -> Tensor:
         """x or g as the sub-layer of `i` reads it; what others get over the wire, all go on with."""
@@ -210,7 +212,7 @@ class Executor:
     def _measure_means(self, i: Instruction, y_BND: Tensor) -> None:
         block = self.shard.blocks[i.block]
         for head in i.only:
-            out_BND = block.run(i.part, y_BND, block.frozen(i.part, (head,)))
+            out_BND = block.run(i.part, y_BND, block.frozen(i.part, (head,), self.autocast))
             self.means[i.block, i.part][head] = out_BND.mean((0, 1))
 
     @torch.no_grad()

@@ -240,7 +240,7 @@ class _Stopwatch:
 
             def forward() -> Tensor:
                 with torch.autocast(self.shard.device.type, dtype=self.autocast, enabled=self.autocast is not None):
-                    return block.run(part, block.norms[part](leaf), block.trainable(part, heads))
+                    return block.run(part, block.norms[part](leaf), block.trainable(part, heads, self.autocast))
 
             begin = self._now()
             out = forward()
