@@ -176,9 +176,8 @@ class Executor:
             with torch.no_grad(), self._casting():
                 y_BND = block.norms[i.part](x_BND) if y_BND is None else y_BND.detach()
                 bias = None if i.full else bias
-                constant = block.run(i.part, y_BND, block.frozen(i.part, i.only, self.autocast), bias).to(
-                    self.shard.dtype
-                )
+                weights = block.frozen(i.part, i.only, self.autocast)
+                constant = block.run(i.part, y_BND, weights, bias).to(self.shard.dtype)
                 if self.measures_means:
                     self._measure_means(i, y_BND)
             part = constant if part is None else part + constant

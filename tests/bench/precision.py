@@ -5,8 +5,8 @@
 Steps: ViT-S width (384, 6 heads), 98 px, 5 micro-batches of 16 images, all FULL, split blocks, two workers with one
 thread each, on cores of their own, shared memory. Every round runs a step of every setting in turn; seconds are medians
 over the rounds after the first. "kept MB" is the most that one worker's FULL heads held for their backward passes at a
-time, by the storages that autograd saved and the inputs; a copy of weights in another type is among it. "forecast MB"
-is the simulation's. Bytes are checked against the simulation, step by step.
+time, by the storages that autograd saved and the inputs, without weights. "forecast MB" is the simulation's. Bytes are
+checked against the simulation.
 
 Jobs: the bundled model on digits by the product's own session, 3 of 5 micro-batches FULL, one FORWARD, one SKIP,
 the planner's own split placement; accuracy on the test images, mean and deviation over the seeds, and the loss of the
@@ -75,7 +75,8 @@ class Weighing(Executor):
         block = self.shard.blocks[i.block]
         known = {bank.untyped_storage().data_ptr() for bank in block.bank.values()}
         known |= {param.untyped_storage().data_ptr() for _, param in block.trunk.parameters()}
-        known |= {w.untyped_storage().data_ptr() for w in block.trainable(i.part, i.full).values()}
+        for kind in (None, self.autocast):
+            known |= {w.untyped_storage().data_ptr() for w in block.trainable(i.part, i.full, kind).values()}
         found = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in saved(out.grad_fn)}
         own = {leaf.untyped_storage().data_ptr()}
         self.made = sum(size for place, size in found.items() if place not in known | own)
@@ -117,9 +118,8 @@ def main():
     stepped = on_processes(2, measure, args.blocks, args.rounds)
     jobs = on_processes(2, train_all, args.seeds, args.steps)[0]
     rows = [step_row(name, stepped) for name in SETTINGS] + [job_row(name, jobs) for name in SETTINGS]
-    publish(
-        args.out, rows, targets_of(stepped, jobs), f"{args.blocks} blocks, {args.rounds} rounds, {args.steps} steps"
-    )
+    note = f"{args.blocks} blocks, {args.rounds} rounds, {args.steps} steps; torch {torch.__version__}"
+    publish(args.out, rows, targets_of(stepped, jobs), note)
 
 
 def measure(rank, num_blocks, rounds):
@@ -135,8 +135,8 @@ def measure(rank, num_blocks, rounds):
         step = step_shape(MICRO_BATCHES, BATCH, precision, bf16=autocast is not None)
         if not ready:
             transport.prepare(residual_bytes(shape, step))
-        profile = profile_device(model, step, transport, autocast=autocast)
-        costs = Costs(shape, step, gathered(profile))
+            profiles = gathered(profile_device(model, step, transport))
+        costs = Costs(shape, step, profiles)  # one order of instructions for all settings
         programs = compile_step(placement, ops_LHM, costs)
         steps, seen = StepPrograms(programs, rank, costs, torch.float32), simulate(programs, costs)
         shard = Shard(model, placement, rank)
