@@ -7,7 +7,7 @@ STAMP := $(VENV)/.ready
 # One thread per process: the suites start several processes on few cores.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-slow fuzz chaos lint bench-engine bench-planner bench-unlike bench-accuracy bench-peers bench-service clean
+.PHONY: demo test test-slow fuzz chaos lint bench-engine bench-planner bench-unlike bench-accuracy bench-precision bench-peers bench-service clean
 
 demo: $(STAMP)
 	deploy/demo.sh $(BIN)
@@ -42,6 +42,9 @@ bench-unlike: $(STAMP)
 
 bench-accuracy: $(STAMP)
 	$(BIN)/python -m tests.bench.accuracy
+
+bench-precision: $(STAMP)
+	$(BIN)/python -m tests.bench.precision
 
 bench-peers: $(STAMP)
 	$(BIN)/python -m tests.bench.peers

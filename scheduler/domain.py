@@ -94,11 +94,19 @@ class ModelShape:
 
 @dataclass(frozen=True)
 class StepShape:
-    """One optimiser step: M micro-batches of `micro_batch_size` images; `wire_itemsize` bytes per number sent."""
+    """One optimiser step: M micro-batches of `micro_batch_size` images, and the bytes of a number.
+
+    `wire_itemsize` is that of messages of the residual stream and its gradient, `itemsize` that of weights, of their
+    gradients, in messages too, and of the residual stream in memory, `compute_itemsize` that of what sub-layers compute
+    and keep. With `recompute` a FULL half keeps its input alone, and its backward pass runs its forward pass again.
+    """
 
     num_micro_batches: int
     micro_batch_size: int
     wire_itemsize: int = 4
+    itemsize: int = 4
+    compute_itemsize: int = 4
+    recompute: bool = False
 
 
 @dataclass(frozen=True)
@@ -290,13 +298,18 @@ def held_frozen(ops_LHM: OpTable, shape: ModelShape) -> OpTable:
     return ops_LHM
 
 
+def backward_weight(shape: ModelShape, step: StepShape) -> int:
+    """What a head's backward pass costs in forward passes; one that is run again for it is one of them."""
+    return shape.backward_weight + step.recompute
+
+
 def step_flops(shape: ModelShape, step: StepShape, ops_LHM: OpTable) -> int:
     """FLOPs of one step: a FORWARD head costs its forward pass, a FULL head its backward pass besides.
 
     The trunk runs for every micro-batch that some head runs for.
     """
     forward_H = np.array([shape.head_forward_flops(h, step.micro_batch_size) for h in range(shape.num_heads)])
-    weight_LHM = np.array([0, 1, 1 + shape.backward_weight])[ops_LHM]
+    weight_LHM = np.array([0, 1, 1 + backward_weight(shape, step)])[ops_LHM]
     heads = int((weight_LHM.sum(axis=(0, 2)) * forward_H).sum())
     return heads + int(ops_LHM.any(axis=(0, 1)).sum()) * shape.trunk_flops(step.micro_batch_size)
 

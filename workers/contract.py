@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, WithJsonSchema, field_validator, model_validator
 
 from workers.method import Frozen, Method
+from workers.precision import Precision
 
 DIGITS_MODEL = "d2ft_digits"
 DIGITS_RATE, RATE = 5e-4, 5e-5  # learning rates of the bundled model, adapters and classifiers; and of anything else
@@ -125,6 +126,7 @@ class JobSpec(Frozen):
     augment: Augment = Field(default_factory=Augment)
     method: Method = Field(default_factory=Method)
     optimiser: Optimiser = Field(default_factory=Optimiser)
+    precision: Precision = Field(default_factory=Precision)
     workers: Annotated[int, Field(ge=1, le=256), WithJsonSchema(_NUMBER_OR_RANGE)] = 2
     min_workers: Annotated[int, Field(ge=1, le=256)] | None = None
     micro_batches: Annotated[int, Field(ge=1, le=256)] = 5

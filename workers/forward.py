@@ -6,6 +6,7 @@ Like training they are step programs; all heads run FORWARD, so that nothing is 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from scheduler.compiler import compile_evaluation
 from scheduler.cost import Costs
-from scheduler.domain import SUBLAYERS, Op, Placement, StepShape, uniform_ops
+from scheduler.domain import SUBLAYERS, Op, Placement, uniform_ops
 from workers.data import Dataset
 from workers.executor import Executor
 from workers.steps import Batch, StepPrograms
@@ -62,7 +63,8 @@ class ForwardPasses:
         return dict(zip(keys, means, strict=True))
 
     def _programs(self, num_micro_batches: int, batch: int) -> StepPrograms:
-        costs = Costs(self.costs.shape, StepShape(num_micro_batches, batch), self.costs.profiles)
+        step = replace(self.costs.step, num_micro_batches=num_micro_batches, micro_batch_size=batch)
+        costs = Costs(self.costs.shape, step, self.costs.profiles)
         ops_LHM = uniform_ops(costs.shape, num_micro_batches, Op.FORWARD)
         programs = compile_evaluation(self.placement, ops_LHM, costs)
         return StepPrograms(programs, self.executor.rank, costs, self.executor.shard.dtype)

@@ -148,7 +148,7 @@ class _Stopwatch:
     """Times the pieces of a step on synthetic activations of the job's shapes; `samples` counts runs of sub-layers."""
 
     def __init__(self, shard: Shard, step: StepShape, autocast: torch.dtype | None) -> None:
-        self.shard, self.autocast, self.samples = shard, autocast, 0
+        self.shard, self.autocast, self.recompute, self.samples = shard, autocast, step.recompute, 0
         self.blocks: list[BlockShard] = list(shard.blocks.values())
         generator = torch.Generator().manual_seed(0)
         shape = (step.micro_batch_size, shard.shape.num_tokens, shard.shape.dim)
@@ -239,10 +239,16 @@ class _Stopwatch:
         def run(repeat: int) -> tuple[float, float]:
             block = self.blocks[repeat % len(self.blocks)]
             leaf = self.x_BND.detach().clone().requires_grad_()
+
+            def forward() -> Tensor:
+                with torch.autocast(self.shard.device.type, dtype=self.autocast, enabled=self.autocast is not None):
+                    return block.run(part, block.norms[part](leaf), block.trainable(part, heads, self.autocast))
+
             begin = self._now()
-            with torch.autocast(self.shard.device.type, dtype=self.autocast, enabled=self.autocast is not None):
-                out = block.run(part, block.norms[part](leaf), block.trainable(part, heads))
+            out = forward()
             middle = self._now()
+            if self.recompute:
+                out = forward()
             torch.autograd.backward(out, torch.ones_like(out))
             return middle - begin, self._now() - middle
 

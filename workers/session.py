@@ -27,8 +27,9 @@ from torch import Tensor
 
 from scheduler import failpoints
 from scheduler.cost import Costs, residual_bytes
-from scheduler.domain import DeviceProfile, Plan, StepShape
+from scheduler.domain import DeviceProfile, Plan
 from workers.artifact import write_result
+from workers.casting import compute_type
 from workers.changes import Planned
 from workers.checkpoint import Checkpoint, Saved, Vault, check_same_job, newest_whole, part_of, save
 from workers.contract import JobSpec
@@ -47,6 +48,7 @@ from workers.model import build_model, model_input
 from workers.optimiser import Adam
 from workers.order import MicroBatches
 from workers.partition import cut_of, model_shape
+from workers.precision import step_shape
 from workers.profiling import profile_device
 from workers.pulse import Pulse, Quiet
 from workers.shard import Shard
@@ -95,7 +97,7 @@ class Session:
         )
         self.rank = transport.rank
         self.device = torch.device(place.device)
-        self.autocast = torch.bfloat16 if self.device.type == "cuda" and torch.cuda.is_bf16_supported() else None
+        self.autocast = compute_type(spec.precision, self.device)
         self.ledger = Ledger()
         self.vault, self.pulse = vault, pulse or Quiet()
         self.saved: Saved | None = None
@@ -147,7 +149,8 @@ class Session:
         self.model = build_model(self.spec, len(self.data.classes))
         choose_trained(self.model, self.spec.method, self.spec.seed)
         self.shape = model_shape(self.model)
-        self.step_shape = StepShape(self.spec.micro_batches, self.spec.micro_batch_size)
+        spec, bf16 = self.spec, self.autocast is not None
+        self.step_shape = step_shape(spec.micro_batches, spec.micro_batch_size, spec.precision, bf16=bf16)
         self.transport.prepare(residual_bytes(self.shape, self.step_shape))
         self.order = MicroBatches(
             self.data.num_train, self.spec.micro_batch_size, self.spec.micro_batches, self.spec.seed

@@ -134,7 +134,7 @@ class _Slack:
             self.model.add(sum(totals) == heads * length)
         self.model.add(sum(all_full) == instance.num_full)
         for w in self.needs:
-            self.needs[w] += instance.trunk_bytes(w in chain[0], False)
+            self.needs[w] += instance.fixed_bytes(w in chain[0])
             self.needs[w] += instance.trunk_bytes(False, True) * classifies.get(w, 0)
             self.lacks[w] = self.model.new_int_var(0, CEILING, f"lacks{w}")
             self.model.add(self.needs[w] <= instance.costs.profiles[w].free_bytes + self.lacks[w])
