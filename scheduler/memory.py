@@ -6,7 +6,9 @@
     end        rank 0 gathers the whole model beside its own weights; by then gradients and moments are gone
 
 Activations are what the simulated step keeps at its fullest moment; the constraint of `placement` counts all that may
-be in flight, so it never lets through what does not fit here. The process's own base is measured by the worker.
+be in flight, so training never takes more than that lets through. The process's own base is measured by the worker;
+where there is none, as of a GPU, the whole model lies elsewhere: in set-up it is there for scoring alone, at the end
+not at all.
 """
 
 from __future__ import annotations
@@ -19,8 +21,8 @@ import numpy as np
 from scheduler.cost import Costs
 from scheduler.domain import SUBLAYERS, BoolArray, Forecast, ModelShape, Op, OpTable, Placement
 from scheduler.placement import memory_bytes_of
+from scheduler.placement.instance import WEIGHT_BYTES_PER_PARAM
 
-WEIGHT_BYTES = 4  # float32
 PROFILED_COPIES = 6  # of a block, while the optimiser is timed: weights, gradients and moments of two blocks
 
 
@@ -57,17 +59,17 @@ def needs_of(
     trained_LH = np.any([(ops == Op.FULL).any(axis=2) for ops in cycle], axis=0)
     states = _states(placement, costs, trained_LH)
     full, weights = (_states(placement, costs, np.full_like(trained_LH, value)) for value in (True, False))
-    whole = WEIGHT_BYTES * num_params(shape)
-    block = WEIGHT_BYTES * (sum(shape.head_params) + shape.norm_params)
+    whole = WEIGHT_BYTES_PER_PARAM * num_params(shape)
+    block = WEIGHT_BYTES_PER_PARAM * (sum(shape.head_params) + shape.norm_params)
     scoring = shape.num_blocks * sum(costs.kept_bytes(part, shape.num_heads) for part in SUBLAYERS) if scored else 0
     return [
         Need(
             base=profile.base_bytes,
-            set_up=whole + max(PROFILED_COPIES * block, scoring),
+            set_up=(whole if profile.base_bytes or scored else 0) + max(PROFILED_COPIES * block, scoring),
             # Of the four numbers per trained parameter two are there: weight and gradient.
             rehearsal=weights[w] + (full[w] - weights[w]) // 3 + all_full.peak_bytes[w],
             training=states[w] + forecast.peak_bytes[w],
-            end=weights[w] + (whole if w == 0 else 0),
+            end=weights[w] + (whole if w == 0 and profile.base_bytes else 0),
         )
         for w, profile in enumerate(costs.profiles)
     ]

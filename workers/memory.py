@@ -73,11 +73,12 @@ def peak_bytes(device: torch.device) -> int:
     """The most that this process ever held."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
+    held = resident_bytes(device)  # the kernel brings its own maximum up to date now and then
     try:
         lines = STATUS.read_text().splitlines()
     except OSError:
-        return resident_bytes(device)
-    return next((int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM:")), resident_bytes(device))
+        return held
+    return max([held, *(int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM:"))])
 
 
 def fits(num_bytes: int, sharers: int, limit_bytes: int | None) -> bool:

@@ -11,7 +11,7 @@ from tests.workers.engine import costs_for, images_and_labels, on_threads, tiny_
 from tests.workers.judge import heads_of
 from workers.data import Batch
 from workers.executor import Executor
-from workers.forward import MOST_IMAGES, MICRO_BATCHES, ForwardPasses
+from workers.forward import MICRO_BATCHES, MOST_IMAGES, ForwardPasses
 from workers.shard import Shard
 
 OWNERS = [[0, 1, 1, 0], [1, 1, 1, 1], [0, 0, 1, 0]]
