@@ -187,7 +187,9 @@ def test_22_million_parameters_train_on_two_workers_of_which_one_is_too_small(tm
     assert all(0 < need <= room for need in needs) and len(told["measured_bytes"]) == 2
     (plan,) = [e["data"] for _, e in read_events(tmp_path / "two" / "events.jsonl", 0) if e["type"] == "plan.created"]
     owners = np.array(plan["placement"]["owners"])
-    assert {0, 1} == set(owners.ravel().tolist()) and plan["memory_bytes"] == told["predicted_bytes"]
+    assert {0, 1} == set(owners.ravel().tolist())
+    # Programs are ordered anew after the rehearsal, so that other activations may be kept at once.
+    assert plan["memory_bytes"] == pytest.approx(told["predicted_bytes"], rel=0.02)
     assert (tmp_path / "two" / "result" / "model.safetensors").stat().st_size > 80_000_000
 
 
