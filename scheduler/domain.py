@@ -130,7 +130,8 @@ class DeviceProfile:
     residual stream to the transport, or taking an arrived one out, keeps the worker busy; `trunk_us` packing, adding or
     unpacking the gradients of one trunk unit; `end_us` the end of a step apart from the heads: tally, clipping, update.
     `links[v]` is the link to worker v (None to itself). `device_id` names the device across jobs, `facts` says what the
-    machine tells of it, `samples` counts the measurements behind the curves.
+    machine tells of it, `samples` counts the measurements behind the curves. `free_bytes` are there for the model,
+    beside the `base_bytes` of the worker's process; with `limit_bytes` (0: none) the user bounds both together.
     """
 
     rank: int
@@ -155,6 +156,8 @@ class DeviceProfile:
     device_id: str = ""
     facts: dict[str, Any] = field(default_factory=dict)
     samples: int = 0
+    base_bytes: int = 0
+    limit_bytes: int = 0
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> DeviceProfile:
@@ -337,7 +340,8 @@ class Plan:
 
     Step s of the window runs `cycle[s % len(cycle)]`. `forecast` is the mean over the cycle, `all_full` the forecast of
     a step in which every head is FULL under the same placement: fractions are taken against it. `policy` is what the
-    replan policy remembers from window to window, as JSON.
+    replan policy remembers from window to window, as JSON. `memory_bytes[w]` is the most that worker w's process will
+    hold, of all that `scheduler.memory` counts.
     """
 
     version: int
@@ -350,6 +354,7 @@ class Plan:
     selection_report: SolverReport
     skip_fill: str = "zero"
     policy: dict[str, Any] = field(default_factory=dict)
+    memory_bytes: tuple[int, ...] = ()
 
     @property
     def compute_fraction(self) -> float:
@@ -372,6 +377,7 @@ class Plan:
             "selection_report": asdict(self.selection_report),
             "skip_fill": self.skip_fill,
             "policy": self.policy,
+            "memory_bytes": list(self.memory_bytes),
             "compute_fraction": self.compute_fraction,
             "bytes_fraction": self.bytes_fraction,
         }
@@ -389,4 +395,5 @@ class Plan:
             SolverReport(**data["selection_report"]),
             data["skip_fill"],
             data.get("policy", {}),
+            tuple(data.get("memory_bytes", ())),
         )

@@ -150,7 +150,16 @@ class Shard:
     What a worker does not hold is on the meta device: its shape is known, it has no memory.
     """
 
-    def __init__(self, model: Model, placement: Placement, rank: int, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        model: Model,
+        placement: Placement,
+        rank: int,
+        device: torch.device | str = "cpu",
+        *,
+        consume: bool = False,
+    ) -> None:
+        """With `consume` the blocks of `model` lose their weights as they are cut: nothing is held twice."""
         self.cut, self.placement, self.rank = cut_of(model), placement, rank
         self.shape = self.cut.shape
         self.device = torch.device(device)
@@ -161,11 +170,12 @@ class Shard:
         self._skeletons = [_skeleton(block, self.device) for block in blocks]
         self._ends: Any = copy.deepcopy(model, {id(blocks): nn.Sequential()}).to(self.device)
         self._rope = anatomy.rotary(self._ends)
-        self.blocks = {
-            index: self._cut(state, index, heads)
-            for index in range(self.shape.num_blocks)
-            if (heads := placement.heads_of(rank, index))
-        }
+        self.blocks: dict[int, BlockShard] = {}
+        for index in range(self.shape.num_blocks):
+            if heads := placement.heads_of(rank, index):
+                self.blocks[index] = self._cut(state, index, heads)
+            if consume:
+                _empty(blocks[index], state, f"blocks.{index}.")
         self._hold_ends(placement)
 
     def rebuild(self, placement: Placement, arrived: Mapping[str, Tensor]) -> None:
@@ -313,6 +323,14 @@ def _skeleton(block: nn.Module, device: torch.device) -> nn.Module:
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.to(device))
     return skeleton
+
+
+def _empty(block: nn.Module, state: dict[str, Tensor], prefix: str) -> None:
+    """Leave a block the shapes of its parameters alone, and `state` nothing of it."""
+    for name in [name for name in state if name.startswith(prefix)]:
+        del state[name]
+    for name, param in list(block.named_parameters()):
+        _set_param(block, name, param.detach().to("meta"))
 
 
 def _not_decayed(model: Any, cut: Cut) -> frozenset[str]:
