@@ -211,7 +211,7 @@ class _Stopwatch:
     def trunk_us(self) -> int:
         """Packing the gradients of one block's trunk and taking them apart again."""
         of_blocks = [[p for _, p in block.trunk.parameters() if p.requires_grad] for block in self.blocks]
-        params, count = sum(of_blocks, []), sum(map(bool, of_blocks))
+        params, count = [p for of_block in of_blocks for p in of_block], sum(map(bool, of_blocks))
         if not params:
             return 1
         sizes = [p.numel() for p in params]
