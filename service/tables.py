@@ -3,7 +3,7 @@
 | table | a row is | written by |
 |---|---|---|
 | users, api_keys | who may come in, and the hash of one key | first start, administrators, users |
-| jobs, job_labels | one job or sweep, with its place in the queue; one entry of its metadata | POST, supervisor, actions |
+| jobs, job_labels | one job or sweep, its place in the queue; one entry of its metadata | POST, supervisor, actions |
 | attempts | one run of a job; `token` fences its writes | the supervisor |
 | events | one line of a job's history; append-only, numbered from 1 within its job | whoever moves the job |
 | metrics, artifacts, checkpoints | one optimiser step, one file, one checkpoint of a run | the run's events |

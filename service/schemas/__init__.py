@@ -1,7 +1,7 @@
 """What crosses the wire, as the server sends it and the client reads it.
 
-The body of `POST /v1/jobs` is `workers.contract.JobSpec`, that of `POST /v1/sweeps` `workers.sweeps.contract.SweepSpec`,
-that of `POST /v1/plans` `PreviewBody`. Readers pass over
+The body of `POST /v1/jobs` is `workers.contract.JobSpec`, that of `POST /v1/sweeps` is
+`workers.sweeps.contract.SweepSpec`, that of `POST /v1/plans` is `PreviewBody`. Readers pass over
 fields they do not know, and take `status` as text: a newer server may know more states.
 """
 

@@ -25,7 +25,7 @@ class Figures(Wire):
 
 
 class Trial(Wire):
-    """One job of a sweep: `setting` has by a field's path what was tried, `baseline` is "full" or "stopped" for those two.
+    """One job of a sweep: `setting` is what was tried, by fields' paths; `baseline` is "full" or "stopped" of these two.
 
     `accuracy` is the newest on test images, `loss` the newest in training; `figures` are there once it has a ledger.
     """
@@ -73,9 +73,9 @@ class SweepProgress(Wire):
 class Sweep(Wire):
     """A search over settings of a job; times are Unix seconds.
 
-    `trials` are its jobs so far, `points` those of them that have figures, each cost a share of what the trial `full`
-    took or, as `against` says then, of the `largest`; `knee` is the key of the point where the front over compute turns.
-    `result` is what the sweep itself made of them at its end. In lists all these are left away.
+    `trials` are its jobs so far, `points` those of them that have figures, each cost a share of what plain full
+    fine-tuning took (`against` is "full") or else the dearest ("largest"); `knee` is the key of the point where the
+    front over compute turns. `result` is what the sweep itself made of them in the end. In lists all this is left away.
     """
 
     id: str

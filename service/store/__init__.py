@@ -29,8 +29,8 @@ __all__ = ["Attempt", "Caller", "DatasetQuery", "JobQuery", "Place", "RunEvent",
 class Store:
     """Shelves over one database.
 
-    For those who ask: `jobs`, `sweeps`, `actions`, `records`, `access`, `datasets`, `webhooks`. For the supervisor: `queue`,
-    `attempts`, `leases`. For who watches the service: `census`.
+    For those who ask: `jobs`, `sweeps`, `actions`, `records`, `access`, `datasets`, `webhooks`. For the supervisor:
+    `queue`, `attempts`, `leases`. For who watches the service: `census`.
     """
 
     def __init__(

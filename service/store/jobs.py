@@ -13,7 +13,7 @@ from sqlalchemy import Select, select, tuple_
 from sqlalchemy.orm import Session
 
 from service.errors import NotFoundError
-from service.lifecycle import HOLDING, JOB, SWEEP, JobState
+from service.lifecycle import HOLDING, JOB, SWEEP, SWEEP_PREFIX, JobState
 from service.schemas import Job, Page
 from service.store.admission import Placed, Submit, replay, submit_all
 from service.store.database import Database
@@ -99,6 +99,7 @@ class Jobs:
         """The plans of the jobs that hold the cluster, by job."""
         with self._database.read() as session:
             wanted = select(JobRow.id, JobRow.plan).where(JobRow.state.in_(HOLDING), JobRow.plan.is_not(None))
+            wanted = wanted.where(JobRow.kind == JOB)
             return {row.id: row.plan for row in session.execute(wanted)}
 
     def of_owner(self, owner: str, job_ids: set[str]) -> set[str]:
@@ -124,7 +125,7 @@ def job_row(
     """
     row = session.get(JobRow, job_id, with_for_update=lock or None)
     if row is None or owner not in (None, row.owner) or kind not in (None, row.kind):
-        what = SWEEP if kind == SWEEP else JOB
+        what = kind or (SWEEP if job_id.startswith(SWEEP_PREFIX) else JOB)
         raise NotFoundError(f"There is no {what} {job_id[:60]}.", code=f"{what}_not_found", param="id")
     return row
 

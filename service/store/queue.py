@@ -1,7 +1,7 @@
 """The queue: which job starts next, what holds the others up, and what they may expect. `service.queueing` decides.
 
-Sweeps stand in a line of their own: one that runs holds no devices, and never the place of a job, not even of the trials
-that it waits for. These are jobs of its owner, who has no more of the cluster by a sweep than without one.
+Sweeps stand in a line of their own: one that runs holds no devices, and never the place of a job, so the trials that it
+waits for can always start. These are jobs of its owner, who has no more of the cluster by a sweep than without one.
 """
 
 from __future__ import annotations

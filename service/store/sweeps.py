@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from sqlalchemy import func, select
-from sqlalchemy.orm import Session, undefer
+from sqlalchemy.orm import Session
 
 from service.errors import ConflictError, InvalidRequestError, Issue, NotFoundError
 from service.lifecycle import FINAL, JOB, PHASES, RETRIED, SWEEP, JobState
@@ -153,7 +153,7 @@ def _whole(session: Session, row: JobRow) -> Sweep:
     counted: dict[str, int] = {}
     for trial in trials:
         counted[trial.state] = counted.get(trial.state, 0) + 1
-    result = session.scalar(select(JobRow.ledger).where(JobRow.id == row.id).options(undefer(JobRow.ledger)))
+    result = session.scalar(select(JobRow.ledger).where(JobRow.id == row.id))
     name = owner_name(session, row.owner)
     return sweep_view(row, name, counted, [trial_view(trial) for trial in trials], result)
 
