@@ -25,7 +25,7 @@ class Figures(Wire):
 
 
 class Trial(Wire):
-    """One job of a sweep: `setting` is what was tried, by fields' paths; `baseline` is "full" or "stopped" of these two.
+    """A job of a sweep: `setting` is what was tried, by fields' paths; `baseline` is "full" or "stopped", of those two.
 
     `accuracy` is the newest on test images, `loss` the newest in training; `figures` are there once it has a ledger.
     """
