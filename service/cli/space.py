@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import typer
 
 from service.cli.request import job_body, put_at, ratios_of, read_spec
 
 
-class _Field(NamedTuple):
+@dataclass(frozen=True)
+class _Field:
     """Where a flag goes, how a word of it is read, and whether LOW:HIGH is spread by the logarithm."""
 
     path: str
@@ -87,11 +89,8 @@ def _choice(flag: str, words: Sequence[str], field: _Field) -> dict[str, Any]:
     """All the values, or of one word LOW:HIGH all numbers between."""
     if len(words) == 1:
         low, _, high = words[0].partition(":")
-        return {
-            "low": _read(float, low, flag),
-            "high": _read(float, high, flag),
-            **({"log": True} if field.is_log else {}),
-        }
+        span = {"low": _read(float, low, flag), "high": _read(float, high, flag)}
+        return {**span, "log": True} if field.is_log else span
     return {"values": [_read(field.read, word, flag) for word in words]}
 
 
