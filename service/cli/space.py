@@ -42,7 +42,7 @@ def sweep_body(flags: Mapping[str, Any]) -> dict[str, Any]:
     body = read_spec(flags.get("spec"))
     job, space = _merged(body.get("job"), job_body(_common(flags))), dict(body.get("space") or {})
     for flag, field in _SEARCHED.items():
-        words = flags.get(flag) or ()
+        words: Sequence[str] = flags.get(flag) or ()
         if len(words) == 1 and not (flag in _SPANS and ":" in words[0]):
             put_at(job, tuple(field.path.split(".")), _read(field.read, words[0], flag))
         elif words:

@@ -324,9 +324,9 @@ def test_whatever_happens_every_trial_can_come_to_an_end(store: Store, steps: li
             store.attempts.lose(driving, {**SYSTEM, "code": "ray_restarted"})
             store.attempts.settle(driving)
             driving = None
-        elif step == "cancel one" and (trials := store.sweeps.trials(sweep.id)):
-            if trials[-1].status == "queued":
-                store.actions.cancel(trials[-1].job_id)
+        elif step == "cancel one":
+            for trial in [each for each in store.sweeps.trials(sweep.id) if each.status == "queued"][-1:]:
+                store.actions.cancel(trial.job_id)
     found = store.sweeps.get(sweep.id)
     assert len(found.trials) == steps.count("add") == found.progress.done
     assert all(trial.status in ("succeeded", "cancelled") for trial in found.trials)
