@@ -7,7 +7,7 @@ STAMP := $(VENV)/.ready
 # One thread per process: the suites start several processes on few cores.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-slow fuzz chaos lint bench-engine bench-planner bench-unlike bench-accuracy bench-peers bench-service clean
+.PHONY: demo test test-slow fuzz chaos lint bench-engine bench-planner bench-unlike bench-accuracy bench-precision bench-peers bench-service bench-large clean
 
 demo: $(STAMP)
 	deploy/demo.sh $(BIN)
@@ -43,6 +43,9 @@ bench-unlike: $(STAMP)
 bench-accuracy: $(STAMP)
 	$(BIN)/python -m tests.bench.accuracy
 
+bench-precision: $(STAMP)
+	$(BIN)/python -m tests.bench.precision
+
 bench-peers: $(STAMP)
 	$(BIN)/python -m tests.bench.peers
 	$(BIN)/python -m tests.bench.peers --cores 0 1 1 --out peers-unlike
@@ -51,6 +54,9 @@ bench-service: $(STAMP)
 	$(BIN)/python -m tests.bench.service
 	$(BIN)/python -m tests.bench.killed
 	$(BIN)/python -m tests.bench.first_step
+
+bench-large: $(STAMP)
+	$(BIN)/python -m tests.bench.large
 
 clean:
 	rm -rf $(VENV) .bench .demo .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
