@@ -43,7 +43,7 @@ def wanted(context: SweepContext) -> Iterator[tuple[str, dict[str, Any], JobSpec
     spec = context.spec
     if spec.baselines:
         yield "full", {}, spec.full(), "full"
-    for number, setting in enumerate(spec.grid()):
+    for number, setting in enumerate(spec.grid() if spec.search.type == "grid" else ()):
         yield f"t-{number}", setting, spec.trial(setting), None
     if spec.baselines:
         yield "stopped", {}, spec.full(share=0.5), "stopped"
@@ -54,13 +54,17 @@ def _asked(
 ) -> dict[str, Any] | None:
     """The trial once it is over; None where the sweep is stopped before."""
     while not stopped():
-        answer = http.post(f"{context.post_url}/trials", json=body)
+        try:
+            answer = http.post(f"{context.post_url}/trials", json=body)
+        except httpx2.TransportError:  # the service is restarted
+            time.sleep(0.05)
+            continue
         if answer.status_code in (401, 409):
             return None
         if answer.status_code == 200 and answer.json()["status"] in OVER:
             found: dict[str, Any] = answer.json()
             return found
-        assert answer.status_code in (200, 429), answer.text
+        assert answer.status_code in (200, 429, 503), answer.text
         time.sleep(0.05)
     return None
 
