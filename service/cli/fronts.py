@@ -143,6 +143,8 @@ def _place(value: float, low: float, high: float, cells: int) -> int:
 def _short(value: Any) -> str:
     if isinstance(value, dict) and set(value) == {"full", "forward", "skip"}:
         return f"{value['full']},{value['forward']},{value['skip']}"
+    if isinstance(value, list):
+        return ",".join(map(_short, value))
     if isinstance(value, float):
         return f"{value:.3g}"
     return value if isinstance(value, str) else json.dumps(value)

@@ -73,7 +73,7 @@ class SweepProgress(Wire):
 class Sweep(Wire):
     """A search over settings of a job; times are Unix seconds.
 
-    `trials` are its jobs so far, `points` those of them that have figures, each cost a share of what plain full
+    `trials` are its jobs so far, `points` those of them that succeeded, each cost a share of what plain full
     fine-tuning took (`against` is "full") or else the dearest ("largest"); `knee` is the key of the point where the
     front over compute turns. `result` is what the sweep itself made of them in the end. In lists all this is left away.
     """

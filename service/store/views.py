@@ -95,8 +95,9 @@ def sweep_view(
     """`counted` are its trials by state; without `trials`, as it stands in lists."""
     spec, job = row.spec, row.spec["job"]
     over = {state: count for state, count in counted.items() if state in FINAL}
-    figures = {trial.key: trial.figures.model_dump() for trial in trials if trial.figures}
-    front = front_of(figures, next((trial.key for trial in trials if trial.baseline == "full"), ""))
+    ended = [trial for trial in trials if trial.status == JobState.SUCCEEDED]
+    figures = {trial.key: trial.figures.model_dump() for trial in ended if trial.figures}
+    front = front_of(figures, next((trial.key for trial in ended if trial.baseline == "full"), ""))
     return Sweep(
         id=row.id,
         owner=owner,
