@@ -4,7 +4,7 @@ It stands in front of the whole application, routes that do not exist included, 
 names: a route added tomorrow is closed until somebody opens it. In order: a request id, the host's name, the origin,
 the key and its scope, and of a change the body (`bodies`).
 
-A run posts its events with the token of its attempt, which opens `RUN_PATH` and nothing else.
+A run posts its events with the token of its attempt, which opens what begins with `RUN_PREFIX` and nothing else.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from service.settings import Settings
 from service.store import Attempt, Caller, Store
 
 PUBLIC = frozenset({("GET", "/healthz"), ("GET", "/readyz")})
-RUN_PATH = "/v1/runs/events"
+RUN_PREFIX = "/v1/runs/"
+RUN_PATH = f"{RUN_PREFIX}events"
 ADMIN_PATHS = ("/v1/users", "/users")
 _SAFE = frozenset({"GET", "HEAD", "OPTIONS"})
 _PREDICT = re.compile(r"(?:/v1)?/jobs/[^/]+/predict")  # its bodies are images
@@ -80,7 +81,7 @@ class Door:
         """Note on the request who sends it. Raises UnauthorisedError, and ForbiddenError where the key is too weak."""
         scheme, _, given = headers.get("authorization", "").partition(" ")
         given = given.strip() if scheme.lower() == "bearer" else ""
-        if scope["path"] == RUN_PATH:
+        if scope["path"].startswith(RUN_PREFIX):
             scope["state"]["attempt"] = await self._attempt(given)
             return
         access = self._store.access

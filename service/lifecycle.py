@@ -18,6 +18,9 @@ import enum
 
 from scheduler.errors import SystemFault
 
+JOB, SWEEP = "job", "sweep"  # the kinds of what has these states; a sweep's trials are jobs
+SWEEP_PREFIX = "sweep_"  # of the ids of sweeps
+
 
 class JobState(enum.StrEnum):
     """Where a job is on its way."""

@@ -23,13 +23,14 @@ from scheduler.errors import CapacityError, D2ftError
 from service.errors import InvalidRequestError, Issue, TooManyError, UnauthorisedError, http_status
 from service.schemas import FieldProblem, PreviewBody, Problem
 from workers.contract import JobSpec
+from workers.sweeps.contract import SweepSpec
 
 PROBLEM_JSON = "application/problem+json"
 MAX_ERRORS = 50
 MAX_DETAIL = 2000
 RETRY_AFTER_S = "5"
 log = logging.getLogger(__name__)
-_FIELDS = frozenset({*JobSpec.model_fields, *PreviewBody.model_fields})
+_FIELDS = frozenset({*JobSpec.model_fields, *PreviewBody.model_fields, *SweepSpec.model_fields})
 
 
 class ProblemResponse(JSONResponse):

@@ -8,13 +8,14 @@ from pathlib import Path
 from service.home import write_private
 from workers import control
 from workers.contract import RunContext
+from workers.sweeps.contract import SweepContext
 
 LOG_TAIL_CHARS = 1500
 KEPT_LOG_CHARS = 4_000_000
 CONTEXT_FILE = "context.json"
 
 
-def write_context(run_dir: Path, context: RunContext) -> Path:
+def write_context(run_dir: Path, context: RunContext | SweepContext) -> Path:
     """Leave the context for the driver, private since it holds the run's token; where it is."""
     path = run_dir / CONTEXT_FILE
     run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -9,7 +9,7 @@ All state lies under `home`:
     secret            from which the secrets of webhooks follow, mode 0600
     jobs/ID/aN/       one attempt: context.json, control.json, events.jsonl, logs/, result/,
                       tensorboard/
-    storage/          Ray Train's own state; checkpoints/ID/, from which a job goes on;
+    storage/          Ray Train's own state; checkpoints/ID/, from which a job goes on; sweeps/ID/, a search so far;
                       scheduler/devices.json, what is known of the devices
     cache/            copies of datasets that lie elsewhere, on this machine
     ray               link to Ray's temp directory
@@ -78,6 +78,8 @@ class Settings(BaseSettings):
     """How many jobs hold the cluster at once; the others are queued."""
     max_running_each: Annotated[int, Field(ge=1, le=1000)] | None = None
     """How many of them may be of one user, where an administrator has not set it for that user."""
+    max_sweeps: Annotated[int, Field(ge=1, le=1000)] = 4
+    """How many sweeps have a driver at once, which takes no place of a job; the others are queued."""
     max_queued: Annotated[int, Field(ge=0, le=10**6)] = 10_000
     """How many jobs of one user may wait, where an administrator has not set it for that user."""
     preempt_after_s: Annotated[float, Field(ge=0)] | None = 60.0
@@ -141,6 +143,8 @@ class Settings(BaseSettings):
     """MLflow server that runs report to, without a password in it: its own variables in Ray's environment have that."""
     driver_module: str = "workers.loop"
     """Module run as the driver of an attempt: `python -m MODULE --context FILE`."""
+    sweep_module: str = "workers.sweep"
+    """Module run as the driver of a sweep's attempt."""
     driver_python: str = Field(default_factory=lambda: sys.executable)
     """Python that runs the driver, as the Ray head sees it."""
 
@@ -228,6 +232,9 @@ class Settings(BaseSettings):
 
     def checkpoints_dir(self, job_id: str) -> Path:
         return self.storage / "checkpoints" / job_id
+
+    def sweep_dir(self, sweep_id: str) -> Path:
+        return self.storage / "sweeps" / sweep_id
 
     def attempt_dir(self, job_id: str, attempt: int) -> Path:
         return self.home / "jobs" / job_id / f"a{attempt}"

@@ -14,9 +14,8 @@ from __future__ import annotations
 import asyncio
 import enum
 import logging
-import shlex
 import time
-from collections.abc import Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -24,11 +23,11 @@ from typing import Any
 from scheduler import failpoints
 from service import faults, runfiles
 from service.errors import LostAttemptError, UnavailableError
+from service.launch import Launch, too_small
 from service.lead import Lead
-from service.lifecycle import JobState
+from service.lifecycle import SWEEP, JobState
 from service.logs import about
 from service.meters import Meters
-from service.processes import package_env
 from service.ray_jobs import RayJob, RayJobs
 from service.settings import Settings
 from service.store import Attempt, Store
@@ -40,9 +39,8 @@ from workers import control
 from workers.contract import RunContext
 from workers.events import EVENTS_FILE
 from workers.logs import log_path
-from workers.sources.address import HOME_VARIABLE
+from workers.sweeps.contract import SweepContext
 
-STOP_WAIT_S = 15
 SOON_S = 0.2
 LEASE = "supervisor"
 log = logging.getLogger(__name__)
@@ -95,6 +93,7 @@ class Supervisor:
         self._settings = settings
         self._store = store
         self._ray = ray
+        self._launch = Launch(settings)
         self._resources: dict[str, float] = {}
         self._nudged = asyncio.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -172,8 +171,14 @@ class Supervisor:
             log.exception("%s failed; it is taken again", what)
 
     async def _start_next(self) -> None:
+        """Sweeps first: what they ask for comes later, and waits with the other jobs."""
+        queue, jobs, sweeps = self._store.queue, self._settings.max_running, self._settings.max_sweeps
+        await self._start_all(lambda: queue.may_claim_sweep(sweeps), lambda: queue.claim_sweep(sweeps))
+        await self._start_all(lambda: queue.may_claim(jobs), lambda: queue.claim(jobs, self._why_not))
+
+    async def _start_all(self, may_claim: Callable[[], bool], claim: Callable[[], Attempt | None]) -> None:
         queue, had_ray = self._store.queue, self._resources
-        while await asyncio.to_thread(queue.may_claim, self._settings.max_running):
+        while await asyncio.to_thread(may_claim):
             try:
                 self._resources = await self._ray.resources()
             except UnavailableError as error:
@@ -182,7 +187,7 @@ class Supervisor:
                 return
             if not had_ray:
                 await asyncio.to_thread(queue.explain, None)
-            attempt = await asyncio.to_thread(queue.claim, self._settings.max_running, self._why_not)
+            attempt = await asyncio.to_thread(claim)
             if attempt is None:
                 return
             failpoints.hit("supervisor.claimed")
@@ -190,7 +195,7 @@ class Supervisor:
 
     def _why_not(self, workers: int) -> str | None:
         """Why the cluster, all of it, is too small for so many workers; None where it is not, or does not say."""
-        return too_small(self._resources, self._per_worker(), workers)
+        return too_small(self._resources, self._launch.per_worker(self._resources), workers)
 
     async def _follow(self, attempt: Attempt) -> None:
         """One look at one attempt. What goes wrong is said on the job, since it waits for that."""
@@ -254,54 +259,21 @@ class Supervisor:
 
     async def _hand_over(self, attempt: Attempt) -> None:
         run_dir = self._settings.attempt_dir(attempt.job_id, attempt.n)
-        context = await self._context(attempt, run_dir)
+        context = await self._context(attempt)
         path = await asyncio.to_thread(runfiles.write_context, run_dir, context)
-        parts = [self._settings.driver_python, "-m", self._settings.driver_module, "--context", str(path)]
+        entrypoint = self._launch.entrypoint(attempt, path)
         metadata = {"job_id": attempt.job_id, "attempt": str(attempt.n), "home": str(self._settings.home)}
         with failpoints.passing("supervisor.submit"):
-            await self._ray.submit(attempt.submission_id, shlex.join(parts), self._env_vars(), metadata)
+            await self._ray.submit(attempt.submission_id, entrypoint, self._launch.environment(), metadata)
         await asyncio.to_thread(self._store.attempts.mark_submitted, attempt)
 
-    async def _context(self, attempt: Attempt, run_dir: Path) -> RunContext:
+    async def _context(self, attempt: Attempt) -> RunContext | SweepContext:
         if not self._resources:
             self._resources = await self._ray.resources()
+        if attempt.kind == SWEEP:
+            return await asyncio.to_thread(self._launch.sweep_context, attempt, self._resources)
         saved = await asyncio.to_thread(self._store.records.checkpoints, attempt.job_id)
-        return RunContext(
-            job_id=attempt.job_id,
-            attempt=attempt.n,
-            spec=attempt.spec,
-            run_dir=str(run_dir),
-            storage_path=str(self._settings.storage),
-            resources_per_worker=self._per_worker(),
-            use_gpu=self._use_gpu(),
-            start_timeout_s=self._settings.start_timeout_s,
-            resume_from=str(self._settings.checkpoints_dir(attempt.job_id)) if saved else None,
-            post_url=f"{self._settings.public_url or self._settings.url}/v1/runs/events",
-            post_token=attempt.token,
-        )
-
-    def _use_gpu(self) -> bool:
-        told = self._settings.use_gpu
-        return self._resources.get("GPU", 0.0) > 0 if told is None else told
-
-    def _per_worker(self) -> dict[str, float]:
-        default = {"CPU": 0.5, "GPU": 1.0} if self._use_gpu() else {"CPU": 0.5}
-        return self._settings.resources_per_worker or default
-
-    def _env_vars(self) -> dict[str, str]:
-        """The driver's environment. The poll is short because Ray Train paces every report by it."""
-        return {
-            "RAY_JOB_STOP_SIGNAL": "SIGTERM",
-            "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S),
-            "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
-            "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # it costs a process; a lost worker is seen without it
-            "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": f"{self._settings.start_timeout_s:g}",
-            "OMP_NUM_THREADS": "1",
-            HOME_VARIABLE: str(self._settings.home),
-            "HF_HUB_OFFLINE": "0" if self._settings.hub_downloads else "1",
-            **({"MLFLOW_TRACKING_URI": uri} if (uri := self._settings.mlflow_tracking_uri) else {}),
-            **package_env(),
-        }
+        return self._launch.context(attempt, self._resources, resumes=bool(saved))
 
     async def _read_events(self, attempt: Attempt) -> Attempt:
         """Take over what the driver has written since; returns the attempt as it is then."""
@@ -357,15 +329,6 @@ class Supervisor:
 
     def _driver_log(self, attempt: Attempt) -> Path:
         return log_path(self._settings.attempt_dir(attempt.job_id, attempt.n), "driver")
-
-
-def too_small(have: Mapping[str, float], per_worker: Mapping[str, float], workers: int) -> str | None:
-    """Why a cluster that has so much in all cannot hold so many workers, or None; one that does not say can."""
-    for name, amount in per_worker.items():
-        need, there = amount * workers, have.get(name, 0.0)
-        if have and need > there + 1e-9:
-            return f"{workers} workers need {need:g} {name}, and the whole cluster has {there:g}; waits for more nodes."
-    return None
 
 
 def _facts(attempt: Attempt) -> Attributes:

@@ -3,7 +3,7 @@
 | table | a row is | written by |
 |---|---|---|
 | users, api_keys | who may come in, and the hash of one key | first start, administrators, users |
-| jobs, job_labels | one job, and its place in the queue; one entry of its metadata | POST, the supervisor, actions |
+| jobs, job_labels | one job or sweep, its place in the queue; one entry of its metadata | POST, supervisor, actions |
 | attempts | one run of a job; `token` fences its writes | the supervisor |
 | events | one line of a job's history; append-only, numbered from 1 within its job | whoever moves the job |
 | metrics, artifacts, checkpoints | one optimiser step, one file, one checkpoint of a run | the run's events |
@@ -70,7 +70,10 @@ class ApiKeyRow(Base):
 
 
 class JobRow(Base):
-    """One job: what was asked for, where it stands, and the newest of what is known of it.
+    """One job or sweep, by `kind`: what was asked for, where it stands, and the newest of what is known of it.
+
+    The jobs of a sweep name it as `parent_id`, each under a `trial_key` of its own; `figures` are what such a job came
+    to. A sweep's `spec` is a `SweepSpec`, its `ledger` the result that its driver told.
 
     `live` are running sums over its steps. `plan` and `ledger` are large and read only when asked for. `search` is the
     lower-case text that a search looks through. `want` is what its driver is asked: pause, or stop where nothing would
@@ -85,10 +88,17 @@ class JobRow(Base):
         Index("ix_jobs_state", "state", "created_at"),
         Index("ix_jobs_queue", "state", "owner", "priority", "queued_at"),
         Index("ux_jobs_idempotency", "owner", "idempotency_key", unique=True),
+        Index("ux_jobs_trial", "parent_id", "trial_key", unique=True),
     )
 
     id: Mapped[str] = mapped_column(String(40), primary_key=True)
+    kind: Mapped[str] = mapped_column(String(8), default="job")
     owner: Mapped[str] = mapped_column(String(40))
+    parent_id: Mapped[str | None] = mapped_column(String(40))
+    trial_key: Mapped[str | None] = mapped_column(String(80))
+    setting: Mapped[dict[str, Any] | None]
+    baseline: Mapped[str | None] = mapped_column(String(16))
+    figures: Mapped[dict[str, Any] | None]
     idempotency_key: Mapped[str | None] = mapped_column(String(255))
     fingerprint: Mapped[str] = mapped_column(String(64))
     spec: Mapped[dict[str, Any]]

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from service.cli import access, data, doctor, jobs, machine, plans, records, webhooks
+from service.cli import access, data, doctor, jobs, machine, plans, records, sweeps, webhooks
 from service.cli.frame import app
 
-__all__ = ["access", "app", "data", "doctor", "jobs", "machine", "main", "plans", "records", "webhooks"]
+__all__ = ["access", "app", "data", "doctor", "jobs", "machine", "main", "plans", "records", "sweeps", "webhooks"]
 
 
 def main() -> None:

@@ -28,6 +28,7 @@ PANELS = {
     "machine": "This machine",
     "doctor": "This machine",
     "jobs": "Jobs",
+    "sweeps": "Jobs",
     "records": "What a job leaves",
     "plans": "Plans and devices",
     "data": "Models and datasets",
@@ -116,6 +117,7 @@ Url = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON as the API sends it.")]
 JobId = Annotated[str, typer.Argument(metavar="JOB", help="A job's id.")]
+AnyId = Annotated[str, typer.Argument(metavar="JOB", help="The id of a job or a sweep.")]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
 Follow = Annotated[bool, typer.Option("--follow", "-f", help="Stay until the job has ended.")]
 Labels = Annotated[list[str] | None, typer.Option("--label", help="KEY=VALUE of the metadata; may be repeated.")]

@@ -9,6 +9,7 @@ import typer
 
 from service.cli import talk
 from service.cli.frame import (
+    AnyId,
     Bytes,
     Compute,
     Grain,
@@ -36,10 +37,11 @@ from service.cli.frame import (
     pairs,
 )
 from service.cli.request import job_body
+from service.cli.sweeps import put_one, watch_sweep
 from service.cli.watch import watch_job
 from service.client import ApiUnreachableError, Client, JobFilter, JobHandle
-from service.client.calls import new_key
-from service.schemas import Job
+from service.client.calls import is_sweep, new_key
+from service.schemas import Job, Sweep
 
 
 @command()
@@ -114,20 +116,25 @@ def submit(
 
 @command()
 def watch(
-    job: JobId,
+    job: AnyId,
     timeout: Annotated[float | None, typer.Option(help="Give up after so many seconds (exit code 7).")] = None,
     url: Url = None,
     json_: Json = False,
 ) -> None:
-    """Follow a job to its end; Ctrl-C lets go of it."""
+    """Follow a job or a sweep to its end; Ctrl-C lets go of it."""
     with connected(url) as client:
+        if is_sweep(job):
+            raise typer.Exit(watch_sweep(client, job, as_json=json_, timeout_s=timeout))
         raise typer.Exit(watch_job(client, job, as_json=json_, timeout_s=timeout))
 
 
 @command()
-def get(job: JobId, url: Url = None, json_: Json = False) -> None:
-    """Show one job."""
+def get(job: AnyId, url: Url = None, json_: Json = False) -> None:
+    """Show one job, or one sweep with its trials and its front."""
     with connected(url) as client:
+        if is_sweep(job):
+            put_one(client.sweep(job), as_json=json_)
+            return
         found = client.get(job)
     talk.put_json(found) if json_ else talk.put_job(found)
 
@@ -143,6 +150,7 @@ def list_(
         str | None, typer.Option(help="Only jobs with this in id, name, model, dataset or labels.")
     ] = None,
     label: Labels = None,
+    sweep: Annotated[str | None, typer.Option(help="Only the jobs of this sweep.")] = None,
     owner: Annotated[str | None, typer.Option(help="Only jobs of this user; for administrators.")] = None,
     url: Url = None,
     json_: Json = False,
@@ -153,6 +161,7 @@ def list_(
         "model": model,
         "search": search,
         "owner": owner,
+        "sweep": sweep,
         "metadata": pairs(label, "--label"),
     }
     with connected(url) as client:
@@ -170,9 +179,9 @@ def list_(
 
 
 @command()
-def cancel(job: JobId, url: Url = None, json_: Json = False) -> None:
-    """End a job."""
-    _act(url, json_, lambda client: client.cancel(job))
+def cancel(job: AnyId, url: Url = None, json_: Json = False) -> None:
+    """End a job, or a sweep with its jobs."""
+    _act(url, json_, lambda client: client.cancel_sweep(job) if is_sweep(job) else client.cancel(job))
 
 
 @command()
@@ -188,12 +197,12 @@ def resume(job: JobId, url: Url = None, json_: Json = False) -> None:
 
 
 @command()
-def retry(job: JobId, url: Url = None, json_: Json = False) -> None:
-    """Give a job that failed or was cancelled another attempt."""
-    _act(url, json_, lambda client: client.retry(job))
+def retry(job: AnyId, url: Url = None, json_: Json = False) -> None:
+    """Give a job or a sweep that failed or was cancelled another attempt."""
+    _act(url, json_, lambda client: client.retry_sweep(job) if is_sweep(job) else client.retry(job))
 
 
-def _act(url: str | None, json_: bool, action: Callable[[Client], Job]) -> None:
+def _act(url: str | None, json_: bool, action: Callable[[Client], Job | Sweep]) -> None:
     with connected(url) as client:
         found = action(client)
     talk.put_json(found) if json_ else talk.put(f"{found.id}  {found.status}")

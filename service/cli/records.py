@@ -10,7 +10,7 @@ import typer
 
 from service.cli import talk
 from service.cli.exits import Exit
-from service.cli.frame import Follow, JobId, Json, Url, command, connected
+from service.cli.frame import AnyId, Follow, JobId, Json, Url, command, connected
 from service.schemas import MAX_PREDICT_IMAGES, PredictionList
 
 MAX_POINTS, SHOWN_POINTS = 2000, 20
@@ -20,13 +20,13 @@ _FIGURES = ("step", "loss", "learning_rate", "step_seconds", "compute_fraction",
 
 @command()
 def events(
-    job: JobId,
+    job: AnyId,
     after: Annotated[int, typer.Option(help="Go on after this number.")] = 0,
     follow: Follow = False,
     url: Url = None,
     json_: Json = False,
 ) -> None:
-    """Print a job's history, one event a line."""
+    """Print the history of a job or a sweep, one event a line."""
     seq = after
     with connected(url) as client:
         try:
@@ -40,7 +40,7 @@ def events(
 
 @command()
 def logs(
-    job: JobId,
+    job: AnyId,
     follow: Follow = False,
     attempt: Annotated[int | None, typer.Option(help="Of this attempt (the newest).")] = None,
     rank: Annotated[int | None, typer.Option(help="A worker's log instead of the driver's.")] = None,
@@ -48,7 +48,7 @@ def logs(
     url: Url = None,
     json_: Json = False,
 ) -> None:
-    """Print what the driver of a job, or one of its workers, printed."""
+    """Print what the driver of a job or a sweep, or a worker of a job, printed."""
     with connected(url) as client:
         pieces = client.logs(job, attempt=attempt, rank=rank, offset=offset, follow=follow)
         try:
@@ -93,12 +93,12 @@ def checkpoints(job: JobId, url: Url = None, json_: Json = False) -> None:
 
 @command()
 def artifacts(
-    job: JobId,
+    job: AnyId,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Download them into this directory.")] = None,
     url: Url = None,
     json_: Json = False,
 ) -> None:
-    """List a job's files, or download them."""
+    """List the files of a job or a sweep, or download them."""
     with connected(url) as client:
         page = client.artifacts(job)
         if output is not None:

@@ -49,10 +49,10 @@ _PLACES = {
 
 def job_body(flags: Mapping[str, Any]) -> dict[str, Any]:
     """The body that the given flags ask for; flags that were not given are None."""
-    body = _read_spec(flags.get("spec"))
+    body = read_spec(flags.get("spec"))
     for flag, place in _PLACES.items():
         if flags.get(flag) is not None:
-            _put(body, place, flags[flag])
+            put_at(body, place, flags[flag])
     if flags.get("weights"):
         body["weights"] = weights_of(flags["weights"])
     if flags.get("dataset"):
@@ -78,15 +78,15 @@ def _put_share(body: dict[str, Any], flags: Mapping[str, Any]) -> None:
     """Ratios, budgets or a schedule. The ratios' sum is the number of micro-batches where that is not given."""
     ratios = None
     if flags.get("ratios"):
-        ratios = _ratios(flags["ratios"], "--ratios")
-        _put(body, ("method", "ratios"), ratios)
+        ratios = ratios_of(flags["ratios"], "--ratios")
+        put_at(body, ("method", "ratios"), ratios)
     if flags.get("compute") is not None or flags.get("bytes") is not None:
         compute = 1.0 if flags.get("compute") is None else flags["compute"]
         budgets = {"compute": compute, **({} if flags.get("bytes") is None else {"bytes": flags["bytes"]})}
-        _put(body, ("method", "budgets"), budgets)
+        put_at(body, ("method", "budgets"), budgets)
     if flags.get("schedule"):
         phases = [_phase(text) for text in flags["schedule"].split(";") if text.strip()]
-        _put(body, ("method", "schedule"), phases)
+        put_at(body, ("method", "schedule"), phases)
         ratios = ratios or next((phase["ratios"] for phase in phases if "ratios" in phase), None)
     if ratios and flags.get("micro_batches") is None and "micro_batches" not in body:
         body["micro_batches"] = sum(ratios.values())
@@ -100,7 +100,7 @@ def _phase(text: str) -> dict[str, Any]:
         if what == "full":
             return phase
         if "," in what:
-            return {**phase, "ratios": _ratios(what, "--schedule")}
+            return {**phase, "ratios": ratios_of(what, "--schedule")}
         compute, slash, sent = what.partition("/")
         return {**phase, "budgets": {"compute": float(compute), **({"bytes": float(sent)} if slash else {})}}
     except ValueError:
@@ -110,7 +110,8 @@ def _phase(text: str) -> dict[str, Any]:
         ) from None
 
 
-def _ratios(text: str, flag: str) -> dict[str, int]:
+def ratios_of(text: str, flag: str) -> dict[str, int]:
+    """FULL,FORWARD,SKIP as a body has them."""
     try:
         full, forward, skip = (int(part) for part in text.split(","))
     except ValueError:
@@ -144,7 +145,8 @@ def dataset_uri(text: str) -> str:
     return "folder://" + quote(os.path.abspath(Path(text).expanduser()))  # noqa: PTH100 - resolves .. without links
 
 
-def _read_spec(path: str | None) -> dict[str, Any]:
+def read_spec(path: str | None) -> dict[str, Any]:
+    """The JSON object of a file, of stdin for "-"."""
     if path is None:
         return {}
     try:
@@ -156,7 +158,8 @@ def _read_spec(path: str | None) -> dict[str, Any]:
     return body
 
 
-def _put(body: dict[str, Any], place: tuple[str, ...], value: Any) -> None:
+def put_at(body: dict[str, Any], place: tuple[str, ...], value: Any) -> None:
+    """Set a field of a body by its path."""
     *outer, last = place
     for name in outer:
         body = body.setdefault(name, {})

@@ -117,9 +117,13 @@ def put_jobs(jobs: list[Job]) -> None:
     """Jobs as a table."""
     table = make_table("id", "name", "status", "model", "progress", "age")
     for job in jobs:
-        status = Text(job.status, _STYLES.get(job.status, ""))
-        table.add_row(job.id, line(job.name or ""), status, line(job.model), progress_text(job), age(job.created_at))
+        status, name = status_text(job.status), line(job.name or "")
+        table.add_row(job.id, name, status, line(job.model), progress_text(job), age(job.created_at))
     put_table(table)
+
+
+def status_text(status: str) -> Text:
+    return Text(line(status), _STYLES.get(status, ""))
 
 
 def put_event(event: Event) -> None:

@@ -10,7 +10,7 @@
     handles        a job in the hand
     live, fetch    following over broken connections; downloads that resume and are hashed
     flows          asking with retries, pages, waiting: generators of steps, no I/O
-    calls          requests as values, and how answers are read
+    calls          requests as values, and how answers are read; filters, what lists are narrowed by
     errors         what comes instead of an answer
 
 What may be sent twice is retried with growing pauses, and `Retry-After` is heeded; see `calls`. Fields and states of a
@@ -18,7 +18,6 @@ newer service are passed over.
 """
 
 from service.client.aio import AsyncClient
-from service.client.calls import JobFilter, ModelFilter
 from service.client.errors import (
     ApiAuthError,
     ApiBusyError,
@@ -31,6 +30,7 @@ from service.client.errors import (
     ApiTimeoutError,
     ApiUnreachableError,
 )
+from service.client.filters import JobFilter, ModelFilter, SweepFilter
 from service.client.handles import AsyncJobHandle, JobHandle
 from service.client.sync import Client
 
@@ -51,4 +51,5 @@ __all__ = [
     "JobFilter",
     "JobHandle",
     "ModelFilter",
+    "SweepFilter",
 ]

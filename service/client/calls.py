@@ -10,12 +10,13 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Generic, Literal, TypedDict, TypeVar
+from typing import Any, Generic, TypeVar
 from urllib.parse import quote
 
 from pydantic import BaseModel
 from ulid import ULID
 
+from service.client.filters import JobFilter, ModelFilter, SweepFilter
 from service.schemas import (
     Artifact,
     Checkpoint,
@@ -38,6 +39,7 @@ from service.schemas import (
     Preview,
     PreviewBody,
     SampleList,
+    Sweep,
     User,
     UserBody,
     UserChange,
@@ -45,6 +47,7 @@ from service.schemas import (
     WebhookBody,
 )
 from workers.contract import JobSpec
+from workers.sweeps.contract import SweepSpec
 
 Value = TypeVar("Value")
 Answered = TypeVar("Answered", bound=BaseModel)
@@ -93,28 +96,6 @@ class Call(Generic[Value]):
     good: tuple[int, ...] = ()
 
 
-class JobFilter(TypedDict, total=False):
-    """Which jobs to list. `search` is looked for in id, name, model, dataset and metadata; times are Unix seconds."""
-
-    status: str | Iterable[str] | None
-    model: str | None
-    search: str | None
-    owner: str | None
-    metadata: Mapping[str, str] | None
-    created_after: float | None
-    created_before: float | None
-    order: str | None
-
-
-class ModelFilter(TypedDict, total=False):
-    """Which models to list: a part of the name, whether they can be trained, bounds on the number of parameters."""
-
-    search: str | None
-    supported: Literal["true", "false", "all"]
-    min_params: int | None
-    max_params: int | None
-
-
 def new_key() -> str:
     """An Idempotency-Key that nobody has used."""
     return str(ULID())
@@ -125,27 +106,54 @@ def new_key() -> str:
 
 def submit(spec: JobSpec | Mapping[str, Any], idempotency_key: str | None) -> Call[tuple[Job, bool]]:
     """The job, and whether the key had made it before."""
-    headers = {"Idempotency-Key": idempotency_key or new_key()}
-    return Call("POST", "/v1/jobs", _submitted, body=_body(spec), headers=headers, timeout_s=SUBMIT_TIMEOUT_S)
+    return _submit("/v1/jobs", Job, spec, idempotency_key)
 
 
 def get_job(job_id: str) -> Call[Job]:
-    return Call("GET", _job(job_id), _as(Job))
+    return Call("GET", f"/v1/jobs/{quote(job_id, safe='')}", _as(Job))
+
+
+def look(job_id: str) -> Call[Job | Sweep]:
+    """A job or a sweep, as its id says."""
+    return Call("GET", _job(job_id), _as(Sweep) if is_sweep(job_id) else _as(Job))
 
 
 def list_jobs(after: str | None, limit: int, wanted: JobFilter) -> Call[Page[Job]]:
-    given: dict[str, Any] = dict(wanted)
-    labels = {f"metadata[{key}]": value for key, value in (given.pop("metadata", None) or {}).items()}
-    return Call("GET", "/v1/jobs", _as(Page[Job]), _params(after=after, limit=limit, **given, **labels))
+    return Call("GET", "/v1/jobs", _as(Page[Job]), _filters(after, limit, wanted))
 
 
 def act(job_id: str, action: str) -> Call[Job]:
     """Cancel, pause and resume are harmless when asked again; a second retry might begin a second attempt."""
     repeat = Repeat.UNSENT if action == "retry" else Repeat.ALWAYS
-    return Call("POST", f"{_job(job_id)}/{action}", _as(Job), repeat=repeat)
+    return Call("POST", f"/v1/jobs/{quote(job_id, safe='')}/{action}", _as(Job), repeat=repeat)
 
 
-# What belongs to a job
+# Sweeps
+
+
+def is_sweep(job_id: str) -> bool:
+    return job_id.startswith("sweep_")
+
+
+def submit_sweep(spec: SweepSpec | Mapping[str, Any], idempotency_key: str | None) -> Call[tuple[Sweep, bool]]:
+    """The sweep, and whether the key had made it before."""
+    return _submit("/v1/sweeps", Sweep, spec, idempotency_key)
+
+
+def get_sweep(sweep_id: str) -> Call[Sweep]:
+    return Call("GET", _sweep(sweep_id), _as(Sweep))
+
+
+def list_sweeps(after: str | None, limit: int, wanted: SweepFilter) -> Call[Page[Sweep]]:
+    return Call("GET", "/v1/sweeps", _as(Page[Sweep]), _filters(after, limit, wanted))
+
+
+def act_on_sweep(sweep_id: str, action: str) -> Call[Sweep]:
+    repeat = Repeat.UNSENT if action == "retry" else Repeat.ALWAYS
+    return Call("POST", f"{_sweep(sweep_id)}/{action}", _as(Sweep), repeat=repeat)
+
+
+# What belongs to a job, or to a sweep: events, logs, artifacts
 
 
 def list_events(job_id: str, after: int) -> Call[Page[Event]]:
@@ -316,8 +324,12 @@ def _as(kind: type[Answered]) -> Callable[[Answer], Answered]:
     return lambda answer: kind.model_validate_json(answer.content)
 
 
-def _submitted(answer: Answer) -> tuple[Job, bool]:
-    return _as(Job)(answer), answer.headers.get("idempotency-replayed") == "true"
+def _submit(path: str, kind: type[Answered], spec: Any, key: str | None) -> Call[tuple[Answered, bool]]:
+    def read(answer: Answer) -> tuple[Answered, bool]:
+        return _as(kind)(answer), answer.headers.get("idempotency-replayed") == "true"
+
+    headers = {"Idempotency-Key": key or new_key()}
+    return Call("POST", path, read, body=_body(spec), headers=headers, timeout_s=SUBMIT_TIMEOUT_S)
 
 
 def _whole(answer: Answer) -> Answer:
@@ -341,8 +353,19 @@ def _params(**given: Any) -> tuple[tuple[str, str], ...]:
     return tuple(found)
 
 
+def _filters(after: str | None, limit: int, wanted: JobFilter | SweepFilter) -> tuple[tuple[str, str], ...]:
+    given: dict[str, Any] = dict(wanted)
+    labels = {f"metadata[{key}]": value for key, value in (given.pop("metadata", None) or {}).items()}
+    return _params(after=after, limit=limit, **given, **labels)
+
+
 def _job(job_id: str) -> str:
-    return f"/v1/jobs/{quote(job_id, safe='')}"
+    """The path of a job or a sweep."""
+    return _sweep(job_id) if is_sweep(job_id) else f"/v1/jobs/{quote(job_id, safe='')}"
+
+
+def _sweep(sweep_id: str) -> str:
+    return f"/v1/sweeps/{quote(sweep_id, safe='')}"
 
 
 def _dataset(dataset_id: str) -> str:

@@ -35,7 +35,7 @@ from service.client.errors import (
     unreachable,
     unreadable,
 )
-from service.schemas import Job, Page
+from service.schemas import Job, Page, Sweep
 
 Value = TypeVar("Value")
 TIMEOUT_S = 30.0
@@ -242,14 +242,24 @@ class Deadline:
 def wait(job_id: str, timeout_s: float | None, poll_s: float, patience: Patience) -> Flow[Job]:
     """The job once it has ended; outages in between are borne."""
     deadline = Deadline(job_id, timeout_s, patience)
-    return (yield from until(job_id, deadline, lambda job: job.is_final, poll_s))
+    return (yield from _until(calls.get_job(job_id), deadline, lambda job: job.is_final, poll_s))
 
 
-def until(job_id: str, deadline: Deadline, wanted: Callable[[Job], bool], poll_s: float) -> Flow[Job]:
-    """The job once it is as wanted."""
+def wait_sweep(sweep_id: str, timeout_s: float | None, poll_s: float, patience: Patience) -> Flow[Sweep]:
+    """The sweep once it has ended."""
+    deadline = Deadline(sweep_id, timeout_s, patience)
+    return (yield from _until(calls.get_sweep(sweep_id), deadline, lambda sweep: sweep.is_final, poll_s))
+
+
+def until(job_id: str, deadline: Deadline, wanted: Callable[[Job | Sweep], bool], poll_s: float) -> Flow[Job | Sweep]:
+    """The job or sweep once it is as wanted."""
+    return _until(calls.look(job_id), deadline, wanted, poll_s)
+
+
+def _until(call: Call[Value], deadline: Deadline, wanted: Callable[[Value], bool], poll_s: float) -> Flow[Value]:
     while True:
         try:
-            job = yield from deadline.ask(calls.get_job(job_id))
+            job = yield from deadline.ask(call)
         except PASSING as error:
             yield Sleep(deadline.pause_s(error))
             continue

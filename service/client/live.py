@@ -1,4 +1,4 @@
-"""Following a job live, over broken connections: its events by number, its logs by byte offset, each exactly once."""
+"""Following a job or sweep live, over broken connections: events by number, logs by byte offset, each exactly once."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from service.client import calls
 from service.client.calls import Answer, Call
 from service.client.errors import unreadable
 from service.client.flows import PASSING, Close, Deadline, Flow, Give, Open, Patience, Read, Sleep, ask, refusal, until
-from service.schemas import Event, Job
+from service.schemas import Event, Job, Sweep
 
 QUIET_EVENTS_S = 30.0  # a heartbeat comes every 15 s; twice that without one, and the connection is dead
 QUIET_LOG_S = 60.0  # a log has no heartbeat: a quiet one is asked for again, where it stood
@@ -61,7 +61,7 @@ def follow_log(
     if attempt is not None:
         yield from _follow_attempt(job_id, attempt, rank, offset, deadline, patience)
         return
-    job = yield from ask(calls.get_job(job_id), patience)
+    job = yield from ask(calls.look(job_id), patience)
     number = max(1, job.attempt)
     while True:
         # A job that waits, is paused or fails for now may yet get an attempt.
@@ -90,7 +90,11 @@ def _follow_attempt(
 
 
 def _over_and_over(
-    job_id: str, at: int, stream: Callable[[int], Flow[Ended]], is_over: Callable[[Job], bool], deadline: Deadline
+    job_id: str,
+    at: int,
+    stream: Callable[[int], Flow[Ended]],
+    is_over: Callable[[Job | Sweep], bool],
+    deadline: Deadline,
 ) -> Flow[int]:
     """One stream after the other, each from where the last one stood, until what they tell of is over.
 
@@ -104,7 +108,7 @@ def _over_and_over(
         if lost is not None:
             yield Sleep(deadline.pause_s(lost))
         try:
-            job = yield from deadline.ask(calls.get_job(job_id))
+            job = yield from deadline.ask(calls.look(job_id))
         except PASSING as error:
             yield Sleep(deadline.pause_s(error))
             continue

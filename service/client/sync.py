@@ -13,8 +13,9 @@ from typing import Any, Self, TypeVar, Unpack
 import httpx2
 
 from service.client import calls, fetch, flows, live
-from service.client.calls import Answer, Call, JobFilter, ModelFilter
+from service.client.calls import Answer, Call
 from service.client.connection import connection, request_of
+from service.client.filters import JobFilter, ModelFilter, SweepFilter
 from service.client.flows import RETRIES, TIMEOUT_S, Close, Done, Failed, Flow, Give, Open, Patience, Read, Send, Sleep
 from service.client.handles import JobHandle
 from service.schemas import (
@@ -35,6 +36,7 @@ from service.schemas import (
     Preview,
     PreviewBody,
     SampleList,
+    Sweep,
     User,
     UserBody,
     UserChange,
@@ -42,6 +44,7 @@ from service.schemas import (
     WebhookBody,
 )
 from workers.contract import JobSpec
+from workers.sweeps.contract import SweepSpec
 
 Value = TypeVar("Value")
 
@@ -103,6 +106,35 @@ class Client:
 
     def retry(self, job_id: str) -> Job:
         return self._ask(calls.act(job_id, "retry"))
+
+    def submit_sweep(self, spec: SweepSpec | Mapping[str, Any], *, idempotency_key: str | None = None) -> Sweep:
+        """Put a sweep into the queue; sent again with the same key, it is the same sweep."""
+        return (self._ask(calls.submit_sweep(spec, idempotency_key)))[0]
+
+    def sweep(self, sweep_id: str) -> Sweep:
+        """A sweep with its trials, points, fronts and knee. `events`, `logs` and `artifacts` take its id, too."""
+        return self._ask(calls.get_sweep(sweep_id))
+
+    def list_sweeps(self, *, after: str | None = None, limit: int = 20, **wanted: Unpack[SweepFilter]) -> Page[Sweep]:
+        """One page of sweeps, newest first, without their trials."""
+        return self._ask(calls.list_sweeps(after, limit, wanted))
+
+    def sweeps(self, **wanted: Unpack[SweepFilter]) -> Iterator[Sweep]:
+        """All sweeps, newest first, page by page."""
+        return self._iterate(
+            flows.pages(lambda after: calls.list_sweeps(after, calls.MAX_PAGE, wanted), self._patience)
+        )
+
+    def cancel_sweep(self, sweep_id: str) -> Sweep:
+        """End a sweep and its trials."""
+        return self._ask(calls.act_on_sweep(sweep_id, "cancel"))
+
+    def retry_sweep(self, sweep_id: str) -> Sweep:
+        return self._ask(calls.act_on_sweep(sweep_id, "retry"))
+
+    def wait_sweep(self, sweep_id: str, *, timeout_s: float | None = None, poll_s: float = 1.0) -> Sweep:
+        """The sweep once it has ended. Raises ApiTimeoutError."""
+        return self._run(flows.wait_sweep(sweep_id, timeout_s, poll_s, self._patience))
 
     def wait(self, job_id: str, *, timeout_s: float | None = None, poll_s: float = 1.0) -> Job:
         """The job once it has ended; outages of up to a minute are borne. Raises ApiTimeoutError."""

@@ -6,7 +6,20 @@ without `/v1`, too.
 
 from fastapi import APIRouter
 
-from service.routes import access, datasets, health, jobs, logs, models, plans, predictions, records, runs, webhooks
+from service.routes import (
+    access,
+    datasets,
+    health,
+    jobs,
+    logs,
+    models,
+    plans,
+    predictions,
+    records,
+    runs,
+    sweeps,
+    webhooks,
+)
 from service.routes.world import World
 
 __all__ = ["World", "routers"]
@@ -19,6 +32,8 @@ def routers() -> list[tuple[APIRouter, str, bool]]:
     return [
         *((router, "/v1/jobs", True) for router in of_jobs),
         *((router, "/jobs", False) for router in of_jobs),
+        (sweeps.router, "/v1/sweeps", True),
+        (sweeps.router, "/sweeps", False),
         *((router, "/v1", True) for router in others),
         *((router, "", False) for router in others),
         (runs.router, "/v1", True),

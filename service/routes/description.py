@@ -12,7 +12,7 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.routing import APIRoute
 
-from service.auth import PUBLIC, RUN_PATH
+from service.auth import PUBLIC, RUN_PREFIX
 from service.problems import PROBLEM_JSON
 from service.scrape import OPENMETRICS
 
@@ -35,6 +35,13 @@ FAILS: dict[str, tuple[int, ...]] = {
     "pause_job": (409,),
     "resume_job": (409,),
     "retry_job": (409,),
+    "create_sweep": (429, 503),
+    "list_sweeps": (404,),
+    "cancel_sweep": (409,),
+    "retry_sweep": (409,),
+    "read_sweep_events": (429,),
+    "read_sweep_logs": (429,),
+    "download_sweep_artifact": (416,),
     "read_events": (429,),
     "read_logs": (429,),
     "download_artifact": (416,),
@@ -50,6 +57,7 @@ FAILS: dict[str, tuple[int, ...]] = {
     "make_webhook": (429,),
     "test_webhook": (409, 429),
     "post_events": (409,),
+    "add_trial": (409, 429),
 }
 HEADERS: dict[str, dict[str, dict[str, str]]] = {
     "create_job": {
@@ -58,24 +66,35 @@ HEADERS: dict[str, dict[str, dict[str, str]]] = {
             "Idempotency-Replayed": "true where the key was used before, and this is the answer of then",
         }
     },
+    "create_sweep": {
+        "201": {
+            "Location": "Where the sweep is",
+            "Idempotency-Replayed": "true where the key was used before, and this is the answer of then",
+        }
+    },
     "register_dataset": {"201": {"Location": "Where the dataset is"}, "200": {"Location": "Where the dataset is"}},
+    "read_sweep_logs": {"200": {"X-Log-Offset": "Where to go on; not with `follow`", "X-Log-Size": "The log's length"}},
     "read_logs": {"200": {"X-Log-Offset": "Where to go on; not with `follow`", "X-Log-Size": "The log's length"}},
+    "download_sweep_artifact": {"200": {"Repr-Digest": "SHA-256 of the whole file"}},
     "download_artifact": {"200": {"Repr-Digest": "SHA-256 of the whole file"}},
 }
 IDS = {
     "create_job": "job_id",
+    "create_sweep": "sweep_id",
     "make_key": "key_id",
     "make_user": "user_id",
     "register_dataset": "dataset_id",
     "make_webhook": "webhook_id",
 }
-LATER = ("read_plan", "read_ledger", "read_logs", "download_artifact")  # not there yet when a job has been made
+LATER = (  # not there yet when a job or sweep has been made
+    "read_plan", "read_ledger", "read_logs", "download_artifact", "read_sweep_logs", "download_sweep_artifact",
+)  # fmt: skip
 FILTER = {
     "name": "metadata",
     "in": "query",
     "style": "deepObject",
     "explode": True,
-    "description": "`metadata[KEY]=VALUE`: jobs whose metadata have exactly this; several narrow further",
+    "description": "`metadata[KEY]=VALUE`: those whose metadata have exactly this; several narrow further",
     "schema": {"type": "object", "additionalProperties": {"type": "string"}, "maxProperties": 8},
 }
 
@@ -120,7 +139,7 @@ def _operations(document: dict[str, Any]) -> Iterator[tuple[str, str, Operation]
 def _complete(path: str, method: str, operation: Operation) -> set[int]:
     """Fill in one operation; returns the statuses with which it may fail."""
     name, public = operation["operationId"], (method.upper(), path) in PUBLIC
-    scheme = "run" if path == RUN_PATH else "key"
+    scheme = "run" if path.startswith(RUN_PREFIX) else "key"
     operation["security"] = [] if public else [{scheme: []}]
     responses: dict[str, Any] = operation["responses"]
     responses.pop("default", None)
@@ -132,7 +151,7 @@ def _complete(path: str, method: str, operation: Operation) -> set[int]:
         responses["200"] = {**responses["201"], "description": "It was there already, and has been listed anew"}
     if name == "metrics":
         responses["200"]["content"][OPENMETRICS] = {}
-    if name == "list_jobs":
+    if name in ("list_jobs", "list_sweeps"):
         operation["parameters"].append(FILTER)
     for response in responses.values():
         for media_type, content in response.get("content", {}).items():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 from fastapi import APIRouter, Header, Query, Request, Response
 
@@ -22,6 +22,7 @@ from workers.contract import JobSpec
 
 IdempotencyKey = Annotated[str | None, Header(alias="Idempotency-Key", min_length=1, max_length=255)]
 Moment = Annotated[float | None, Query(ge=0, le=2**40, description="Unix seconds")]
+Seen = TypeVar("Seen")
 MAX_FILTERS = 8
 
 router = APIRouter(tags=["jobs"], responses=PROBLEM)
@@ -34,14 +35,13 @@ async def create_job(
     """Put a job into the queue; with an Idempotency-Key that was used within 24 hours, give that answer again."""
     owner, jobs, trace = caller.user_id, world.store.jobs, current_trace()
     known = None
-    if _names_files(spec):
-        spec = await asyncio.to_thread(resolved, spec, world.store, caller)
-        spec = await asyncio.to_thread(with_weights, spec, world.store, world.settings, caller)
+    if names_files(spec):
+        spec = await with_addresses(world, spec, caller)
         if idempotency_key is not None:
             # What was accepted once is not looked at again: its files may be gone by now.
             known = await asyncio.to_thread(lambda: jobs.replay(spec, owner=owner, idempotency_key=idempotency_key))
         if known is None:
-            await _check(world, spec, caller)
+            await check(world, spec, caller)
     if known is None:
         made, fresh = await jobs.create_together(spec, owner=owner, idempotency_key=idempotency_key, trace=trace)
     else:
@@ -49,7 +49,7 @@ async def create_job(
     response.headers["Location"] = f"/v1/jobs/{made.id}"
     if not fresh:
         response.headers["Idempotency-Replayed"] = "true"
-    return _seen_soon(world, made)
+    return seen_soon(world, made)
 
 
 @router.get("", response_model=Page[Job])
@@ -68,6 +68,7 @@ def list_jobs(
     owner: Annotated[str | None, Query(max_length=80, description="A user's name; administrators only")] = None,
     created_after: Moment = None,
     created_before: Moment = None,
+    sweep: Annotated[str | None, Query(max_length=80, description="The trials of this sweep")] = None,
 ) -> Page[Job]:
     """Jobs by age, newest first; `metadata[KEY]=VALUE` narrows to those that have it."""
     query = JobQuery(
@@ -77,10 +78,11 @@ def list_jobs(
         status=tuple(status or ()),
         model=model,
         search=search,
-        owner=_narrowed(world, caller, owner),
+        owner=narrowed(world, caller, owner),
         created_after=created_after,
         created_before=created_before,
-        metadata=_metadata(request),
+        metadata=filters(request),
+        sweep=sweep,
     )
     return world.store.jobs.list(query, world.standings.now)
 
@@ -94,39 +96,45 @@ def get_job(job_id: str, world: InWorld, caller: ByCaller) -> Job:
 @router.post("/{job_id}/cancel", response_model=Job)
 def cancel_job(job_id: str, world: InWorld, caller: ByCaller) -> Job:
     """End a job; harmless when asked again."""
-    return _seen_soon(world, world.store.actions.cancel(job_id, owner=caller.reach))
+    return seen_soon(world, world.store.actions.cancel(job_id, owner=caller.reach))
 
 
 @router.post("/{job_id}/pause", response_model=Job)
 def pause_job(job_id: str, world: InWorld, caller: ByCaller) -> Job:
     """Have a job keep what it has learnt and give its devices back; harmless when asked again."""
-    return _seen_soon(world, world.store.actions.pause(job_id, owner=caller.reach))
+    return seen_soon(world, world.store.actions.pause(job_id, owner=caller.reach))
 
 
 @router.post("/{job_id}/resume", response_model=Job)
 def resume_job(job_id: str, world: InWorld, caller: ByCaller) -> Job:
     """Put a paused job into the queue again; it goes on from its newest checkpoint."""
-    return _seen_soon(world, world.store.actions.resume(job_id, owner=caller.reach))
+    return seen_soon(world, world.store.actions.resume(job_id, owner=caller.reach))
 
 
 @router.post("/{job_id}/retry", response_model=Job)
 def retry_job(job_id: str, world: InWorld, caller: ByCaller) -> Job:
     """Give a job that failed or was cancelled another attempt, under the same id."""
-    return _seen_soon(world, world.store.actions.retry(job_id, owner=caller.reach))
+    return seen_soon(world, world.store.actions.retry(job_id, owner=caller.reach))
 
 
-def _seen_soon(world: World, job: Job) -> Job:
-    """The job, of which the supervisor has been told that something is asked."""
+def seen_soon(world: World, job: Seen) -> Seen:
+    """The job or sweep, of which the supervisor has been told that something is asked."""
     world.nudge()
     return job
 
 
-def _names_files(spec: JobSpec) -> bool:
+def names_files(spec: JobSpec) -> bool:
     """Whether there is anything about the job that has to be looked up; the bundled model and data are at hand."""
     return needs_catalogue(spec) or spec.weights is not None or spec.dataset != "digits"
 
 
-async def _check(world: World, spec: JobSpec, caller: Caller) -> None:
+async def with_addresses(world: World, spec: JobSpec, caller: Caller) -> JobSpec:
+    """The job with addresses in place of names of datasets and jobs. Raises InvalidRequestError."""
+    spec = await asyncio.to_thread(resolved, spec, world.store, caller)
+    return await asyncio.to_thread(with_weights, spec, world.store, world.settings, caller)
+
+
+async def check(world: World, spec: JobSpec, caller: Caller) -> None:
     """Raise InvalidRequestError with everything that is wrong with the job's model, weights and dataset."""
     issues = []
     if needs_catalogue(spec):
@@ -139,7 +147,7 @@ async def _check(world: World, spec: JobSpec, caller: Caller) -> None:
         raise InvalidRequestError(issues)
 
 
-def _narrowed(world: World, caller: Caller, owner: str | None) -> str | None:
+def narrowed(world: World, caller: Caller, owner: str | None) -> str | None:
     """Whose jobs are listed: an administrator may ask for anybody's, others get their own."""
     if owner is None:
         return caller.reach
@@ -150,7 +158,7 @@ def _narrowed(world: World, caller: Caller, owner: str | None) -> str | None:
     return asked if caller.is_admin or asked == caller.user_id else ""
 
 
-def _metadata(request: Request) -> dict[str, str]:
+def filters(request: Request) -> dict[str, str]:
     """The filters `metadata[KEY]=VALUE`; FastAPI has no word for them."""
     found = {
         name[9:-1]: value

@@ -7,13 +7,14 @@ import os
 import stat
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Query, Response
+from fastapi import APIRouter, Depends, Query, Response
 from fastapi.responses import StreamingResponse
 
 from service.errors import NotFoundError
-from service.routes.world import PROBLEM, ByCaller, InWorld, World
+from service.lifecycle import JobState
+from service.routes.world import PROBLEM, ByCaller, InWorld, World, only_job
 from service.store import Caller
 from workers.logs import log_path
 
@@ -23,30 +24,47 @@ FOLLOW_S = 0.5
 PLAIN = "text/plain; charset=utf-8"
 _HEADERS = {"X-Accel-Buffering": "no"}
 
-router = APIRouter(tags=["jobs"], responses=PROBLEM)
+router = APIRouter(tags=["jobs"], responses=PROBLEM, dependencies=[Depends(only_job)])
 Offset = Annotated[int, Query(le=2**53, description="Bytes to pass over; negative counts from the end")]
+Length = Annotated[int, Query(ge=1, le=MAX_BYTES)]
+Number = Annotated[int | None, Query(ge=1, lt=2**31)]
 Rank = Annotated[int | None, Query(ge=0, lt=10_000, description="A worker's log instead of the driver's")]
 
+TEXT: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"text/plain": {}}, "description": "A part of the log, or with `follow` a stream"}
+}
 
-@router.get(
-    "/{job_id}/logs",
-    response_class=Response,
-    responses={200: {"content": {"text/plain": {}}, "description": "A part of the log, or with `follow` a stream"}},
-)
+
+@router.get("/{job_id}/logs", response_class=Response, responses=TEXT)
 async def read_logs(
     job_id: str,
     world: InWorld,
     caller: ByCaller,
-    attempt: Annotated[int | None, Query(ge=1, lt=2**31)] = None,
+    attempt: Number = None,
     rank: Rank = None,
     offset: Offset = 0,
-    limit: Annotated[int, Query(ge=1, le=MAX_BYTES)] = MAX_BYTES,
+    limit: Length = MAX_BYTES,
     follow: bool = False,
 ) -> Response:
     """Bytes of a log from `offset` on, at most `limit`: `X-Log-Offset` is where to go on, `X-Log-Size` its length.
 
     With `follow`, all from `offset` on and what is written until the attempt has ended.
     """
+    return await log_of(job_id, world, caller, attempt, rank, offset, limit, follow=follow)
+
+
+async def log_of(
+    job_id: str,
+    world: World,
+    caller: Caller,
+    attempt: int | None,
+    rank: int | None,
+    offset: int,
+    limit: int,
+    *,
+    follow: bool,
+) -> Response:
+    """A part of a log of a job or a sweep, or a stream of it."""
     records = world.store.records
     number, submission_id = await asyncio.to_thread(lambda: records.submission_id(job_id, attempt, owner=caller.reach))
     path = log_path(world.settings.attempt_dir(job_id, number), DRIVER if rank is None else f"rank{rank}")
@@ -72,7 +90,7 @@ async def _follow(
     with world.streams.room.taken(caller.user_id):
         while True:
             # Whether it goes on is asked before the file is read: of a run that was over then, all is read now.
-            job = await asyncio.to_thread(world.store.jobs.get, job_id)
+            state, newest = await asyncio.to_thread(world.store.records.stand, job_id)
             found = await asyncio.to_thread(_read, path, offset, MAX_BYTES)
             if found is not None:
                 content, start, _ = found
@@ -80,7 +98,7 @@ async def _follow(
                 if content:
                     yield content
                     continue
-            if job.is_final or job.attempt != number or job.status in ("paused", "queued"):
+            if state.is_final or newest != number or state in (JobState.PAUSED, JobState.QUEUED):
                 return
             await asyncio.sleep(FOLLOW_S)
 

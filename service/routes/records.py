@@ -7,42 +7,60 @@ import base64
 from pathlib import Path
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Header, Query, Request
+from fastapi import APIRouter, Depends, Header, Query, Request
 from fastapi.responses import FileResponse, StreamingResponse
 from starlette.responses import MalformedRangeHeader, RangeNotSatisfiable
 
 from service.errors import RangeError
 from service.results import artifact_file
-from service.routes.world import PROBLEM, ByCaller, InWorld, Limit
+from service.routes.world import PROBLEM, ByCaller, InWorld, Limit, World, only_job
 from service.schemas import Artifact, Checkpoint, Event, LedgerView, MetricsPage, Page, PlanView
+from service.store import Caller
 from service.store.jobs import page
 
 MAX_POINTS = 2000
 SSE = "text/event-stream"
 BYTES = "application/octet-stream"
 
-router = APIRouter(tags=["jobs"], responses=PROBLEM)
+After = Annotated[int | None, Query(ge=0, lt=2**31)]
+LastEventId = Annotated[str | None, Header(alias="Last-Event-ID")]
+LIVE: dict[int | str, dict[str, Any]] = {200: {"content": {SSE: {}}, "description": "A page, or a live stream"}}
+FILE: dict[int | str, dict[str, Any]] = {
+    200: {"content": {BYTES: {}}, "description": "The file"},
+    206: {"content": {BYTES: {}}, "description": "The part that `Range` asked for"},
+}
+
+router = APIRouter(tags=["jobs"], responses=PROBLEM, dependencies=[Depends(only_job)])
 
 
-@router.get(
-    "/{job_id}/events",
-    response_model=Page[Event],
-    responses={200: {"content": {SSE: {}}, "description": "A page, or a live stream"}},
-)
+@router.get("/{job_id}/events", response_model=Page[Event], responses=LIVE)
 async def read_events(
     job_id: str,
     request: Request,
     world: InWorld,
     caller: ByCaller,
-    after: Annotated[int | None, Query(ge=0, lt=2**31)] = None,
+    after: After = None,
     limit: Limit = 100,
-    last_event_id: Annotated[str | None, Header(alias="Last-Event-ID")] = None,
+    last_event_id: LastEventId = None,
 ) -> Any:
     """History from `after` on: a page, or with `Accept: text/event-stream` a stream that ends when the job has."""
+    return await history(job_id, request, world, caller, after, limit, last_event_id)
+
+
+async def history(
+    job_id: str,
+    request: Request,
+    world: World,
+    caller: Caller,
+    after: int | None,
+    limit: int,
+    last_event_id: str | None,
+) -> Any:
+    """Of a job or a sweep, a page or a stream, as the request asks."""
     records, reach = world.store.records, caller.reach
     if SSE not in request.headers.get("accept", ""):
         return await asyncio.to_thread(lambda: records.events(job_id, after=after or 0, limit=limit, owner=reach))
-    await asyncio.to_thread(lambda: world.store.jobs.get(job_id, owner=reach))
+    await asyncio.to_thread(lambda: records.end(job_id, owner=reach))
     world.streams.room.check(caller.user_id)
     # A browser that reconnects asks the same URL again: its header is the newer word.
     start = max(after or 0, resume_point(last_event_id))
@@ -104,16 +122,14 @@ class OnePart(FileResponse):
         return found if len(found) == 1 else []
 
 
-@router.get(
-    "/{job_id}/artifacts/{name:path}",
-    response_class=FileResponse,
-    responses={
-        200: {"content": {BYTES: {}}, "description": "The file"},
-        206: {"content": {BYTES: {}}, "description": "The part that `Range` asked for"},
-    },
-)
+@router.get("/{job_id}/artifacts/{name:path}", response_class=FileResponse, responses=FILE)
 def download_artifact(job_id: str, name: str, world: InWorld, caller: ByCaller) -> FileResponse:
     """One file, or with `Range` a part of it. `name` is looked up in the recorded list, never made into a path."""
+    return file_of(job_id, name, world, caller)
+
+
+def file_of(job_id: str, name: str, world: World, caller: Caller) -> FileResponse:
+    """A file of a job or a sweep."""
     artifact, path = artifact_file(world.store, world.settings, job_id, name, owner=caller.reach)
     headers = {}
     if artifact.sha256:

@@ -1,4 +1,4 @@
-"""What runs tell: lines of their own event file, with the token of their attempt.
+"""What runs tell and ask, with the token of their attempt: lines of their own event file; a sweep's, for its trials.
 
 A run writes its file first and posts afterwards, so an outage of this service costs nothing: the answer says how far
 the store has the file, and the run sends the rest. Where the service sees the file it reads it by itself, too; each
@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from fastapi import APIRouter
 
-from service.errors import ConflictError, InvalidRequestError, Issue
-from service.lifecycle import JobState
+from service.errors import ConflictError, ForbiddenError, InvalidRequestError, Issue
+from service.lifecycle import SWEEP, JobState
 from service.routes.world import PROBLEM, ByRun, InWorld
-from service.schemas import RunAnswer, RunEvents
+from service.schemas import RunAnswer, RunEvents, Trial, TrialBody, TrialList
+from service.store import Attempt, Place
 from service.tail import readable
 
 _WANTS = {JobState.PAUSING: "pause", JobState.CANCELLING: "cancel"}
@@ -32,3 +33,34 @@ def post_events(body: RunEvents, world: InWorld, attempt: ByRun) -> RunAnswer:
     if fresh:
         attempt = world.store.attempts.absorb(attempt, fresh, max(event["seq"] for event in fresh))
     return RunAnswer(offset=attempt.events_offset, want=_WANTS.get(attempt.job_state))
+
+
+@router.get("/runs/trials", response_model=TrialList)
+def list_trials(world: InWorld, attempt: ByRun) -> TrialList:
+    """All trials of the sweep, oldest first."""
+    return TrialList(data=list(world.store.sweeps.trials(_sweep(attempt))))
+
+
+@router.post("/runs/trials", response_model=Trial)
+def add_trial(body: TrialBody, world: InWorld, attempt: ByRun) -> Trial:
+    """Have a job run as a trial of the sweep; the same key gives the same trial again, whatever has become of it."""
+    place = Place(_sweep(attempt), body.key, body.setting, body.baseline)
+    found = world.store.sweeps.add_trial(attempt, place, body.spec)
+    world.nudge()
+    return found
+
+
+@router.post("/runs/trials/{key}/cancel", response_model=Trial)
+def cancel_trial(key: str, world: InWorld, attempt: ByRun) -> Trial:
+    """End a trial; harmless when it is over."""
+    _sweep(attempt)
+    found = world.store.sweeps.cancel_trial(attempt, key)
+    world.nudge()
+    return found
+
+
+def _sweep(attempt: Attempt) -> str:
+    """The id of the sweep that the run drives."""
+    if attempt.kind != SWEEP:
+        raise ForbiddenError("Only the run of a sweep has trials.", code="not_a_sweep")
+    return attempt.job_id

@@ -9,7 +9,8 @@ from typing import Annotated, Any
 from fastapi import Depends, Query, Request
 
 from service.catalogue import Catalogue
-from service.errors import ForbiddenError
+from service.errors import ForbiddenError, NotFoundError
+from service.lifecycle import JOB, SWEEP, SWEEP_PREFIX
 from service.outbound import Outbound
 from service.planners import Planners
 from service.predictors import Predictors
@@ -64,6 +65,18 @@ async def _admin(request: Request) -> Caller:
     if not caller.is_admin:
         raise ForbiddenError("Only an administrator may do this.", code="admin_only")
     return caller
+
+
+def only_job(job_id: str) -> None:
+    """Raise NotFoundError for the id of a sweep, whose history, logs and files are at its own routes."""
+    if job_id.startswith(SWEEP_PREFIX):
+        raise NotFoundError(f"There is no job {job_id[:60]}.", code=f"{JOB}_not_found", param="id")
+
+
+def only_sweep(sweep_id: str) -> None:
+    """Raise NotFoundError for the id of a job."""
+    if not sweep_id.startswith(SWEEP_PREFIX):
+        raise NotFoundError(f"There is no sweep {sweep_id[:60]}.", code=f"{SWEEP}_not_found", param="id")
 
 
 async def _attempt(request: Request) -> Attempt:

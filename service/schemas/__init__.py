@@ -1,6 +1,7 @@
 """What crosses the wire, as the server sends it and the client reads it.
 
-The body of `POST /v1/jobs` is `workers.contract.JobSpec`, that of `POST /v1/plans` is `PreviewBody`. Readers pass over
+The body of `POST /v1/jobs` is `workers.contract.JobSpec`, that of `POST /v1/sweeps` is
+`workers.sweeps.contract.SweepSpec`, that of `POST /v1/plans` is `PreviewBody`. Readers pass over
 fields they do not know, and take `status` as text: a newer server may know more states.
 """
 
@@ -42,11 +43,23 @@ from service.schemas.planning import (
     Preview,
     PreviewBody,
 )
+from service.schemas.sweeps import (
+    TRIAL_KEY,
+    Figures,
+    Fronts,
+    Point,
+    Sweep,
+    SweepProgress,
+    Trial,
+    TrialBody,
+    TrialList,
+)
 from service.schemas.webhooks import Delivery, Webhook, WebhookBody
 
 __all__ = [
     "MAX_DEVICES",
     "MAX_PREDICT_IMAGES",
+    "TRIAL_KEY",
     "Artifact",
     "Checkpoint",
     "Dataset",
@@ -58,6 +71,8 @@ __all__ = [
     "DeviceList",
     "Event",
     "FieldProblem",
+    "Figures",
+    "Fronts",
     "Health",
     "Job",
     "JobError",
@@ -71,6 +86,7 @@ __all__ = [
     "Page",
     "PairBody",
     "PlanView",
+    "Point",
     "PredictedClass",
     "Prediction",
     "PredictionList",
@@ -82,6 +98,11 @@ __all__ = [
     "RunEvents",
     "Sample",
     "SampleList",
+    "Sweep",
+    "SweepProgress",
+    "Trial",
+    "TrialBody",
+    "TrialList",
     "Usage",
     "User",
     "UserBody",

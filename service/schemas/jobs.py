@@ -39,7 +39,8 @@ class Usage(Wire):
 class Job(Wire):
     """One job as the API shows it; times are Unix seconds.
 
-    `queue_position` counts from 1 while it waits, as of the service's last look at the queue.
+    `queue_position` counts from 1 while it waits, as of the service's last look at the queue. A trial of a sweep has
+    `sweep_id`, its `trial_key` and `setting` there, and where it is one of the two to compare with, `baseline`.
     """
 
     id: str
@@ -62,6 +63,10 @@ class Job(Wire):
     metrics: dict[str, Any] = Field(default_factory=dict)
     usage: Usage = Usage()
     estimate: dict[str, Any] | None = None
+    sweep_id: str | None = None
+    trial_key: str | None = None
+    setting: dict[str, Any] | None = None
+    baseline: str | None = None
     error: JobError | None = None
     created_at: int
     started_at: int | None = None

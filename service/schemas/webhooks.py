@@ -1,4 +1,4 @@
-"""Webhooks: addresses that are told when a job moves."""
+"""Webhooks: addresses that are told when a job or a sweep moves."""
 
 from __future__ import annotations
 
@@ -9,14 +9,24 @@ from pydantic import Field
 from service.schemas.base import Wire
 from workers.method import Frozen
 
-WebhookType = Literal["job.running", "job.paused", "job.succeeded", "job.failed", "job.cancelled"]
+WebhookType = Literal[
+    "job.running",
+    "job.paused",
+    "job.succeeded",
+    "job.failed",
+    "job.cancelled",
+    "sweep.running",
+    "sweep.succeeded",
+    "sweep.failed",
+    "sweep.cancelled",
+]
 
 
 class WebhookBody(Frozen):
     """A new webhook: an https address and what it is told; by default the ends of jobs."""
 
     url: Annotated[str, Field(min_length=1, max_length=2048)]
-    types: Annotated[list[WebhookType], Field(min_length=1, max_length=5)] = Field(
+    types: Annotated[list[WebhookType], Field(min_length=1, max_length=9)] = Field(
         default=["job.succeeded", "job.failed", "job.cancelled"]
     )
 

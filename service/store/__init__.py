@@ -10,6 +10,7 @@ from service.meters import Meters
 from service.store.absorb import RunEvent
 from service.store.access import Access, Caller
 from service.store.actions import Actions
+from service.store.admission import Place
 from service.store.attempts import Attempt, Attempts
 from service.store.census import Census
 from service.store.database import Database
@@ -18,17 +19,18 @@ from service.store.jobs import JobQuery, Jobs
 from service.store.leases import Leases
 from service.store.queue import Queue
 from service.store.records import Records, StoredArtifact
+from service.store.sweeps import Sweeps
 from service.store.views import Standing
 from service.store.webhooks import Webhooks
 
-__all__ = ["Attempt", "Caller", "DatasetQuery", "JobQuery", "RunEvent", "Standing", "Store", "StoredArtifact"]
+__all__ = ["Attempt", "Caller", "DatasetQuery", "JobQuery", "Place", "RunEvent", "Standing", "Store", "StoredArtifact"]
 
 
 class Store:
     """Shelves over one database.
 
-    For those who ask: `jobs`, `actions`, `records`, `access`, `datasets`, `webhooks`. For the supervisor: `queue`,
-    `attempts`, `leases`. For who watches the service: `census`.
+    For those who ask: `jobs`, `sweeps`, `actions`, `records`, `access`, `datasets`, `webhooks`. For the supervisor:
+    `queue`, `attempts`, `leases`. For who watches the service: `census`.
     """
 
     def __init__(
@@ -42,6 +44,7 @@ class Store:
     ) -> None:
         self._database = Database(url, meters)
         self.jobs = Jobs(self._database, max_queued)
+        self.sweeps = Sweeps(self._database, max_queued)
         self.actions = Actions(self._database)
         self.records = Records(self._database)
         self.access = Access(self._database)

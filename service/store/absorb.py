@@ -16,10 +16,11 @@ from sqlalchemy import delete
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
-from service.lifecycle import PHASES, JobState, may_move
+from service.lifecycle import PHASES, SWEEP, JobState, may_move
 from service.store.journal import append, move
 from service.store.losses import go_on_elsewhere, lose
 from service.store.views import fold_metrics
+from service.sweeping import figures_of
 from service.tables import ArtifactRow, CheckpointRow, JobRow, MetricRow
 
 RunEvent = dict[str, Any]  # one line, as workers.events describes it; `seq` is its place in the file
@@ -66,6 +67,10 @@ class _Outcome(_Data):
     status: Literal["succeeded", "failed", "paused"]
     error: _Error | None = None
     why: Annotated[str, Field(max_length=80)] | None = None
+
+
+class _Evaluation(_Data):
+    accuracy: Annotated[float, Field(ge=0, le=1)]
 
 
 class _Recovering(_Data):
@@ -159,6 +164,20 @@ def _absorb_plan(session: Session, job: JobRow, event: RunEvent) -> bool:
 
 def _absorb_ledger(session: Session, job: JobRow, event: RunEvent) -> bool:
     job.ledger = _data(event)
+    job.figures = figures_of(job.ledger)
+    return False
+
+
+def _absorb_evaluation(session: Session, job: JobRow, event: RunEvent) -> bool:
+    said = _read(_Evaluation, event)
+    if said is not None:
+        job.live = {**(job.live or {}), "accuracy": said.accuracy}
+    return False
+
+
+def _absorb_result(session: Session, job: JobRow, event: RunEvent) -> bool:
+    if job.kind == SWEEP:
+        job.ledger = _data(event)
     return False
 
 
@@ -242,6 +261,8 @@ _ABSORBERS: dict[str, _Absorber] = {
     "plan.created": _absorb_plan,
     "plan.changed": _absorb_plan,
     "ledger": _absorb_ledger,
+    "evaluation": _absorb_evaluation,
+    "sweep.result": _absorb_result,
     "artifact.ready": _absorb_artifact,
     "checkpoint.saved": _absorb_checkpoint,
     "checkpoint.dropped": _absorb_dropped,

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from sqlalchemy.orm import Session
 
 from service.errors import ConflictError
-from service.lifecycle import PAUSABLE, RETRIED, JobState
+from service.lifecycle import JOB, PAUSABLE, RETRIED, SWEEP, JobState
 from service.schemas import Job
 from service.store.database import Database
 from service.store.jobs import job_row, owner_name
@@ -31,22 +31,20 @@ class Actions:
 
         Raises ConflictError when it has already succeeded or failed.
         """
-        with self._held(job_id, owner) as (session, row, state):
-            if state in (JobState.SUCCEEDED, JobState.FAILED):
-                raise ConflictError(f"Job {job_id} has already {state}; it cannot be cancelled.", code="job_is_final")
-            row.requeue = False
-            if state in (JobState.QUEUED, JobState.PAUSED):
-                move(session, row, JobState.CANCELLED, message=f"cancelled while it was {state}")
-            elif state not in (JobState.CANCELLING, JobState.CANCELLED):
-                move(session, row, JobState.CANCELLING, message="cancel was asked for")
+        with self._held(job_id, owner) as (session, row, _):
+            end(session, row)
             return _view(session, row)
 
     def pause(self, job_id: str, *, owner: str | None = None) -> Job:
         """Have a job give its devices back and keep what it has learnt; at once while it waits.
 
-        Raises ConflictError when it has ended, or is about to.
+        Raises ConflictError when it has ended, or is about to, and for a sweep.
         """
-        with self._held(job_id, owner) as (session, row, state):
+        with self._held(job_id, owner, kind=None) as (session, row, state):
+            if row.kind == SWEEP:
+                message = f"{job_id} is a sweep, which cannot be paused."
+                remedy = "Cancel it and retry it later, or pause its jobs one by one."
+                raise ConflictError(message, code="sweep_no_pause", remedy=remedy)
             row.requeue = False
             if state is JobState.QUEUED:
                 move(session, row, JobState.PAUSED, message="paused before it started")
@@ -76,17 +74,37 @@ class Actions:
             if state not in RETRIED:
                 message = f"Job {job_id} is {state}; only what failed or was cancelled can be retried."
                 raise ConflictError(message, code="job_not_retryable")
-            row.error, row.finished_at = None, None
-            row.faults, row.stuck, row.lost_step = 0, 0, None
-            requeue(session, row, "another attempt was asked for")
+            begin_anew(session, row)
             return _view(session, row)
 
     @contextmanager
-    def _held(self, job_id: str, owner: str | None) -> Iterator[tuple[Session, JobRow, JobState]]:
+    def _held(
+        self, job_id: str, owner: str | None, kind: str | None = JOB
+    ) -> Iterator[tuple[Session, JobRow, JobState]]:
         """A transaction in which the job is nobody else's to change. Raises NotFoundError."""
         with self._database.write() as session:
-            row = job_row(session, job_id, owner, lock=True)
+            row = job_row(session, job_id, owner, lock=True, kind=kind)
             yield session, row, JobState(row.state)
+
+
+def end(session: Session, row: JobRow) -> None:
+    """Have a job or sweep end: at once where it has no attempt. Raises ConflictError where it has ended otherwise."""
+    state = JobState(row.state)
+    if state in (JobState.SUCCEEDED, JobState.FAILED):
+        message = f"{row.kind.capitalize()} {row.id} has already {state}; it cannot be cancelled."
+        raise ConflictError(message, code=f"{row.kind}_is_final")
+    row.requeue = False
+    if state in (JobState.QUEUED, JobState.PAUSED):
+        move(session, row, JobState.CANCELLED, message=f"cancelled while it was {state}")
+    elif state not in (JobState.CANCELLING, JobState.CANCELLED):
+        move(session, row, JobState.CANCELLING, message="cancel was asked for")
+
+
+def begin_anew(session: Session, row: JobRow) -> None:
+    """Have a job or sweep that has ended wait for another attempt; what it lost before counts for nothing."""
+    row.error, row.finished_at = None, None
+    row.faults, row.stuck, row.lost_step = 0, 0, None
+    requeue(session, row, "another attempt was asked for")
 
 
 def begin_pause(session: Session, row: JobRow, message: str, *, requeue: bool = False) -> None:
@@ -102,9 +120,15 @@ def requeue(session: Session, row: JobRow, message: str, *, keeps_place: bool = 
     now = time.time()
     if not keeps_place or row.queued_at is None:
         row.queued_at = now
-    timeout_s = row.spec.get("queue_timeout_s")
+    timeout_s = queue_timeout_s(row)
     row.queue_deadline = None if timeout_s is None else now + timeout_s
     move(session, row, JobState.QUEUED, message=message)
+
+
+def queue_timeout_s(row: JobRow) -> float | None:
+    """How long it may wait to start; of a sweep that stands in its job."""
+    asked: float | None = row.spec.get("job", row.spec).get("queue_timeout_s")
+    return asked
 
 
 def _view(session: Session, row: JobRow) -> Job:

@@ -10,6 +10,7 @@ import hmac
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from sqlalchemy import select
@@ -17,7 +18,7 @@ from sqlalchemy.orm import Session
 
 from scheduler import failpoints
 from service.errors import LostAttemptError
-from service.lifecycle import JobState
+from service.lifecycle import JOB, JobState
 from service.queueing import decayed
 from service.store.absorb import RunEvent, absorb_events
 from service.store.actions import requeue
@@ -26,15 +27,17 @@ from service.store.journal import explain, move
 from service.store.losses import lose
 from service.tables import AttemptRow, EventRow, JobRow, UserRow
 from workers.contract import JobSpec
+from workers.sweeps.contract import SweepSpec
 
 CREATED, SUBMITTED, ENDED, SETTLED = "created", "submitted", "ended", "settled"
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """One attempt as it was when read."""
+    """One attempt of a job or, by `kind`, of a sweep, as it was when read; `told` is the spec as JSON."""
 
     job_id: str
+    kind: str
     n: int
     token: str
     submission_id: str
@@ -43,10 +46,24 @@ class Attempt:
     job_state: JobState
     status_reason: str | None
     want: str | None
-    spec: JobSpec
+    told: dict[str, Any]
     trace: str | None
     created_at: float
     ended_at: float | None
+
+    @cached_property
+    def spec(self) -> JobSpec:
+        return JobSpec.model_validate(self.told)
+
+    @cached_property
+    def sweep_spec(self) -> SweepSpec:
+        """Of a sweep. It tries out all settings, so it is not read at every look."""
+        return SweepSpec.model_validate(self.told)
+
+    @property
+    def workers(self) -> int:
+        """Those that it holds; a sweep's are its trials'."""
+        return self.spec.workers if self.kind == JOB else 0
 
 
 class Attempts:
@@ -76,7 +93,7 @@ class Attempts:
     def mark_submitted(self, attempt: Attempt) -> None:
         """Ray has taken the attempt."""
         with self._database.write() as session:
-            row, job = _own(session, attempt)
+            row, job = own(session, attempt)
             row.state = SUBMITTED
             if job.state == JobState.PLANNING:
                 move(session, job, JobState.STARTING, message="the cluster has taken the attempt")
@@ -87,7 +104,7 @@ class Attempts:
         A line that the table of moves does not allow is kept as history and moves nothing.
         """
         with failpoints.passing("supervisor.absorb"), self._database.write() as session:
-            row, job = _own(session, attempt)
+            row, job = own(session, attempt)
             known = _known(session, attempt, events)
             fresh = (event for event in events if event["seq"] not in known)
             absorb_events(session, job, fresh, _is_over, self._max_faults)
@@ -100,14 +117,14 @@ class Attempts:
     ) -> None:
         """Decide the job."""
         with failpoints.passing("supervisor.finish"), self._database.write() as session:
-            row, job = _own(session, attempt)
+            row, job = own(session, attempt)
             move(session, job, state, error=error, message=message)
             _close_if_over(session, row, job)
 
     def lose(self, attempt: Attempt, error: dict[str, Any]) -> None:
         """End an attempt that a fault took before it said a last word; the job gets another, or fails."""
         with failpoints.passing("supervisor.finish"), self._database.write() as session:
-            row, job = _own(session, attempt)
+            row, job = own(session, attempt)
             lose(session, job, error, self._max_faults)
             _close_if_over(session, row, job)
 
@@ -118,12 +135,12 @@ class Attempts:
             if row is None or row.token != attempt.token or row.state != ENDED:
                 return
             row.state = SETTLED
-            _charge(session, row, attempt.spec.workers)
+            _charge(session, row, attempt.workers)
 
     def explain(self, attempt: Attempt, reason: str | None) -> None:
         """Say why the attempt waits."""
         with self._database.write() as session:
-            _, job = _own(session, attempt)
+            _, job = own(session, attempt)
             explain(session, job, reason)
 
     def is_open(self, submission_id: str) -> bool:
@@ -136,6 +153,7 @@ class Attempts:
 def attempt_view(row: AttemptRow, job: JobRow) -> Attempt:
     return Attempt(
         job_id=row.job_id,
+        kind=job.kind,
         n=row.n,
         token=row.token,
         submission_id=row.submission_id,
@@ -144,14 +162,14 @@ def attempt_view(row: AttemptRow, job: JobRow) -> Attempt:
         job_state=JobState(job.state),
         status_reason=job.status_reason,
         want=job.want,
-        spec=JobSpec.model_validate(job.spec),
+        told=job.spec,
         trace=job.trace,
         created_at=row.created_at,
         ended_at=row.ended_at,
     )
 
 
-def _own(session: Session, attempt: Attempt) -> tuple[AttemptRow, JobRow]:
+def own(session: Session, attempt: Attempt) -> tuple[AttemptRow, JobRow]:
     """The rows behind an attempt that still owns its job. Raises LostAttemptError."""
     job = session.get(JobRow, attempt.job_id, with_for_update=True)
     row = session.get(AttemptRow, (attempt.job_id, attempt.n), with_for_update=True)

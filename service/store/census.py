@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from service.lifecycle import JobState
+from service.lifecycle import JOB, JobState
 from service.store.attempts import SETTLED
 from service.store.database import Database
 from service.tables import AttemptRow, DeliveryRow, JobRow
@@ -37,9 +37,11 @@ class Census:
 
     def take(self) -> Counts:
         with self._database.read() as session:
-            counted = session.execute(select(JobRow.state, func.count()).group_by(JobRow.state))
+            counted = session.execute(
+                select(JobRow.state, func.count()).where(JobRow.kind == JOB).group_by(JobRow.state)
+            )
             jobs = dict.fromkeys(JobState, 0) | {JobState(state): count for state, count in counted}
-            waiting = select(func.min(JobRow.queued_at)).where(JobRow.state == JobState.QUEUED)
+            waiting = select(func.min(JobRow.queued_at)).where(JobRow.state == JobState.QUEUED, JobRow.kind == JOB)
             attempts = select(func.count()).where(AttemptRow.state != SETTLED)
             deliveries = select(func.count()).where(DeliveryRow.state == PENDING)
             return Counts(
@@ -56,7 +58,7 @@ def _by_fault(session: Session) -> dict[str, int]:
     fault = JobRow.error["fault"].as_string()
     found = dict.fromkeys((*FAULTS, OTHER), 0)
     for name, count in session.execute(
-        select(fault, func.count()).where(JobRow.state == JobState.FAILED).group_by(fault)
+        select(fault, func.count()).where(JobRow.state == JobState.FAILED, JobRow.kind == JOB).group_by(fault)
     ):
         found[name if name in FAULTS else OTHER] += count
     return found

@@ -13,15 +13,16 @@ from sqlalchemy import Select, select, tuple_
 from sqlalchemy.orm import Session
 
 from service.errors import NotFoundError
-from service.lifecycle import HOLDING, JobState
+from service.lifecycle import HOLDING, JOB, SWEEP, SWEEP_PREFIX, JobState
 from service.schemas import Job, Page
-from service.store.admission import Made, Submit, replay, submit_all
+from service.store.admission import Placed, Submit, replay, submit_all
 from service.store.database import Database
 from service.store.together import Together
 from service.store.views import Standing, job_view
 from service.tables import JobRow, LabelRow, UserRow
 from workers.contract import JobSpec
 
+Made = tuple[Job, bool]  # a job, and whether this request made it
 Standings = Callable[[], Mapping[str, Standing]]  # where the jobs that wait stand
 
 
@@ -29,7 +30,8 @@ Standings = Callable[[], Mapping[str, Standing]]  # where the jobs that wait sta
 class JobQuery:
     """Which jobs to list, and from where on. `after` is the id of the last job of the page before.
 
-    `search` is looked for in id, name, model, dataset and metadata, whatever the case; `metadata` has to match exactly.
+    `search` is looked for in id, name, model, dataset and metadata, whatever the case; `metadata` has to match exactly;
+    `sweep` is the id of the sweep whose trials they are.
     """
 
     after: str | None = None
@@ -42,6 +44,7 @@ class JobQuery:
     created_after: float | None = None
     created_before: float | None = None
     metadata: Mapping[str, str] = field(default_factory=dict)
+    sweep: str | None = None
 
 
 class Jobs:
@@ -75,19 +78,20 @@ class Jobs:
     def replay(self, spec: JobSpec, *, owner: str, idempotency_key: str) -> Job | None:
         """The answer that this key got before, if any. Raises InvalidRequestError on another body."""
         with self._database.read() as session:
-            return replay(session, Submit(spec, owner, idempotency_key))
+            found = replay(session, Submit(spec, owner, idempotency_key))
+        return None if found is None else _shown(found)[0]
 
     def get(self, job_id: str, *, owner: str | None = None, standings: Standings = dict) -> Job:
         """One job; `standings` is asked only where it waits."""
         with self._database.read() as session:
-            row = job_row(session, job_id, owner)
+            row = job_row(session, job_id, owner, kind=JOB)
             name = owner_name(session, row.owner)
         return job_view(row, name, _standing(row, standings))
 
     def list(self, query: JobQuery, standings: Standings = dict) -> Page[Job]:
         """A page of jobs; `standings` is asked only where any of them waits."""
         with self._database.read() as session:
-            rows = session.execute(_selection(session, query)).all()
+            rows = session.execute(selection(session, query, JOB)).all()
         jobs = [job_view(row, name, _standing(row, standings)) for row, name in rows[: query.limit]]
         return page(jobs, [job.id for job in jobs], more=len(rows) > query.limit)
 
@@ -95,6 +99,7 @@ class Jobs:
         """The plans of the jobs that hold the cluster, by job."""
         with self._database.read() as session:
             wanted = select(JobRow.id, JobRow.plan).where(JobRow.state.in_(HOLDING), JobRow.plan.is_not(None))
+            wanted = wanted.where(JobRow.kind == JOB)
             return {row.id: row.plan for row in session.execute(wanted)}
 
     def of_owner(self, owner: str, job_ids: set[str]) -> set[str]:
@@ -107,14 +112,21 @@ class Jobs:
         self._submits.close()
 
     def _submit_all(self, session: Session, asked: Sequence[Submit]) -> Sequence[Made | Exception]:
-        return submit_all(session, asked, self._max_queued)
+        placed = submit_all(session, asked, self._max_queued)
+        return [each if isinstance(each, Exception) else _shown(each) for each in placed]
 
 
-def job_row(session: Session, job_id: str, owner: str | None = None, *, lock: bool = False) -> JobRow:
-    """The row of a job. Raises NotFoundError for another user's, too: whether it exists is not theirs to know."""
+def job_row(
+    session: Session, job_id: str, owner: str | None = None, *, lock: bool = False, kind: str | None = None
+) -> JobRow:
+    """The row of a job or sweep, or of one `kind` alone.
+
+    Raises NotFoundError for another user's, too: whether it exists is not theirs to know.
+    """
     row = session.get(JobRow, job_id, with_for_update=lock or None)
-    if row is None or owner not in (None, row.owner):
-        raise NotFoundError(f"There is no job {job_id[:60]}.", code="job_not_found", param="id")
+    if row is None or owner not in (None, row.owner) or kind not in (None, row.kind):
+        what = kind or (SWEEP if job_id.startswith(SWEEP_PREFIX) else JOB)
+        raise NotFoundError(f"There is no {what} {job_id[:60]}.", code=f"{what}_not_found", param="id")
     return row
 
 
@@ -133,9 +145,18 @@ def _standing(row: JobRow, standings: Standings) -> Standing | None:
     return standings().get(row.id) if row.state == JobState.QUEUED else None
 
 
-def _selection(session: Session, query: JobQuery) -> Select[JobRow, str]:
-    """One row more than the page, to see whether there is more. Rows move under load: hence a cursor, no offset."""
-    wanted = select(JobRow, UserRow.name).outerjoin(UserRow, UserRow.id == JobRow.owner)
+def _shown(placed: Placed) -> Made:
+    return job_view(placed.row, placed.owner, None), placed.fresh
+
+
+def selection(session: Session, query: JobQuery, kind: str) -> Select[JobRow, str]:
+    """Of one kind, one row more than the page, to see whether there is more.
+
+    Rows move under load: hence a cursor, no offset.
+    """
+    wanted = select(JobRow, UserRow.name).outerjoin(UserRow, UserRow.id == JobRow.owner).where(JobRow.kind == kind)
+    if query.sweep is not None:
+        wanted = wanted.where(JobRow.parent_id == query.sweep)
     if query.owner is not None:
         wanted = wanted.where(JobRow.owner == query.owner)
     if query.status:
@@ -152,7 +173,7 @@ def _selection(session: Session, query: JobQuery) -> Select[JobRow, str]:
         labelled = select(LabelRow.job_id).where(LabelRow.key == key, LabelRow.value == value)
         wanted = wanted.where(JobRow.id.in_(labelled))
     if query.after:
-        start = job_row(session, query.after, query.owner)
+        start = job_row(session, query.after, query.owner, kind=kind)
         place, mark = tuple_(JobRow.created_at, JobRow.id), tuple_(start.created_at, start.id)
         wanted = wanted.where(place > mark if query.order == "asc" else place < mark)
     by = (JobRow.created_at, JobRow.id)

@@ -78,7 +78,7 @@ def move(
     if error is not None:
         job.error = error
     if state in _ANNOUNCED:
-        _announce(session, job, f"job.{state}")
+        _announce(session, job, f"{job.kind}.{state}")
     data = {"from": old, "to": state, **({"error": error} if error else {})}
     level = "error" if state is JobState.FAILED else "info"
     text = message or (error or {}).get("message") or f"{old} → {state}"

@@ -8,7 +8,7 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from service.faults import Losses, may_go_on, verdict, with_one_more
-from service.lifecycle import JobState
+from service.lifecycle import FINAL, SWEEP, JobState
 from service.store.actions import requeue
 from service.store.journal import append, move
 from service.tables import JobRow, MetricRow
@@ -50,9 +50,16 @@ def go_on_elsewhere(session: Session, job: JobRow, why: str, message: str) -> No
 
 
 def _count(session: Session, job: JobRow, error: dict[str, Any]) -> None:
-    reached = session.scalar(select(func.max(MetricRow.step)).where(MetricRow.job_id == job.id)) or 0
-    after = with_one_more(_losses(job), error, reached)
+    after = with_one_more(_losses(job), error, _reached(session, job))
     job.faults, job.stuck, job.lost_step = after.faults, after.stuck, after.step
+
+
+def _reached(session: Session, job: JobRow) -> int:
+    """How far it is: a job's steps, a sweep's trials that are over."""
+    if job.kind == SWEEP:
+        over = select(func.count()).where(JobRow.parent_id == job.id, JobRow.state.in_(FINAL))
+        return session.scalar(over) or 0
+    return session.scalar(select(func.max(MetricRow.step)).where(MetricRow.job_id == job.id)) or 0
 
 
 def _losses(job: JobRow) -> Losses:

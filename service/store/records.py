@@ -52,11 +52,17 @@ class Records:
         end = rows[-1].seq if rows else after
         return [event_view(row) for row in rows], final and end >= last
 
-    def end(self, job_id: str) -> tuple[int, bool]:
+    def end(self, job_id: str, *, owner: str | None = None) -> tuple[int, bool]:
         """(`seq` of the newest event, whether the job has ended)."""
         with self._database.read() as session:
-            job = job_row(session, job_id)
+            job = job_row(session, job_id, owner)
             return job.last_seq, JobState(job.state).is_final
+
+    def stand(self, job_id: str) -> tuple[JobState, int]:
+        """(state, number of its newest attempt)."""
+        with self._database.read() as session:
+            job = job_row(session, job_id)
+            return JobState(job.state), job.attempt
 
     def metrics(self, job_id: str, *, max_points: int, owner: str | None = None) -> MetricsPage:
         """The steps, thinned evenly; the newest is always among them."""

@@ -2,10 +2,27 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from service.lifecycle import JobState
-from service.schemas import Artifact, Checkpoint, Event, Job, JobError, Progress, Usage
+from service.lifecycle import FINAL, JobState
+from service.schemas import (
+    Artifact,
+    Checkpoint,
+    Event,
+    Figures,
+    Fronts,
+    Job,
+    JobError,
+    Point,
+    Progress,
+    Sweep,
+    SweepProgress,
+    Trial,
+    Usage,
+)
+from service.sweeping import front_of
 from service.tables import ArtifactRow, CheckpointRow, EventRow, JobRow
 
 
@@ -39,11 +56,82 @@ def job_view(row: JobRow, owner: str | None, standing: Standing | None) -> Job:
         metrics=live.get("metrics", {}),
         usage=_usage(live, spec),
         estimate=row.estimate,
-        error=JobError(**row.error) if row.error else None,
+        sweep_id=row.parent_id,
+        trial_key=row.trial_key,
+        setting=row.setting,
+        baseline=row.baseline,
+        error=_error(row),
         created_at=int(row.created_at),
         started_at=seconds(row.started_at),
         finished_at=seconds(row.finished_at),
     )
+
+
+def trial_view(row: JobRow) -> Trial:
+    live = row.live or {}
+    progress = _progress(row, live)
+    return Trial(
+        key=row.trial_key or "",
+        job_id=row.id,
+        setting=row.setting or {},
+        baseline=row.baseline,
+        status=row.state,
+        step=progress.step,
+        total_steps=progress.total_steps,
+        accuracy=_number(live.get("accuracy")),
+        loss=_number(live.get("metrics", {}).get("loss")),
+        figures=Figures(**row.figures) if row.figures else None,
+        error=_error(row),
+    )
+
+
+def sweep_view(
+    row: JobRow,
+    owner: str | None,
+    counted: Mapping[str, int],
+    trials: Sequence[Trial] = (),
+    result: dict[str, Any] | None = None,
+) -> Sweep:
+    """`counted` are its trials by state; without `trials`, as it stands in lists."""
+    spec, job = row.spec, row.spec["job"]
+    over = {state: count for state, count in counted.items() if state in FINAL}
+    ended = [trial for trial in trials if trial.status == JobState.SUCCEEDED]
+    figures = {trial.key: trial.figures.model_dump() for trial in ended if trial.figures}
+    front = front_of(figures, next((trial.key for trial in ended if trial.baseline == "full"), ""))
+    return Sweep(
+        id=row.id,
+        owner=owner,
+        name=spec.get("name"),
+        status=row.state,
+        status_reason=row.status_reason,
+        attempt=row.attempt,
+        priority=row.priority or 0,
+        model=job["model"],
+        dataset=job["dataset"],
+        objectives=spec["objectives"],
+        metadata=spec["metadata"],
+        spec=spec,
+        progress=SweepProgress(
+            done=sum(over.values()), failed=sum(over.values()) - over.get(JobState.SUCCEEDED, 0), total=num_trials(spec)
+        ),
+        trials=list(trials),
+        points=[Point.model_validate({"key": key, **point}) for key, point in front.points.items()],
+        fronts=Fronts(**front.fronts),
+        knee=front.knee,
+        against=front.against if front.points else None,
+        result=result,
+        error=_error(row),
+        created_at=int(row.created_at),
+        started_at=seconds(row.started_at),
+        finished_at=seconds(row.finished_at),
+    )
+
+
+def num_trials(spec: Mapping[str, Any]) -> int:
+    """How many trials a sweep will have, baselines included; by its spec as JSON, since to read that tries all."""
+    search, space = spec["search"], spec["space"]
+    grid = math.prod(len(of.get("values", ())) for of in space.values())
+    return (grid if search["type"] == "grid" else int(search["samples"])) + 2 * bool(spec["baselines"])
 
 
 def event_view(row: EventRow) -> Event:
@@ -81,6 +169,8 @@ def fold_metrics(live: dict[str, Any] | None, values: dict[str, Any]) -> dict[st
     """
     old = live or {}
     folded: dict[str, Any] = {"metrics": values, "steps_seen": old.get("steps_seen", 0) + 1}
+    if "accuracy" in old:
+        folded["accuracy"] = old["accuracy"]
     for name in ("compute_fraction", "bytes_fraction", "step_seconds"):
         value = _number(values.get(name))
         total, count = old.get(f"{name}_sum", 0.0), old.get(f"{name}_count", 0)
@@ -121,6 +211,10 @@ def _usage(live: dict[str, Any], spec: dict[str, Any]) -> Usage:
         bytes_fraction=_mean(live, "bytes_fraction"),
         device_seconds=None if seconds is None else round(seconds * spec["workers"], 3),
     )
+
+
+def _error(row: JobRow) -> JobError | None:
+    return JobError(**row.error) if row.error else None
 
 
 def _mean(live: dict[str, Any], name: str) -> float | None:

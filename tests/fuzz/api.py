@@ -21,7 +21,7 @@ from service.home import make_home, read_secret
 from service.settings import Settings
 from service.store import Store
 from tests.service.conftest import FakeRay, free_port, serving, sizes, write_catalogue
-from workers.contract import JobSpec
+from workers.sweeps.contract import SweepSpec
 
 ST = Path(sys.executable).with_name("st")
 CONFIG = Path(__file__).with_name("schemathesis.toml")
@@ -49,10 +49,11 @@ def fuzzed(home: Path) -> Iterator[tuple[str, dict[str, str]]]:
 
 
 def _start_run(settings: Settings, ray: FakeRay) -> str:
-    """Have a job run whose driver says nothing by itself."""
+    """Have a sweep run whose driver says nothing by itself."""
     store = Store(settings.store_url)
-    store.jobs.create(JobSpec(name="the run that posts"), owner="user_first")
-    attempt = store.queue.claim(1)
+    space = {"seed": {"values": [1, 2]}}
+    store.sweeps.create(SweepSpec.model_validate({"name": "the run that posts", "space": space}), owner="user_first")
+    attempt = store.queue.claim_sweep(1)
     assert attempt
     store.close()
     ray.jobs[attempt.submission_id] = {"submission_id": attempt.submission_id, "status": "RUNNING", "message": ""}

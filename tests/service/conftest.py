@@ -28,10 +28,11 @@ from service.catalogue import FORMAT
 from service.home import read_secret
 from service.settings import Settings
 from service.store import Store
-from tests.service import fake_driver
+from tests.service import fake_driver, fake_sweep
 from tests.service.postgres import empty_database, running_postgres
 from workers.contract import JobSpec, RunContext
 from workers.events import EventLog
+from workers.sweeps.contract import SweepContext
 
 URL = "http://127.0.0.1:7421"
 
@@ -112,10 +113,11 @@ class FakeRay:
         return httpx2.Response(200, json={"submission_id": key})
 
     def _drive(self, job: dict[str, Any]) -> None:
-        path = shlex.split(job["entrypoint"])[-1]
-        context = RunContext.model_validate_json(Path(path).read_text())
+        *_, module, _, path = shlex.split(job["entrypoint"])
+        kind, run = (SweepContext, fake_sweep.run) if module == "workers.sweep" else (RunContext, fake_driver.run)
+        context = kind.model_validate_json(Path(path).read_text())
         with EventLog(context.run_dir) as events:
-            fake_driver.run(context, events, stopped=lambda: bool(job["stopping"]))
+            run(context, events, stopped=lambda: bool(job["stopping"]))  # type: ignore[operator]
         job.update(status="STOPPED" if job["stopping"] else "SUCCEEDED", end_time=time.time())
 
 

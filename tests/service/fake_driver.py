@@ -135,10 +135,12 @@ def ledger(steps: int, checkpoint: str) -> dict[str, object]:
         "rows": [
             {"name": "compute fraction", "unit": "fraction", "predicted": 0.6, "measured": 0.61, "all_full": 1.0},
             {"name": "bytes per step", "unit": "MB", "predicted": 35.25, "measured": 35.25, "all_full": 72.3},
+            {"name": "traffic per step", "unit": "MB", "predicted": 35.0, "measured": 35.0, "all_full": 72.0},
+            {"name": "compute per step", "unit": "GFLOP", "predicted": 1.2, "measured": 1.25, "all_full": 2.0},
             {"name": "step seconds", "unit": "s", "predicted": 0.052, "measured": 0.05, "all_full": None},
         ],
         "accuracy": {"before": 0.11, "after": 0.87},
-        "phases": {"starting": 1.0, "running": 2.0},
+        "phases": {"starting": 1.0, "running": 2.0, "train": 1.5},
         "steps": steps,
         "checkpoint": checkpoint,
     }

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 from starlette.testclient import TestClient
 
+from service.auth import RUN_PREFIX
 from service.bodies import MAX_DEPTH
 from service.lifecycle import JobState
 from service.schemas import DatasetBody, KeyBody, PreviewBody, UserBody, UserChange, WebhookBody
@@ -26,11 +27,13 @@ from service.settings import Settings
 from tests.service.test_routes import problem
 from tests.service.walk import UNSAFE, Found, store_of, walk
 from workers.contract import JobSpec
+from workers.sweeps.contract import SweepSpec
 
 JSON = {"Content-Type": "application/json"}
 # Every route that takes a body, with one that it takes: a new one without a line here fails.
 BODIES: dict[tuple[str, str], tuple[type[BaseModel], dict[str, Any]]] = {
     ("POST", "/v1/jobs"): (JobSpec, {}),
+    ("POST", "/v1/sweeps"): (SweepSpec, {"space": {"seed": {"values": [1]}}}),
     ("POST", "/v1/plans"): (PreviewBody, {"devices": ["fast"]}),
     ("POST", "/v1/keys"): (KeyBody, {}),
     ("POST", "/v1/users"): (UserBody, {"name": "ann"}),
@@ -38,7 +41,7 @@ BODIES: dict[tuple[str, str], tuple[type[BaseModel], dict[str, Any]]] = {
     ("POST", "/v1/datasets"): (DatasetBody, {"name": "x", "uri": "folder:///x"}),
     ("POST", "/v1/webhooks"): (WebhookBody, {"url": "https://x.example"}),
 }
-BY_RUNS = {("POST", "/v1/runs/events")}
+BY_RUNS = {("POST", "/v1/runs/events"), ("POST", "/v1/runs/trials")}
 PLAIN = [
     None, True, False, 0, -1, 1.5, 2**63, -(2**63), 1e308, "", "5", "x", "x" * 5000, [], [0], [None], [[]],
     {}, {"a": 1}, ["x"] * 2000,
@@ -231,7 +234,8 @@ def test_a_body_that_cannot_be_read_is_refused_by_every_route(
 
 
 def with_ids(api: TestClient) -> list[Found]:
-    return [found for found in walk(api.app) if found.names and found.path.startswith("/v1/")]
+    named = [found for found in walk(api.app) if found.names and found.path.startswith("/v1/")]
+    return [found for found in named if not found.path.startswith(RUN_PREFIX)]
 
 
 def test_an_id_is_looked_up_and_never_followed(api: TestClient) -> None:

@@ -1,4 +1,4 @@
-"""Jobs under any order of what users ask, drivers do and machines suffer: the guarantees hold at every moment.
+"""Jobs and sweeps under any order of what users ask, drivers do and machines suffer: what must be true always is.
 
 A real SQLite store, a fake Ray, and a supervisor that is a new one at every look, as after a restart. At the end all
 drivers do well, and every job must come to an end.
@@ -11,7 +11,7 @@ import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,16 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from scheduler import failpoints
-from service.errors import ConflictError
-from service.lifecycle import JobState
+from service.errors import ConflictError, LostAttemptError, NotFoundError
+from service.lifecycle import SWEEP, SWEEP_PREFIX, JobState
 from service.settings import Settings
-from service.store import Store
+from service.store import Attempt, Place, Store
+from service.store.access import FIRST_USER
 from tests.chaos.checker import History, check, read_jobs, runs_of, told
 from tests.service.bench import Bench
 from tests.service.conftest import FakeRay
+from workers.contract import JobSpec
+from workers.sweeps.contract import SweepSpec
 
 MAX_FAULTS = 2
 PLACES = sorted(name for name in failpoints.NAMES if name.startswith(("store.", "supervisor.")))
@@ -59,10 +62,29 @@ class Guarantees(RuleBasedStateMachine):
     def running(self) -> list[str]:
         return [key for key, job in self.ray.jobs.items() if job["status"] == "RUNNING"]
 
+    @property
+    def driven(self) -> list[Attempt]:
+        return [attempt for attempt in self.bench.store.attempts.open() if attempt.kind == SWEEP]
+
     @rule(priority=st.integers(-1, 0))
     def submit(self, priority: int) -> None:
         key = f"k{len(self.accepted)}"
         self.accepted[key] = self.bench.submit(steps=9, name=key, priority=priority)
+
+    @rule()
+    def submit_sweep(self) -> None:
+        key = f"k{len(self.accepted)}"
+        spec = SweepSpec.model_validate({"name": key, "job": {"steps": 9}, "space": {"seed": {"values": [1, 2]}}})
+        self.accepted[key] = self.bench.store.sweeps.create(spec, owner=FIRST_USER)[0].id
+
+    @precondition(lambda self: self.driven)
+    @rule(pick=picks)
+    def add_trial(self, pick: int) -> None:
+        """What a driver asks that may have been lost, cancelled or told to end since."""
+        attempt, key = self.driven[pick % len(self.driven)], f"k{len(self.accepted)}"
+        with suppress(ConflictError, LostAttemptError):
+            place, spec = Place(attempt.job_id, key, {}), JobSpec(steps=9, name=key)
+            self.accepted[key] = self.bench.store.sweeps.add_trial(attempt, place, spec).job_id
 
     @rule(count=st.integers(1, 2))
     def look(self, count: int) -> None:
@@ -119,11 +141,12 @@ class Guarantees(RuleBasedStateMachine):
     @rule(pick=picks, action=st.sampled_from(["cancel", "pause", "resume", "retry"]))
     def ask(self, pick: int, action: str) -> None:
         job_id = list(self.accepted.values())[pick % len(self.accepted)]
-        before = self.bench.job(job_id).status
+        before = self._state(job_id)
+        of_sweeps = job_id.startswith(SWEEP_PREFIX) and action in ("cancel", "retry")
         try:
-            getattr(self.bench.store.actions, action)(job_id)
-        except ConflictError:
-            assert self.bench.job(job_id).status == before
+            getattr(self.bench.store.sweeps if of_sweeps else self.bench.store.actions, action)(job_id)
+        except (ConflictError, NotFoundError):
+            assert self._state(job_id) == before
 
     @invariant()
     def what_must_be_true_is(self) -> None:
@@ -147,8 +170,8 @@ class Guarantees(RuleBasedStateMachine):
     def teardown(self) -> None:
         self._all_do_well()
         self.what_must_be_true_is()
-        states = {self.bench.job(job_id).status for job_id in self.accepted.values()}
-        assert all(JobState(state).is_final for state in states), f"something is left {states}"
+        states = {self._state(job_id) for job_id in self.accepted.values()}
+        assert all(state.is_final for state in states), f"something is left {states}"
         assert self.bench.store.attempts.open() == []
         self.bench.store.close()
         shutil.rmtree(self.home)
@@ -156,12 +179,15 @@ class Guarantees(RuleBasedStateMachine):
     def _all_do_well(self) -> None:
         for _ in range(4 * len(self.accepted) + 8):
             for job_id in self.accepted.values():
-                if self.bench.job(job_id).status == "paused":
+                if self._state(job_id) is JobState.PAUSED:
                     self.bench.store.actions.resume(job_id)
             self.bench.looks(2)
             for key in self.running:
                 self._say_as(key, "outcome", **ENDS["succeeded"])
                 self.ray.set_status(key, "SUCCEEDED")
+
+    def _state(self, job_id: str) -> JobState:
+        return self.bench.store.records.stand(job_id)[0]
 
     def _picked(self, pick: int) -> str:
         return self.running[pick % len(self.running)]

@@ -12,6 +12,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from scheduler.devices import DeviceRecord
+from service.auth import RUN_PREFIX
 from service.schemas import WebhookBody
 from service.settings import Settings
 from service.store import Attempt
@@ -24,7 +25,7 @@ MARK = "annsown"  # in everything of hers that has a text
 # Paths whose ids name nothing that a user owns.
 SHARED = {"/v1/models/{name}"}
 # What the others get: objects that are not theirs are not there, users are the administrators'.
-REFUSED = {"job_id": 404, "key_id": 404, "dataset_id": 404, "webhook_id": 404, "user_id": 403}
+REFUSED = {"job_id": 404, "sweep_id": 404, "key_id": 404, "dataset_id": 404, "webhook_id": 404, "user_id": 403}
 
 
 @pytest.fixture
@@ -56,6 +57,11 @@ def ids(api: TestClient, ann: dict[str, str], settings: Settings, record: Device
     attempt = store_of(api).queue.claim(1)
     assert attempt and attempt.job_id == job_id
     _run(api, attempt, settings)
+    body = {"name": MARK, "metadata": {MARK: MARK}, "space": {"seed": {"values": [1, 2]}}}
+    sweep_id = api.post("/v1/sweeps", json=body, headers=ann).json()["id"]
+    driving = store_of(api).queue.claim_sweep(1)
+    assert driving and driving.job_id == sweep_id
+    _run(api, driving, settings)
     write_book(settings.devices_file, record)
     for label in ("cat", "dog"):
         folder = settings.home / MARK / "train" / label
@@ -67,6 +73,7 @@ def ids(api: TestClient, ann: dict[str, str], settings: Settings, record: Device
     store_of(api).webhooks.test(hook.id, owner=None)
     return {
         "job_id": job_id,
+        "sweep_id": sweep_id,
         "name": f"{MARK}.bin",
         "dataset_id": api.post("/v1/datasets", json=dataset, headers=ann).json()["id"],
         "webhook_id": hook.id,
@@ -95,7 +102,8 @@ def _run(api: TestClient, attempt: Attempt, settings: Settings) -> None:
 
 
 def with_ids(api: TestClient) -> list[Found]:
-    return [found for found in walk(api.app) if found.names and found.case[1] not in SHARED]
+    named = [found for found in walk(api.app) if found.names and not found.path.startswith(RUN_PREFIX)]
+    return [found for found in named if found.case[1] not in SHARED]
 
 
 def ask(api: TestClient, headers: dict[str, str], method: str, path: str) -> Any:
@@ -182,14 +190,14 @@ def test_what_is_anothers_is_in_no_list(
 def test_no_question_finds_what_is_anothers(
     api: TestClient, ids: dict[str, str], bob: dict[str, str], params: dict[str, str]
 ) -> None:
-    for path in ("/v1/jobs", "/v1/datasets"):
+    for path in ("/v1/jobs", "/v1/sweeps", "/v1/datasets"):
         assert api.get(path, params=params, headers=bob).json()["data"] == []
 
 
 def test_no_cursor_tells_whether_anothers_object_is_there(
     api: TestClient, ids: dict[str, str], bob: dict[str, str]
 ) -> None:
-    for path, name in (("/v1/jobs", "job_id"), ("/v1/datasets", "dataset_id")):
+    for path, name in (("/v1/jobs", "job_id"), ("/v1/sweeps", "sweep_id"), ("/v1/datasets", "dataset_id")):
         hers = api.get(path, params={"after": ids[name]}, headers=bob)
         none = api.get(path, params={"after": "none_x"}, headers=bob)
         assert (hers.status_code, hers.json()["code"]) == (none.status_code, none.json()["code"])

@@ -11,12 +11,13 @@ from sqlalchemy import create_engine
 
 from scheduler.errors import SystemFault
 from service.schemas import UserBody
-from service.store import JobQuery, Store
+from service.store import JobQuery, Place, Store
 from service.store.access import FIRST_USER
 from workers.contract import JobSpec
+from workers.sweeps.contract import SweepSpec
 
 DATA = Path(__file__).parent / "data"
-OLD, SECOND = DATA / "store_0001.sql", DATA / "store_0002.sql"
+OLD, SECOND, THIRD = (DATA / f"store_000{n}.sql" for n in (1, 2, 3))
 OLD_KEY = "d2ft_old_key"  # its hash is in that file
 
 
@@ -30,6 +31,12 @@ def old_url(home: Path) -> str:
 def second_url(home: Path) -> str:
     """A database as the second version left it: a job that failed, one that runs, one that waits."""
     return loaded(home, SECOND)
+
+
+@pytest.fixture
+def third_url(home: Path) -> str:
+    """A database as the third version left it, which knew no sweeps: jobs that are done, run and wait."""
+    return loaded(home, THIRD)
 
 
 def loaded(home: Path, dump: Path) -> str:
@@ -85,6 +92,23 @@ def test_what_ran_before_losses_were_counted_may_lose_as_much_as_any(second_url:
     lost = next(event for event in store.records.events(running.id).data if event.type == "attempt.lost")
     assert (lost.data["faults"], lost.data["next"]) == (1, "queued")
     assert store.actions.retry(failed.id).status == "queued"
+    store.close()
+
+
+def test_what_was_there_before_sweeps_are_plain_jobs_beside_them(third_url: str) -> None:
+    store = Store(third_url)
+    waiting, running, done = store.jobs.list(JobQuery(owner=FIRST_USER)).data
+    assert [job.status for job in (waiting, running, done)] == ["queued", "running", "succeeded"]
+    assert {job.sweep_id for job in (waiting, running, done)} == {None} and store.sweeps.list(JobQuery()).data == []
+    spec = SweepSpec.model_validate({"space": {"seed": {"values": [1, 2]}}})
+    sweep, fresh = store.sweeps.create(spec, owner=FIRST_USER)
+    driving = store.queue.claim_sweep(1)
+    assert fresh and driving and driving.job_id == sweep.id
+    trial = store.sweeps.add_trial(driving, Place(sweep.id, "full", {}, "full"), spec.full())
+    (attempt,) = [each for each in store.attempts.open() if each.kind == "job"]
+    attempt = store.attempts.absorb(attempt, [{"seq": 99, "type": "outcome", "data": {"status": "succeeded"}}], 99)
+    store.attempts.settle(attempt)
+    assert [getattr(store.queue.claim(3), "job_id", None) for _ in range(3)] == [waiting.id, trial.job_id, None]
     store.close()
 
 

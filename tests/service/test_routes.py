@@ -106,7 +106,7 @@ def test_a_replay_is_answered_even_when_the_data_has_moved_since(api: TestClient
         ({"dataset": "folder:///etc"}, "dataset", "outside_roots", "D2FT_ROOTS"),
         ({"dataset": "folder:///HOME/../../etc"}, "dataset", "outside_roots", "roots"),
         ({"dataset": "folder://HOME/none"}, "dataset", "dataset_not_found", "no folder"),
-        ({"dataset": "folder://HOME/logs"}, "dataset", "dataset_no_train", "train"),
+        ({"dataset": "folder://HOME/logs"}, "dataset", "kept_by_service", "job:ID"),
         ({"dataset": "s3://bucket"}, "dataset", "invalid_request", "folder:///absolute/path"),
         ({"method": {"ratios": {"full": 3, "skip": 1}}}, "method.ratios", "invalid_request", "5 micro-batches"),
         ({"method": {"ratios": {"full": -1}}}, "method.ratios.full", "invalid_request", "greater"),

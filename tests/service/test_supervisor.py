@@ -19,6 +19,7 @@ from service.tail import read_batch
 from tests.service.bench import Bench, sid
 from tests.service.conftest import FakeRay
 from workers.contract import JobSpec, RunContext
+from workers.sweeps.contract import SweepContext, SweepSpec
 
 
 @pytest.fixture
@@ -40,6 +41,29 @@ def test_a_queued_job_becomes_one_ray_job_with_its_context(bench: Bench) -> None
     assert context.job_id == job_id and context.spec.steps == 3 and not context.use_gpu
     assert path.stat().st_mode & 0o077 == 0
     assert bench.job(job_id).status == "starting"
+
+
+def test_a_sweep_becomes_a_driver_that_knows_where_to_ask_for_jobs(bench: Bench) -> None:
+    spec = SweepSpec.model_validate({"job": {"steps": 3}, "space": {"seed": {"values": [1, 2]}}})
+    sweep_id = bench.store.sweeps.create(spec, owner=FIRST_USER)[0].id
+    job_id = bench.submit(steps=3)
+    bench.looks(2)
+    assert set(bench.ray.submits) == {sid(sweep_id), sid(job_id)}, "a sweep takes no place of a job"
+    path = bench.settings.attempt_dir(sweep_id, 1) / "context.json"
+    assert bench.ray.jobs[sid(sweep_id)]["entrypoint"].endswith(f"-m workers.sweep --context {path}")
+    context = SweepContext.model_validate_json(path.read_text())
+    assert context.sweep_id == sweep_id and context.spec == spec and path.stat().st_mode & 0o077 == 0
+    assert context.post_url == f"{bench.settings.url}/v1/runs" and context.post_token
+    bench.ray.set_status(sid(sweep_id), "FAILED", "exit code 9")
+    bench.looks(4)
+    again = SweepContext.model_validate_json((bench.settings.attempt_dir(sweep_id, 2) / "context.json").read_text())
+    assert again.storage_path == context.storage_path and again.run_dir != context.run_dir
+    assert again.post_token != context.post_token
+    bench.store.sweeps.cancel(sweep_id)
+    bench.looks(2)
+    told = json.loads((bench.settings.attempt_dir(sweep_id, 2) / "control.json").read_text())
+    assert told["want"] == "cancel" and bench.ray.stops == [sid(sweep_id, 2)]
+    assert bench.store.sweeps.get(sweep_id).status == "cancelled"
 
 
 def test_a_run_is_told_where_mlflow_is(settings: Settings, store: Store, ray: FakeRay) -> None:
