@@ -65,7 +65,10 @@ def job_spec(args: argparse.Namespace) -> JobSpec:
     """The job that the flags ask for, over the file of --spec. Raises ValueError (pydantic's among them), OSError."""
     body: dict[str, Any] = {}
     if args.spec is not None:
-        body = json.loads(args.spec.read_bytes())
+        try:
+            body = json.loads(args.spec.read_bytes())
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{args.spec}: Invalid JSON: {error}") from None
         if not isinstance(body, dict):
             raise ValueError(f"{args.spec} does not hold a JSON object")
     given = {place: getattr(args, flag.replace("-", "_")) for flag, (place, _, _) in _FLAGS.items()}

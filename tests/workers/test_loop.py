@@ -236,7 +236,7 @@ def test_the_last_line_of_a_run_is_its_outcome(tmp_path, monkeypatch, capfd, end
     why = {"why": "pause"} if ended == "pause" else {}
     assert event["type"] == "outcome" and event["data"] == {"status": status, "error": error, **why}
     out, err = capfd.readouterr()
-    assert out == "" and err == ("d2ft: job job failed: all is lost\n" if ended == "no" else "")
+    assert out == "" and err == "starting\n" + ("d2ft: job job failed: all is lost\n" if ended == "no" else "")
     assert "what Ray has to say" in (tmp_path / "logs" / "driver.log").read_text()
 
 

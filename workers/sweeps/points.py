@@ -92,8 +92,11 @@ def points_of(children: Iterable[Child]) -> Points:
 
 
 def share_of_knee(points: Points) -> float:
-    """At which share of full fine-tuning's compute its shorter run ends: the knee's, of the trials alone."""
+    """At which share of full fine-tuning's compute its shorter run ends: the knee's, that of the trials alone if it is
+    no trial."""
     trials = [point for point in points.points if point.baseline is None]
+    if found := next((point.compute for point in trials if point.key == points.knee), None):
+        return min(1.0, found)
     front = [point for point in trials if point.key in _front(trials, "compute")]
     key = knee({point.key: (point.compute or 0.0, point.accuracy or 0.0) for point in front})
     return min(1.0, next((point.compute or 1.0 for point in front if point.key == key), 1.0))

@@ -1,4 +1,4 @@
-"""The service's side of a sweep on a real socket: jobs that make a step each time they are looked at, without a model."""
+"""The service's side of a sweep on a real socket: jobs without a model, which make a step each time one looks."""
 
 from __future__ import annotations
 
