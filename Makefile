@@ -7,7 +7,7 @@ STAMP := $(VENV)/.ready
 # One thread per process: the suites start several processes on few cores.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-slow fuzz chaos lint bench-engine bench-planner bench-unlike bench-accuracy bench-peers bench-service clean
+.PHONY: demo test test-slow fuzz chaos lint bench-engine bench-planner bench-unlike bench-accuracy bench-peers bench-service bench-sweep clean
 
 demo: $(STAMP)
 	deploy/demo.sh $(BIN)
@@ -51,6 +51,9 @@ bench-service: $(STAMP)
 	$(BIN)/python -m tests.bench.service
 	$(BIN)/python -m tests.bench.killed
 	$(BIN)/python -m tests.bench.first_step
+
+bench-sweep: $(STAMP)
+	$(BIN)/python -m tests.bench.sweep
 
 clean:
 	rm -rf $(VENV) .bench .demo .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

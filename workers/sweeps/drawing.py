@@ -17,6 +17,7 @@ FILES = ("front.svg", "front.png")
 TRIAL, BEATEN, BASELINE, KNEE, LINE = "#0072B2", "#999999", "#D55E00", "#009E73", "#56B4E9"
 TITLES = {"compute": "compute", "bytes": "bytes sent", "seconds": "seconds of training"}
 DOTS_PER_INCH = 150
+LABEL = 60  # characters of a setting that still have room; a longer one is called by its key
 
 
 def draw(points: Points, directory: Path) -> list[Path]:
@@ -55,11 +56,14 @@ def _panel(axes: Any, points: Points, cost: str) -> None:
     dots(stopped, "full fine-tuning, stopped", color=BASELINE, marker="X", s=70, zorder=3)
     knee = [p for p in shown if p.key == points.knee]
     dots(knee, "knee", facecolors="none", edgecolors=KNEE, marker="o", s=190, linewidths=2.2, zorder=4)
+    costs = [getattr(p, cost) for p in shown]
     for point in knee:
-        said = point.label if len(point.label) <= 60 else point.key
+        spent = getattr(point, cost)
+        on_the_right = spent > (min(costs) + max(costs)) / 2
         axes.annotate(
-            said, (getattr(point, cost), point.accuracy), (8, -16), textcoords="offset points", color=KNEE, fontsize=8,
-            annotation_clip=False,
+            point.label if len(point.label) <= LABEL else point.key, (spent, point.accuracy),
+            (-8 if on_the_right else 8, -18), textcoords="offset points", color=KNEE, fontsize=8,
+            ha="right" if on_the_right else "left",
         )  # fmt: skip
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)

@@ -65,9 +65,7 @@ def test_a_value_of_null_leaves_the_field_as_it_is_by_default() -> None:
 
 
 def test_the_baseline_is_full_fine_tuning_of_the_same_job_and_the_other_its_share() -> None:
-    spec = SweepSpec.model_validate(
-        {"job": {"seed": 3, "steps": 50, "method": {"skip_fill": "mean"}}, "space": RATIOS}
-    )
+    spec = SweepSpec.model_validate({"job": {"seed": 3, "steps": 50, "method": {"skip_fill": "mean"}}, "space": RATIOS})
     assert spec.full().seed == 3 and spec.full().method.skip_fill is None and spec.full().steps == 50
     assert spec.full(0.61).steps == 30 and spec.full(1e-9).steps == 1
     assert SweepSpec.model_validate({"space": RATIOS}).full(0.5).epochs == pytest.approx(1.5)
