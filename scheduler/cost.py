@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from scheduler.domain import SUBLAYERS, DeviceProfile, ModelShape, StepShape
+from scheduler.domain import SUBLAYERS, DeviceProfile, ModelShape, StepShape, backward_weight
 
 TALLIED = 3  # gradient norm², loss, correct answers; behind them the loss of every image
 OPTIMISER_BYTES_PER_PARAM = 16  # weight, gradient and AdamW's two moments, float32
@@ -35,6 +35,11 @@ class Costs:
         time with 3F2S in split blocks.
         """
         return 1 if self.num_workers == 1 else min(self.step.num_micro_batches, 2 * self.num_workers + 1)
+
+    @property
+    def backward_weight(self) -> int:
+        """A head's backward pass in forward passes."""
+        return backward_weight(self.shape, self.step)
 
     @property
     def residual_bytes(self) -> int:
@@ -83,10 +88,21 @@ class Costs:
         return link.transfer_us(num_bytes)
 
     def kept_bytes(self, sublayer: str, num_heads: int) -> int:
-        """What `num_heads` FULL heads of a sub-layer keep for backward: input, its norm, the heads' inner width."""
+        """What `num_heads` FULL heads of a sub-layer keep for backward: their input, and what they make of it.
+
+        That is its norm and the heads' inner width; nothing of it where the forward pass is run again.
+        """
+        made = 0 if self.step.recompute else self._made_bytes(sublayer, num_heads)
+        return stream_bytes(self.shape, self.step) + made
+
+    def rerun_bytes(self, sublayer: str, num_heads: int) -> int:
+        """What is held besides while `num_heads` FULL heads run of which nothing but the input is kept; else 0."""
+        return self._made_bytes(sublayer, num_heads) if self.step.recompute else 0
+
+    def _made_bytes(self, sublayer: str, num_heads: int) -> int:
         tokens = self.step.micro_batch_size * self.shape.num_tokens
         inner = 4 * self.shape.head_dim if sublayer == "attn" else self.shape.mlp_matrices * max(self.shape.mlp_dims)
-        return tokens * (2 * self.shape.dim + num_heads * inner) * self.step.wire_itemsize
+        return tokens * (self.shape.dim + num_heads * inner) * self.step.compute_itemsize
 
 
 def num_tallied(step: StepShape) -> int:
@@ -104,9 +120,14 @@ def residual_bytes(shape: ModelShape, step: StepShape) -> int:
     return step.micro_batch_size * shape.num_tokens * shape.dim * step.wire_itemsize
 
 
+def stream_bytes(shape: ModelShape, step: StepShape) -> int:
+    """Bytes of x_BND in memory."""
+    return step.micro_batch_size * shape.num_tokens * shape.dim * step.itemsize
+
+
 def trunk_bytes(shape: ModelShape, step: StepShape, units: Sequence[int]) -> int:
     """Bytes of the gradients of trunk units: -1 is the embedding, l ≥ 0 the norms of block l."""
-    return step.wire_itemsize * sum(shape.embed_params if unit < 0 else shape.updated_norm_params for unit in units)
+    return step.itemsize * sum(shape.embed_params if unit < 0 else shape.updated_norm_params for unit in units)
 
 
 def _curves(attn_us: Sequence[int], mlp_us: Sequence[int]) -> dict[str, Sequence[int]]:

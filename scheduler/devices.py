@@ -3,9 +3,10 @@
 A profile holds µs on one job's subnet shapes; a record holds the rates behind them:
 
     k heads of a part, forward     call + k · FLOPs / forward rate
-    k heads of a part, backward    2 · call + k · 2 · FLOPs / backward rate
+    k heads of a part, backward    2 · call + k · 2 · FLOPs / backward rate; with `recompute` a forward pass more
     attention                      its FLOPs take `attn_slowdown` times as long as the MLP's
-    residual update, send, recv    bytes of the residual stream / their rates
+    residual update                bytes of the residual stream in memory / its rate
+    send, recv                     bytes of the residual stream on the wire / their rates
 
 `record_of` fits these rates to a measured profile, `profiles_of` turns records into the profiles of another job.
 Curves that are not straight lines come back as the nearest straight ones.
@@ -20,8 +21,8 @@ from typing import Any
 
 import numpy as np
 
-from scheduler.cost import residual_bytes
-from scheduler.domain import DeviceProfile, LinkProfile, ModelShape, StepShape
+from scheduler.cost import residual_bytes, stream_bytes
+from scheduler.domain import DeviceProfile, FloatArray, LinkProfile, ModelShape, StepShape
 from scheduler.errors import UserError
 
 NODE_LINK = LinkProfile(10, 10_000_000_000)  # two devices of one machine
@@ -125,7 +126,7 @@ def record_of(profile: DeviceProfile, shape: ModelShape, step: StepShape, peers:
         call_us=round(call_us),
         forward_flops_per_s=_rate(1, slope_us[0]),
         backward_flops_per_s=_rate(1, slope_us[1]),
-        sum_bytes_per_s=_rate(moved, profile.sum_us),
+        sum_bytes_per_s=_rate(stream_bytes(shape, step), profile.sum_us),
         memory_bytes=profile.free_bytes,
         trunk_flops_per_s=_rate(shape.trunk_flops(step.micro_batch_size), ends_us),
         update_params_per_s=_rate(max(shape.updated_head_params), profile.update_us),
@@ -164,10 +165,16 @@ def _profile(
     record, moved = records[rank], residual_bytes(shape, step)
     flops, heads = part_flops(shape, step), np.arange(1, shape.num_heads + 1)
 
-    def curve(part: str, passes: int, rate: int) -> tuple[int, ...]:
+    def pass_us(part: str, rate: int) -> FloatArray:
         slower = record.attn_slowdown if part == "attn" else 1.0
-        us = passes * (record.call_us + heads * (1e6 * flops[part] * slower / rate))
-        return (0, *(max(1, round(float(t))) for t in us))
+        return np.asarray(record.call_us + heads * (1e6 * flops[part] * slower / rate), dtype=np.float64)
+
+    def forward(part: str) -> tuple[int, ...]:
+        return _curve(pass_us(part, record.forward_flops_per_s))
+
+    def backward(part: str) -> tuple[int, ...]:
+        again = step.recompute * pass_us(part, record.forward_flops_per_s)
+        return _curve(BACKWARD_WORK * pass_us(part, record.backward_flops_per_s) + again)
 
     ends_us = _us(shape.trunk_flops(step.micro_batch_size), record.trunk_flops_per_s)
     embed_share = _embed_share(shape)
@@ -175,13 +182,13 @@ def _profile(
         rank=rank,
         node=record.node,
         device=record.device,
-        attn_forward_us=curve("attn", 1, record.forward_flops_per_s),
-        attn_backward_us=curve("attn", BACKWARD_WORK, record.backward_flops_per_s),
-        mlp_forward_us=curve("mlp", 1, record.forward_flops_per_s),
-        mlp_backward_us=curve("mlp", BACKWARD_WORK, record.backward_flops_per_s),
+        attn_forward_us=forward("attn"),
+        attn_backward_us=backward("attn"),
+        mlp_forward_us=forward("mlp"),
+        mlp_backward_us=backward("mlp"),
         embed_us=max(1, round(embed_share * ends_us)),
         classify_us=max(1, round((1 - embed_share) * ends_us)),
-        sum_us=_us(moved, record.sum_bytes_per_s),
+        sum_us=_us(stream_bytes(shape, step), record.sum_bytes_per_s),
         update_us=_us(max(shape.updated_head_params), record.update_params_per_s),
         free_bytes=record.memory_bytes,
         links=tuple(_link(record, peer, between) for peer in records),
@@ -194,6 +201,10 @@ def _profile(
         facts=record.facts,
         samples=record.samples,
     )
+
+
+def _curve(us: FloatArray) -> tuple[int, ...]:
+    return (0, *(max(1, round(float(t))) for t in us))
 
 
 def _link(record: DeviceRecord, peer: DeviceRecord, between: LinkProfile) -> LinkProfile | None:
@@ -227,6 +238,8 @@ def _fit(profile: DeviceProfile, shape: ModelShape, step: StepShape) -> tuple[fl
             if heads:
                 row = np.zeros(1 + len(curves))
                 row[0], row[1 + column] = passes / us, heads * head_flops * passes / us
+                if step.recompute and passes == BACKWARD_WORK:
+                    row[0], row[column - 1] = row[0] + 1 / us, heads * head_flops / us  # at the forward pass's slope
                 rows.append(row)
                 wanted.append(1.0)
     scale = np.array([1.0, *(1.0 / f for _, f, _ in curves)])  # µs per call and per head: numbers of one size

@@ -94,11 +94,19 @@ class ModelShape:
 
 @dataclass(frozen=True)
 class StepShape:
-    """One optimiser step: M micro-batches of `micro_batch_size` images; `wire_itemsize` bytes per number sent."""
+    """One optimiser step: M micro-batches of `micro_batch_size` images, and the bytes of a number.
+
+    `wire_itemsize` is that of messages of the residual stream and its gradient, `itemsize` that of weights, of their
+    gradients, in messages too, and of the residual stream in memory, `compute_itemsize` that of what sub-layers compute
+    and keep. With `recompute` a FULL half keeps its input alone, and its backward pass runs its forward pass again.
+    """
 
     num_micro_batches: int
     micro_batch_size: int
     wire_itemsize: int = 4
+    itemsize: int = 4
+    compute_itemsize: int = 4
+    recompute: bool = False
 
 
 @dataclass(frozen=True)
@@ -122,7 +130,8 @@ class DeviceProfile:
     residual stream to the transport, or taking an arrived one out, keeps the worker busy; `trunk_us` packing, adding or
     unpacking the gradients of one trunk unit; `end_us` the end of a step apart from the heads: tally, clipping, update.
     `links[v]` is the link to worker v (None to itself). `device_id` names the device across jobs, `facts` says what the
-    machine tells of it, `samples` counts the measurements behind the curves.
+    machine tells of it, `samples` counts the measurements behind the curves. `free_bytes` are there for the model,
+    beside the `base_bytes` of the worker's process; with `limit_bytes` (0: none) the user bounds both together.
     """
 
     rank: int
@@ -147,6 +156,8 @@ class DeviceProfile:
     device_id: str = ""
     facts: dict[str, Any] = field(default_factory=dict)
     samples: int = 0
+    base_bytes: int = 0
+    limit_bytes: int = 0
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> DeviceProfile:
@@ -290,13 +301,18 @@ def held_frozen(ops_LHM: OpTable, shape: ModelShape) -> OpTable:
     return ops_LHM
 
 
+def backward_weight(shape: ModelShape, step: StepShape) -> int:
+    """What a head's backward pass costs in forward passes; one that is run again for it is one of them."""
+    return shape.backward_weight + step.recompute
+
+
 def step_flops(shape: ModelShape, step: StepShape, ops_LHM: OpTable) -> int:
     """FLOPs of one step: a FORWARD head costs its forward pass, a FULL head its backward pass besides.
 
     The trunk runs for every micro-batch that some head runs for.
     """
     forward_H = np.array([shape.head_forward_flops(h, step.micro_batch_size) for h in range(shape.num_heads)])
-    weight_LHM = np.array([0, 1, 1 + shape.backward_weight])[ops_LHM]
+    weight_LHM = np.array([0, 1, 1 + backward_weight(shape, step)])[ops_LHM]
     heads = int((weight_LHM.sum(axis=(0, 2)) * forward_H).sum())
     return heads + int(ops_LHM.any(axis=(0, 1)).sum()) * shape.trunk_flops(step.micro_batch_size)
 
@@ -324,7 +340,8 @@ class Plan:
 
     Step s of the window runs `cycle[s % len(cycle)]`. `forecast` is the mean over the cycle, `all_full` the forecast of
     a step in which every head is FULL under the same placement: fractions are taken against it. `policy` is what the
-    replan policy remembers from window to window, as JSON.
+    replan policy remembers from window to window, as JSON. `memory_bytes[w]` is the most that worker w's process will
+    hold, of all that `scheduler.memory` counts.
     """
 
     version: int
@@ -337,6 +354,7 @@ class Plan:
     selection_report: SolverReport
     skip_fill: str = "zero"
     policy: dict[str, Any] = field(default_factory=dict)
+    memory_bytes: tuple[int, ...] = ()
 
     @property
     def compute_fraction(self) -> float:
@@ -359,6 +377,7 @@ class Plan:
             "selection_report": asdict(self.selection_report),
             "skip_fill": self.skip_fill,
             "policy": self.policy,
+            "memory_bytes": list(self.memory_bytes),
             "compute_fraction": self.compute_fraction,
             "bytes_fraction": self.bytes_fraction,
         }
@@ -376,4 +395,5 @@ class Plan:
             SolverReport(**data["selection_report"]),
             data["skip_fill"],
             data.get("policy", {}),
+            tuple(data.get("memory_bytes", ())),
         )

@@ -172,8 +172,8 @@ class Explanation:
             "idle_us": seen.step_us - seen.busy_us[rank],
             "sent_bytes": sum(seen.link_bytes[rank]),
             "peak_bytes": seen.peak_bytes[rank],
-            "memory_bytes": self._needs[rank],
-            "memory_limit_bytes": profile.free_bytes,
+            "memory_bytes": self.plan.memory_bytes[rank],
+            "memory_limit_bytes": profile.base_bytes + profile.free_bytes,
             "binding": binding,
             "note": note,
         }

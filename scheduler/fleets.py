@@ -30,6 +30,7 @@ SUM_PASSES = 3  # adding a part to the residual reads both and writes one
 GPU_CALL_US, CPU_CALL_US = 80, 60  # a part is about eight kernels; on a CPU its fixed time is Python's
 DEFAULT_LATENCY_US = 100
 MOST_FLOPS_PER_S = 10**17
+BF16_CAPABILITY = 8  # CUDA's major one, from which a GPU has it
 
 
 @dataclass(frozen=True)
@@ -147,6 +148,15 @@ def parse_link(text: str, param: str = "link") -> LinkProfile:
 def spoken_link(link: LinkProfile) -> str:
     """Inverse of `parse_link`."""
     return f"{_spoken(link.bytes_per_s, _WIDTH_UNITS)}/{link.latency_us}us"
+
+
+def computes_bf16(record: DeviceRecord) -> bool:
+    """Whether workers on the device compute in bfloat16 unless told otherwise."""
+    if record.facts:
+        major = str(record.facts.get("capability")).partition(".")[0]
+        return record.facts.get("kind") == "cuda" and major.isdecimal() and int(major) >= BF16_CAPABILITY
+    single = f"{record.device}-fp32"
+    return single in KINDS and KINDS[record.device] is not KINDS[single]
 
 
 def records_of(specs: Sequence[DeviceSpec], param: str = "devices") -> tuple[DeviceRecord, ...]:

@@ -31,6 +31,7 @@ from scheduler.domain import (
     uniform_ops,
 )
 from scheduler.errors import InfeasibleError, SystemFault
+from scheduler.memory import needs_of
 from scheduler.placement import Candidate, Limits, propose
 from scheduler.request import PlanRequest
 from scheduler.selection import PERIOD, Selection, SelectionRequest, select, static_part, worth_fraction
@@ -77,16 +78,19 @@ def make_plan(
     all_full = (
         best.steps[0] if (best.selection.cycle[0] == full).all() else forecast(request, best.placement, full, costs)
     )
+    seen = mean_forecast([*best.steps, *(forecast(request, best.placement, ops, costs) for ops in more)])
+    needs = needs_of(best.placement, best.selection.cycle, costs, seen, all_full, scored=request.chooses_heads)
     plan = Plan(
         version=version,
         window=window,
         placement=best.placement,
         cycle=best.selection.cycle,
-        forecast=mean_forecast([*best.steps, *(forecast(request, best.placement, ops, costs) for ops in more)]),
+        forecast=seen,
         all_full=all_full,
         placement_report=best.placement_report,
         selection_report=best.selection.report,
         skip_fill=request.skip_fill,
+        memory_bytes=tuple(need.total for need in needs),
     )
     if faults := check(plan, costs, request, play=False):
         raise SystemFault(f"The planner broke its own rules: {'; '.join(faults)}.", code="bad_plan")
@@ -201,7 +205,7 @@ def _check_memory(placement: Placement, selection: Selection, costs: Costs) -> N
             f"The selection does not fit into memory on this placement: {'; '.join(faults)}.",
             code="memory_infeasible",
             param="workers",
-            remedy="Add workers, free memory, or make micro-batches smaller.",
+            remedy="Add workers, free memory, raise worker_memory_bytes, or make micro-batches smaller.",
         )
 
 

@@ -167,6 +167,8 @@ def check_profile(
     for name in FIGURES:
         _check_number(profile, name, getattr(profile, name), 0, MOST_US)
     _check_number(profile, "free_bytes", profile.free_bytes, 1, 1 << 60)
+    _check_number(profile, "base_bytes", profile.base_bytes, 0, 1 << 60)
+    _check_number(profile, "limit_bytes", profile.limit_bytes, 0, 1 << 60)
     if len(profile.links) != num_workers:
         _refuse(profile, "links", f"has {len(profile.links)} entries for {num_workers} workers")
     for peer, link in enumerate(profile.links):

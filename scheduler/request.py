@@ -53,6 +53,11 @@ class PlanRequest:
         phase = self.schedule[min(int(np.searchsorted(ends, progress + 1e-9, side="right")), len(ends) - 1)]
         return replace(self, ratios=phase.ratios, compute=phase.compute, max_bytes=phase.max_bytes, schedule=())
 
+    @property
+    def chooses_heads(self) -> bool:
+        """Whether what a head is worth matters."""
+        return self.strategy not in ("hardest", "full") and (self.ratios is not None or self.compute is not None)
+
     def selection(self, window: int) -> SelectionRequest:
         """What selection is asked in a window; a schedule counts as it is at the start."""
         now = self.at(0.0)

@@ -39,12 +39,12 @@ def program_flops(program: Program, costs: Costs) -> int:
 
 
 def _flops(instructions: Iterable[Instruction], costs: Costs) -> int:
-    shape, batch = costs.shape, costs.step.micro_batch_size
+    shape, batch, back = costs.shape, costs.step.micro_batch_size, costs.backward_weight
     forward_H = [shape.head_forward_flops(h, batch) for h in range(shape.num_heads)]
     total = 0
     for instruction in instructions:
         if instruction.kind == "fwd" and instruction.part == "attn":
-            total += sum((1 + shape.backward_weight) * forward_H[h] for h in instruction.full)
+            total += sum((1 + back) * forward_H[h] for h in instruction.full)
             total += sum(forward_H[h] for h in instruction.only)
         elif instruction.kind == "classify":
             total += shape.trunk_flops(batch)

@@ -127,7 +127,7 @@ class _Clock:
 
     def __init__(self, workers: Sequence[Lanes], costs: Costs) -> None:
         count = len(workers)
-        self.tariffs = [_Tariff(costs, w) for w in range(count)]
+        self.costs, self.tariffs = costs, [_Tariff(costs, w) for w in range(count)]
         self.now = [0] * count
         self.kept = [0] * count
         self.link_free = [[0] * count for _ in range(count)]
@@ -216,8 +216,10 @@ class _Clock:
                 if self._send(worker, instruction, now, size):
                     touched.append(instruction.peer)
             elif size and kind != "recv":
+                beside = self.costs.rerun_bytes(instruction.part, len(instruction.full))
+                held = self.kept[worker] + max(size, 0) + beside
+                self.seen.peak_bytes[worker] = max(self.seen.peak_bytes[worker], held)
                 self.kept[worker] += size
-                self.seen.peak_bytes[worker] = max(self.seen.peak_bytes[worker], self.kept[worker])
         self.seen.order[worker] += run
         self.seen.busy_us[worker] += now - start
         self.now[worker] = now

@@ -22,12 +22,13 @@ from scheduler.devices import DeviceRecord, checked_number, link_of, profiles_of
 from scheduler.domain import LinkProfile, ModelShape, Plan, Scores, StepShape
 from scheduler.errors import D2ftError, UserError
 from scheduler.explain import Explanation
-from scheduler.fleets import MAX_DEVICES, DeviceSpec, parse_device, parse_link, records_of, with_links
+from scheduler.fleets import MAX_DEVICES, DeviceSpec, computes_bf16, parse_device, parse_link, records_of, with_links
 from scheduler.plan import make_plan
 from scheduler.request import PlanRequest
 
 KEYS = ("shape", "step", "plan", "devices", "records", "link", "links", "scores", "gantt")
-MOST = {"num_blocks": 1000, "num_heads": 256, "num_micro_batches": 256, "micro_batch_size": 65536, "wire_itemsize": 8}
+MOST = {"num_blocks": 1000, "num_heads": 256, "num_micro_batches": 256, "micro_batch_size": 65536}
+MOST |= dict.fromkeys(("wire_itemsize", "itemsize", "compute_itemsize"), 8)
 SAMPLES = 2  # tables of the cycle that are simulated
 MOST_SIZE = 10**12  # of any other number of a shape
 
@@ -43,8 +44,9 @@ def what_if(request: Mapping[str, Any]) -> dict[str, Any]:
     began = time.perf_counter()
     if unknown := sorted(set(request) - set(KEYS)):
         raise _bad(unknown[0], "is no field of a what-if", f"Use {', '.join(KEYS)}.")
-    shape, step, asked = _shape(request.get("shape")), _step(request.get("step")), _asked(request.get("plan"))
-    costs = Costs(shape, step, profiles_of(_fleet(request), shape, step, _default_link(request.get("link"))))
+    shape, asked, records = _shape(request.get("shape")), _asked(request.get("plan")), _fleet(request)
+    step = _step(request.get("step"), records)
+    costs = Costs(shape, step, profiles_of(records, shape, step, _default_link(request.get("link"))))
     scores = _scores(request.get("scores"), shape)
     plan = make_plan(asked, costs, scores, samples=SAMPLES)
     told = Explanation(plan, costs, scores)
@@ -131,8 +133,15 @@ def _shape(data: Any) -> ModelShape:
     return ModelShape(**sizes)
 
 
-def _step(data: Any) -> StepShape:
-    return StepShape(**_sizes(_object(data, "step"), StepShape, "step"))
+def _step(data: Any, records: Sequence[DeviceRecord]) -> StepShape:
+    """Unless it says in what is computed, as these devices would do it; where they differ, by what keeps most."""
+    given = {name: value for name, value in _object(data, "step").items() if name != "recompute"}
+    again = data.get("recompute", False)
+    if not isinstance(again, bool):
+        raise _bad("step.recompute", f"is {again!r}", "Give true or false.")
+    if all(map(computes_bf16, records)):
+        given.setdefault("compute_itemsize", 2)
+    return StepShape(**_sizes(given, StepShape, "step"), recompute=again)
 
 
 def _sizes(data: Mapping[str, Any], kind: type, param: str) -> dict[str, Any]:

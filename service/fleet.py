@@ -16,6 +16,7 @@ from scheduler.book import read_book
 from scheduler.devices import DeviceRecord
 from service.errors import ConflictError
 from service.schemas import Device, DeviceList, PreviewBody
+from workers.precision import step_shape
 from workers.shapes import Entry, resized, shape_of, trained
 
 STALE_S = 6 * 3600  # other jobs, heat and drivers change a device within hours
@@ -45,13 +46,17 @@ def question(body: PreviewBody, entry: Entry, live: Sequence[DeviceRecord]) -> d
     """What `scheduler.whatif` is asked. Raises UserError where the model cannot be built so."""
     shape = trained(shape_of(resized(entry, body.model_args, body.img_size), body.num_classes), body.method)
     method, trains_embedding = body.method.to_plan(), body.train_embed and not body.method.freezes_embedding
+    precision = body.precision
+    step = asdict(step_shape(body.micro_batches, body.micro_batch_size, precision, bf16=precision.compute == "bf16"))
+    if precision.compute == "auto":
+        del step["compute_itemsize"]  # the devices', which the planner knows
     fleet: dict[str, Any] = {"records": [record.to_dict() for record in live]}
     if body.devices != "live":
         fleet = {"devices": [_spec(device) for device in body.devices]}
     link = body.link if body.link is None or isinstance(body.link, str) else body.link.model_dump()
     return {
         "shape": asdict(shape),
-        "step": {"num_micro_batches": body.micro_batches, "micro_batch_size": body.micro_batch_size},
+        "step": step,
         "plan": {**method, "placement": body.placement, "embed_grad": trains_embedding, "seed": body.seed},
         **fleet,
         "link": link,

@@ -87,7 +87,10 @@ class Settings(BaseSettings):
     lease_s: Annotated[float, Field(gt=0)] = 5.0
     """Of several API processes on one store, how long the one that supervises may be silent before another does."""
     resources_per_worker: dict[str, float] | None = None
-    """What Ray books for each worker, as JSON; by default half a CPU, and one GPU where `use_gpu` is on."""
+    """What Ray books for each worker, as JSON; by default half a CPU, and one GPU where `use_gpu` is on.
+
+    Without a GPU, `memory` (bytes) is also what its process may take: plans keep to it.
+    """
     use_gpu: bool | None = None
     """Train on GPUs; by default where Ray's cluster has one."""
     start_timeout_s: Annotated[float, Field(gt=0)] = 60.0

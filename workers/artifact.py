@@ -160,11 +160,17 @@ def preprocessing(spec: JobSpec, model_input: ModelInput) -> dict[str, Any]:
 
 
 def _write_weights(path: Path, state_dict: Mapping[str, Tensor]) -> None:
-    # Cloned: safetensors refuses tensors that are views of one storage.
-    tensors = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in state_dict.items()}
+    tensors = {key: _alone(tensor.detach().cpu()) for key, tensor in state_dict.items()}
     safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
     path.chmod(FILE_MODE)  # safetensors lets only the owner read
     sync(path)
+
+
+def _alone(tensor: Tensor) -> Tensor:
+    """The tensor in a storage of its own, as safetensors wants it; copied only where it is a view of another."""
+    if tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes:
+        return tensor
+    return tensor.contiguous().clone()
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

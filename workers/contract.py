@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, WithJsonSchema, field_validator, model_validator
 
 from workers.method import Frozen, Method
+from workers.precision import Precision
 
 DIGITS_MODEL = "d2ft_digits"
 DIGITS_RATE, RATE = 5e-4, 5e-5  # learning rates of the bundled model, adapters and classifiers; and of anything else
@@ -111,8 +112,9 @@ class JobSpec(Frozen):
     `dataset` is "digits" or an address: "folder:///path" with `train/CLASS/*.jpg` and `test/` or `val/` beside it,
     "parquet:///path", "webdataset:///path" (workers/README.md has them all); the service knows "dataset:NAME", too.
     Length is `epochs`, or `steps` when that is given. When workers are lost, the job goes on with as few as
-    `min_workers`, and takes more in when they come; `workers` may be {"min": 2, "max": 4}. Of the jobs that wait, one
-    of higher `priority` goes first; one that has not started after `queue_timeout_s` fails.
+    `min_workers`, and takes more in when they come; `workers` may be {"min": 2, "max": 4}. A worker's process may take
+    `worker_memory_bytes` in all, of a GPU's memory where it has one: the plan divides the model so, or is refused. Of
+    the jobs that wait, one of higher `priority` goes first; one that has not started after `queue_timeout_s` fails.
     """
 
     name: Annotated[str, Field(max_length=200)] | None = None
@@ -125,6 +127,7 @@ class JobSpec(Frozen):
     augment: Augment = Field(default_factory=Augment)
     method: Method = Field(default_factory=Method)
     optimiser: Optimiser = Field(default_factory=Optimiser)
+    precision: Precision = Field(default_factory=Precision)
     workers: Annotated[int, Field(ge=1, le=256), WithJsonSchema(_NUMBER_OR_RANGE)] = 2
     min_workers: Annotated[int, Field(ge=1, le=256)] | None = None
     micro_batches: Annotated[int, Field(ge=1, le=256)] = 5
@@ -133,6 +136,7 @@ class JobSpec(Frozen):
     steps: Annotated[int, Field(ge=1, le=10_000_000)] | None = None
     window: Annotated[int, Field(ge=1, le=100_000)] = 100
     placement: Literal["auto", "split", "whole"] = "auto"
+    worker_memory_bytes: Annotated[int, Field(ge=1 << 20, le=1 << 50)] | None = None
     train_embed: bool = True
     checkpoint: Checkpoints = Field(default_factory=Checkpoints)
     export: Export = Field(default_factory=Export)
@@ -259,6 +263,15 @@ class RunContext(Frozen):
     max_losses: Annotated[int, Field(ge=0)] = 8
     post_url: str | None = None
     post_token: str | None = Field(default=None, repr=False)
+
+    @property
+    def worker_memory_bytes(self) -> int | None:
+        """What a worker may take of the memory that its model is in: as the job says, or as Ray books, if that is less.
+
+        Ray's `memory` is the machine's, and says nothing of a GPU's.
+        """
+        booked = None if self.use_gpu else self.resources_per_worker.get("memory")
+        return min((int(each) for each in (self.spec.worker_memory_bytes, booked) if each), default=None)
 
     @property
     def vault_dir(self) -> str:

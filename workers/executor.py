@@ -7,6 +7,9 @@ residual stream, layer scale γ and output bias b are done by hand:
     forward    x ← x + γ·c·Σ parts                c = H / running heads under skip_fill "rescale", else 1;
                                                   one of the parts includes b/c
     backward   ∂part = c·γ·g,  ∂b = Σ γ·g,  ∂γ = Σ g·c·Σ parts,  g ← g + Σ ∂x of the parts
+
+Where messages are of a narrower type, whoever sends a part adds what the others get of it, and a value of x or g that
+is sent to anybody is rounded by all who go on with it: all compute from the same bits.
 """
 
 from __future__ import annotations
@@ -32,18 +35,21 @@ from workers.transport import Transport
 
 @dataclass
 class _StepState:
-    """All that lives for one step."""
+    """All that lives for one step; the first few are of its programs."""
 
     batch: Batch
     num_running: int  # micro-batches that the loss is the mean of
     num_tallied: int = TALLIED
+    wire: torch.dtype = torch.float32
+    travelling: frozenset[tuple[str, int, str, int]] = frozenset()
+    recompute: bool = False
     x: dict[int, Tensor] = field(default_factory=dict)
     g: dict[int, Tensor] = field(default_factory=dict)
     part: dict[int, Tensor] = field(default_factory=dict)
     gpart: dict[int, Tensor] = field(default_factory=dict)
     inbox: dict[MessageKey, Tensor] = field(default_factory=dict)
     embedded: dict[int, Tensor] = field(default_factory=dict)
-    kept: dict[tuple[int, str, int], tuple[Tensor, Tensor]] = field(default_factory=dict)
+    kept: dict[tuple[int, str, int], tuple[Tensor, Tensor | None]] = field(default_factory=dict)
     sums: dict[tuple[int, str, int], Tensor] = field(default_factory=dict)
     tally: Tensor | None = None
     total: Tensor | None = None
@@ -61,7 +67,7 @@ class Executor:
     `update(grad_norm)` is called at `step` with all gradients in place; None leaves them in place (tests, rehearsals).
     `means[block, part]` are the H × D mean outputs that skip_fill "mean" adds; with `measures_means` a forward pass
     finds those of this worker's heads. A pass without gradient hands its logits to `logits(micro_batch, logits_BC)`.
-    With `autocast` the sub-layers compute in that type; messages stay in the shard's. `gates`, where there are any,
+    With `autocast` the sub-layers and the ends compute in that type. `gates`, where there are any,
     record what FULL heads are worth on steps that are due. A step's tally tells all workers
     what rank 0 has in `wishes`; `pulse` hears of every instruction.
     """
@@ -110,7 +116,8 @@ class Executor:
         on_cuda = self.shard.device.type == "cuda"
         timed = not on_cuda if timed is None else timed
         self._recording = self.gates if self.gates is not None and step is not None and self.gates.due(step) else None
-        self._state = _StepState(batch, len(programs.running), programs.num_tallied)
+        told = (programs.num_tallied, programs.wire, programs.travelling, programs.recompute)
+        self._state = _StepState(batch, len(programs.running), *told)
         kind_s: dict[str, float] = defaultdict(float)
         timings_us: dict[TimingKey, list[float]] = defaultdict(list)
         begin, cpu = time.perf_counter(), time.process_time()
@@ -156,27 +163,43 @@ class Executor:
 
     def _fwd(self, i: Instruction) -> None:
         state, block = self._state, self.shard.blocks[i.block]
-        x_BND, norm = state.x[i.mb], block.norms[i.part]
+        x_BND = self._rounded("x", i)
         part = y_BND = None
         bias = self._constant_bias(i)
         if i.full:
             leaf = x_BND.detach().requires_grad_(not i.floor)
-            watch = None if self._recording is None else self._recording.watch(i.block, i.part, i.mb, i.full)
-            with torch.enable_grad(), self._casting():
-                y_BND = norm(leaf)
-                out = block.run(i.part, y_BND, block.trainable(i.part, i.full), bias, watch).to(self.shard.dtype)
-            state.kept[i.block, i.part, i.mb] = (leaf, out)
+            y_BND, out = self._run_full(i, leaf, bias, watched=not state.recompute)
+            # The graph is made all the same, so that the same kernels run as will again; it ends with this call.
+            state.kept[i.block, i.part, i.mb] = (leaf, None if state.recompute and out.requires_grad else out)
             part = out.detach()
         if i.only:
             with torch.no_grad(), self._casting():
-                y_BND = norm(x_BND) if y_BND is None else y_BND.detach()
+                y_BND = block.norms[i.part](x_BND) if y_BND is None else y_BND.detach()
                 bias = None if i.full else bias
-                constant = block.run(i.part, y_BND, block.frozen(i.part, i.only), bias).to(self.shard.dtype)
+                weights = block.frozen(i.part, i.only, self.autocast)
+                constant = block.run(i.part, y_BND, weights, bias).to(self.shard.dtype)
                 if self.measures_means:
                     self._measure_means(i, y_BND)
             part = constant if part is None else part + constant
         assert part is not None
         state.part[i.mb] = part
+
+    def _run_full(self, i: Instruction, leaf: Tensor, bias: Tensor | None, *, watched: bool) -> tuple[Tensor, Tensor]:
+        """(norm of the leaf, output) of the FULL heads of a sub-layer: the graph from the leaf to their part."""
+        block, gates = self.shard.blocks[i.block], self._recording if watched else None
+        watch = None if gates is None else gates.watch(i.block, i.part, i.mb, i.full)
+        with torch.enable_grad(), self._casting():
+            y_BND = block.norms[i.part](leaf)
+            out = block.run(i.part, y_BND, block.trainable(i.part, i.full, self.autocast), bias, watch)
+        return y_BND, out.to(self.shard.dtype)
+
+    def _rounded(self, cargo: str, i: Instruction) -> Tensor:
+        """x or g as the sub-layer of `i` reads it; what others get over the wire, all go on with."""
+        state = self._state
+        values = state.x if cargo == "x" else state.g
+        if (cargo, i.block, i.part, i.mb) in state.travelling:
+            values[i.mb] = values[i.mb].to(state.wire).to(self.shard.dtype)
+        return values[i.mb]
 
     def _constant_bias(self, i: Instruction) -> Tensor | None:
         """What this part adds for the output bias; its gradient is `_bwd`'s."""
@@ -188,7 +211,7 @@ class Executor:
     def _measure_means(self, i: Instruction, y_BND: Tensor) -> None:
         block = self.shard.blocks[i.block]
         for head in i.only:
-            out_BND = block.run(i.part, y_BND, block.frozen(i.part, (head,)))
+            out_BND = block.run(i.part, y_BND, block.frozen(i.part, (head,), self.autocast))
             self.means[i.block, i.part][head] = out_BND.mean((0, 1))
 
     @torch.no_grad()
@@ -244,7 +267,7 @@ class Executor:
     def _bwd(self, i: Instruction) -> None:
         state, block = self._state, self.shard.blocks[i.block]
         gamma, bias = block.gammas[i.part], block.biases[i.part]
-        g_BND = state.g[i.mb]
+        g_BND = self._rounded("g", i)
         branch = g_BND if gamma is None else g_BND * gamma
         if i.lead:
             with torch.no_grad():
@@ -257,6 +280,8 @@ class Executor:
         if i.running:
             branch = branch * (self.shard.shape.num_heads / i.running)
         leaf, out = state.kept.pop((i.block, i.part, i.mb))
+        if out is None:  # without the bias, which has no gradient here
+            _, out = self._run_full(i, leaf, None, watched=True)
         if out.requires_grad:  # at the floor nothing does where no matrix of this half trains
             torch.autograd.backward(out, branch)
         if not i.floor:
@@ -275,9 +300,9 @@ class Executor:
         tensor = self.transport.recv(i.peer, key)
         self.pulse.waits(None)
         if i.cargo == "x":
-            self._state.x[i.mb] = tensor
+            self._state.x[i.mb] = tensor.to(self.shard.dtype)
         elif i.cargo == "g":
-            self._state.g[i.mb] = tensor
+            self._state.g[i.mb] = tensor.to(self.shard.dtype)
         elif i.cargo == "grads":
             self._unflatten(i.units, tensor)
         else:
@@ -304,14 +329,18 @@ class Executor:
         if i.units:
             return self._flatten(i.units)
         state = self._state
-        return {"x": state.x, "g": state.g, "part": state.part, "gpart": state.gpart}[i.cargo][i.mb]
+        values = {"x": state.x, "g": state.g, "part": state.part, "gpart": state.gpart}[i.cargo]
+        sent = values[i.mb].to(state.wire)
+        if i.cargo in ("part", "gpart"):
+            values[i.mb] = sent  # what this worker adds as well, should it add
+        return sent
 
     def _added(self, cargo: str, i: Instruction, own: Tensor) -> Tensor:
         """Σ over the ranks in `of`, in rank order, so that every worker that adds gets the same bits.
 
         The result may be written to: a worker's own part is its alone once the others have their copies.
         """
-        inbox = self._state.inbox
+        inbox, dtype = self._state.inbox, self.shard.dtype
 
         def part(worker: int) -> Tensor:
             received = Instruction("recv", cargo, i.block, i.part, i.mb, peer=worker, units=i.units)
@@ -319,8 +348,8 @@ class Executor:
 
         first, *others = i.of
         if not others:
-            return part(first)
-        total = part(first) + part(others[0])
+            return part(first).to(dtype)
+        total = part(first).to(dtype) + part(others[0])
         for worker in others[1:]:
             total += part(worker)
         return total

@@ -6,6 +6,7 @@ Like training they are step programs; all heads run FORWARD, so that nothing is 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -13,15 +14,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from scheduler.compiler import compile_evaluation
-from scheduler.cost import Costs
-from scheduler.domain import SUBLAYERS, Op, Placement, StepShape, uniform_ops
+from scheduler.cost import Costs, stream_bytes
+from scheduler.domain import SUBLAYERS, Op, Placement, uniform_ops
 from workers.data import Dataset
 from workers.executor import Executor
 from workers.steps import Batch, StepPrograms
 from workers.transport import all_sum
 
 MICRO_BATCHES = 4
-IMAGES_PER_MICRO_BATCH = 64
+MOST_IMAGES = 64  # of a micro-batch
+STREAM_BYTES = {"cpu": 8 << 20, "cuda": 64 << 20}  # of its residual stream: evaluation must not need more than training
 
 Logits = dict[int, Tensor]
 
@@ -34,12 +36,13 @@ class ForwardPasses:
 
     def evaluate(self, data: Dataset) -> tuple[float, float]:
         """(accuracy, mean loss) on the test images, all heads on; the same on every worker."""
-        steps = self._programs(MICRO_BATCHES, IMAGES_PER_MICRO_BATCH)
+        size = self._images_at_once(data.num_test)
+        steps = self._programs(MICRO_BATCHES, size)
         sums = torch.zeros(2, dtype=torch.float64)
-        for begin in range(0, data.num_test, MICRO_BATCHES * IMAGES_PER_MICRO_BATCH):
-            chunks = _chunks(begin, data.num_test)
+        for begin in range(0, data.num_test, MICRO_BATCHES * size):
+            chunks = _chunks(begin, data.num_test, size)
             logits = self._run(steps, lambda m, chunks=chunks: data.test_batch(chunks[m]).images_BCHW)  # type: ignore[misc]
-            for indices, logits_BC in _real(logits, begin, data.num_test):
+            for indices, logits_BC in _real(logits, begin, data.num_test, size):
                 labels_B = data.test_batch(indices).labels_B
                 sums[0] += (logits_BC.argmax(1) == labels_B).sum()
                 sums[1] += F.cross_entropy(logits_BC, labels_B, reduction="sum")
@@ -61,8 +64,15 @@ class ForwardPasses:
         means = all_sum(executor.transport, torch.stack([executor.means[key] for key in keys]))
         return dict(zip(keys, means, strict=True))
 
+    def _images_at_once(self, num_test: int) -> int:
+        """How many images a micro-batch has: no more than there are, than a step's or than `STREAM_BYTES` hold."""
+        shape, step = self.costs.shape, self.costs.step
+        room = STREAM_BYTES[self.executor.shard.device.type] // stream_bytes(shape, replace(step, micro_batch_size=1))
+        return min(MOST_IMAGES, max(room, step.micro_batch_size), -(-num_test // MICRO_BATCHES))
+
     def _programs(self, num_micro_batches: int, batch: int) -> StepPrograms:
-        costs = Costs(self.costs.shape, StepShape(num_micro_batches, batch), self.costs.profiles)
+        step = replace(self.costs.step, num_micro_batches=num_micro_batches, micro_batch_size=batch)
+        costs = Costs(self.costs.shape, step, self.costs.profiles)
         ops_LHM = uniform_ops(costs.shape, num_micro_batches, Op.FORWARD)
         programs = compile_evaluation(self.placement, ops_LHM, costs)
         return StepPrograms(programs, self.executor.rank, costs, self.executor.shard.dtype)
@@ -77,16 +87,16 @@ class ForwardPasses:
         return {m: logits_BC.float().cpu() for m, logits_BC in sorted(found.items())}
 
 
-def _chunks(begin: int, num_test: int) -> list[np.ndarray]:
+def _chunks(begin: int, num_test: int, size: int) -> list[np.ndarray]:
     """Test indices of each micro-batch; the last image is repeated to fill them, as shapes are agreed beforehand."""
-    wanted = np.arange(begin, begin + MICRO_BATCHES * IMAGES_PER_MICRO_BATCH)
+    wanted = np.arange(begin, begin + MICRO_BATCHES * size)
     return np.split(wanted.clip(max=num_test - 1), MICRO_BATCHES)
 
 
-def _real(logits: Logits, begin: int, num_test: int) -> Iterator[tuple[np.ndarray, Tensor]]:
+def _real(logits: Logits, begin: int, num_test: int, size: int) -> Iterator[tuple[np.ndarray, Tensor]]:
     """(test indices, logits) without the repeats."""
     for m, logits_BC in logits.items():
-        first = begin + m * IMAGES_PER_MICRO_BATCH
-        indices = np.arange(first, min(first + IMAGES_PER_MICRO_BATCH, num_test))
+        first = begin + m * size
+        indices = np.arange(first, min(first + size, num_test))
         if len(indices):
             yield indices, logits_BC[: len(indices)]

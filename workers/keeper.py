@@ -1,5 +1,7 @@
 """Checkpoints while training goes on: the workers stop for a copy of their tensors, threads write it.
 
+A worker whose memory does not hold a copy stops until its thread has written the tensors themselves.
+
     rank 0 wishes (time or steps) ─ step's tally ─► all copy ─► each thread: rank003.safetensors, rank003.json ─┐
                                                      rank 0's thread: all receipts there? manifest, rename ◄────┘
 
@@ -41,8 +43,9 @@ class Keeper:
 
     def __init__(
         self, vault: Vault, asked: Checkpoints, rank: int, size: int, emit: Callable[..., None],
-        clock: Callable[[], float] = time.monotonic,
+        clock: Callable[[], float] = time.monotonic, fits: Callable[[int], bool] = lambda num_bytes: True,
     ) -> None:  # fmt: skip
+        self._fits = fits
         self.vault, self.asked, self.rank, self.size, self.emit, self._clock = vault, asked, rank, size, emit, clock
         self._thread: threading.Thread | None = None
         self._given_up = threading.Event()
@@ -63,13 +66,16 @@ class Keeper:
         """Copy what is to be written, and write it on a thread; between two steps, on every worker."""
         self.finish()
         began = self._clock()
-        copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in part.items()}
+        copied = self._fits(sum(tensor.nbytes for tensor in part.values()))
+        copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in part.items()} if copied else part
         alike = {name: {key: t.detach().to("cpu", copy=True) for key, t in ts.items()} for name, ts in group.items()}
         writing = _Writing(self.vault, manifest, self.rank, self.size, self._given_up)
         self._thread = threading.Thread(
             target=self._write, args=(writing, copies, alike, plan), name="checkpoint", daemon=True
         )
         self._thread.start()
+        if not copied:
+            self._thread.join()
         self._last = self._clock()
         self.copy_s += self._last - began
 

@@ -92,7 +92,8 @@ class Ledger:
     """Collects a run; `to_dict` is what users see.
 
     `rehearsal` has one all-FULL step for every training step, measured under that step's placement. `windows` begin
-    with the rehearsal, `migrations` are {heads, bytes, seconds}.
+    with the rehearsal, `migrations` are {heads, bytes, seconds}. `peak_bytes` is the most memory that each worker's
+    process held, `planned_bytes` what the plans said of it.
     """
 
     rehearsal: Measured = field(default_factory=Measured)
@@ -104,6 +105,8 @@ class Ledger:
     accuracy_after: float | None = None
     phases: dict[str, float] = field(default_factory=dict)
     checkpoint: str | None = None
+    planned_bytes: list[int] = field(default_factory=list)
+    peak_bytes: list[int] = field(default_factory=list)
 
     def planned(self, plan: Plan, flops: int, sent_bytes: int) -> None:
         """A step ran under `plan`: FLOPs and bytes of its own op table, times as the mean over the plan's cycle."""
@@ -116,6 +119,8 @@ class Ledger:
         told.step_s += step.step_us / 1e6
         told.busy_s += sum(step.busy_us) / 1e6
         told.idle_share += step.idle_share
+        before = self.planned_bytes if len(self.planned_bytes) == len(plan.memory_bytes) else plan.memory_bytes
+        self.planned_bytes = [max(pair) for pair in zip(before, plan.memory_bytes, strict=True)]
 
     def rows(self) -> list[Row]:
         mine, full, told = self.training, self.rehearsal, self.predicted
@@ -145,7 +150,15 @@ class Ledger:
             row("traffic per step", "MB", "sent_bytes", "sent_bytes", 1e-6),
             row("compute per step", "GFLOP", "flops", "flops", 1e-9),
             self._forecast_row(),
+            *self._memory_rows(),
         ]
+
+    def _memory_rows(self) -> list[Row]:
+        """Of the worker whose process held most."""
+        if not self.peak_bytes:
+            return []
+        told = max(self.planned_bytes, default=None)
+        return [Row("memory, fullest worker", "MB", told and told / 1e6, max(self.peak_bytes) / 1e6, None)]
 
     def _forecast_row(self) -> Row:
         """Median over the windows of how far off their forecasts were; of all-FULL steps, the rehearsal's."""
@@ -166,6 +179,7 @@ class Ledger:
             "phases": self.phases,
             "steps": self.training.steps,
             "migrations": self.migrations,
+            "memory": {"predicted_bytes": self.planned_bytes, "measured_bytes": self.peak_bytes},
             "checkpoint": self.checkpoint,
         }
 

@@ -28,7 +28,17 @@ MANIFEST_FILE, DIGEST_FILE = "manifest.json", "manifest.sha256"
 GROUP_FILE, PLAN_FILE = "group.safetensors", "plan.json"
 _NAME = re.compile(r"step-(\d{8,})")
 # Fields of a job that do not change what is trained: a paused one may go on with others.
-OUTSIDE = ("name", "metadata", "priority", "queue_timeout_s", "workers", "min_workers", "checkpoint", "export")
+OUTSIDE = (
+    "name",
+    "metadata",
+    "priority",
+    "queue_timeout_s",
+    "workers",
+    "min_workers",
+    "worker_memory_bytes",
+    "checkpoint",
+    "export",
+)
 
 
 @dataclass(frozen=True)

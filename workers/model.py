@@ -119,17 +119,28 @@ def model_input(model: Model) -> ModelInput:
 def load_weights(model: Model, path: str | Path) -> None:
     """Load a safetensors file into `model`, in place; float16 and bfloat16 become the model's dtype.
 
+    What the model had before is let go of first, so that there are never two models, also where the file is refused.
     The position table and patch embedding are resampled to the model's sizes; `norm.*` serves as `fc_norm.*` where the
     model normalises after pooling, and the other way round; a classifier for another number of classes is left out, so
     that the model keeps its own. Raises UserError (weights): "weights_not_found", "weights_not_safetensors",
     "weights_mismatch".
     """
     path = Path(path)
+    _let_go(model)
     own = model.state_dict()
     given = _read_safetensors(path)
     tensors = _fit(given, model, path)
     _check_match(tensors, own, given, path)
-    model.load_state_dict({key: tensors.get(key, own[key]) for key in own})
+    model.load_state_dict({key: tensors.get(key, own[key]).to(own[key].dtype) for key in own}, assign=True)
+
+
+def _let_go(model: Model) -> None:
+    """Leave the parameters their shapes alone, but for the classifier's, which a file need not have."""
+    for name, param in list(model.named_parameters()):
+        if name not in _HEAD_KEYS:
+            path, _, last = name.rpartition(".")
+            shape_alone = nn.Parameter(param.detach().to("meta"), requires_grad=param.requires_grad)
+            setattr(model.get_submodule(path), last, shape_alone)
 
 
 def _check_known(name: str, timm_name: str) -> None:
@@ -208,7 +219,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
             remedy="Give the path of a safetensors file that the workers can read.",
         )
     try:
-        return safetensors.torch.load_file(path)
+        return safetensors.torch.load_file(path, backend="pread")  # mapped pages would count beside the copies
     except (safetensors.SafetensorError, OSError, ValueError) as error:
         raise UserError(
             f"{path} is not a readable safetensors file: {error}.",

@@ -24,7 +24,8 @@ _LOG = logging.getLogger(__name__)
 def resources_of(context: RunContext) -> dict[str, float]:
     """What one worker needs."""
     gpu = {"GPU": 1.0} if context.use_gpu else {}
-    return {**gpu, **context.resources_per_worker}
+    limit = None if context.use_gpu else context.worker_memory_bytes
+    return {**gpu, **context.resources_per_worker, **({} if limit is None else {"memory": float(limit)})}
 
 
 def muster(context: RunContext) -> int:

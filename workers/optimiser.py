@@ -36,6 +36,10 @@ class Adam:
         """AdamW's state of a parameter; empty while it has had no gradient."""
         return dict(self._adam.state.get(self._params[name], {}))
 
+    def forget(self) -> None:
+        """Let go of all moments: training is over."""
+        self._adam.state.clear()
+
     def _take(self, shard: Shard, state: State) -> None:
         decayed: list[torch.nn.Parameter] = []
         plain: list[torch.nn.Parameter] = []

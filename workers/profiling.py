@@ -15,17 +15,17 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 import numpy as np
-import psutil
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from scheduler.cost import residual_bytes
-from scheduler.domain import SUBLAYERS, DeviceProfile, LinkProfile, Placement, StepShape
+from scheduler.domain import SUBLAYERS, DeviceProfile, LinkProfile, ModelShape, Placement, StepShape
 from scheduler.program import MessageKey
 from workers.anatomy import Model
 from workers.facts import device_facts, device_id, device_name
 from workers.lean import update
+from workers.memory import room
 from workers.partition import model_shape
 from workers.shard import BlockShard, Shard
 from workers.transport import Parcel, Transport, all_gather
@@ -35,6 +35,7 @@ SLOTS = 6  # residual streams that sums take turns on
 STRETCH_S = 0.04  # ten turns of a shared core
 STRETCHES = 3
 BURST = 4  # messages that every transport takes without waiting for their reader
+PROFILED_BYTES = 128 << 20  # of blocks that runs take turns on: more than a cache holds
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 
@@ -61,21 +62,29 @@ def profile_device(
     device: torch.device | str = "cpu",
     autocast: torch.dtype | None = None,
     sharers: int = 1,
+    limit_bytes: int | None = None,
 ) -> DeviceProfile:
     """Profile this worker; every worker of the group must call it at the same time, since links are measured pairwise.
 
-    `sharers` is the number of workers that share this machine's (or GPU's) memory.
+    `sharers` is the number of workers that share this machine's (or GPU's) memory, `limit_bytes` the most that this one
+    may take of it in all. Of the model some blocks are copied, not all: a worker may not hold it twice.
     """
     shape = model_shape(model)
-    whole = Placement.make(np.zeros((shape.num_blocks, shape.num_heads), dtype=int), 1)
-    shard = Shard(model, whole, 0, device)
+    shard = Shard(model, _some_blocks(shape), 0, device)
     stopwatch = _Stopwatch(shard, step, autocast)
-    all_gather(transport, torch.zeros(1, device=shard.device))  # all begin together
+    _together(transport, shard.device)
     curves = {part: stopwatch.curves(part) for part in SUBLAYERS}
     end_us, update_us = stopwatch.step_end_us()
     message_bytes = residual_bytes(shape, step)
     send_us, recv_us = measure_handling(transport, shard.dtype, shard.device, message_bytes)
-    facts = device_facts(shard.device)
+    embed_us, classify_us, sum_us = stopwatch.embed_us(), stopwatch.classify_us(), stopwatch.sum_us()
+    links = measure_links(transport, shard.dtype, shard.device, message_bytes, send_us + recv_us)
+    trunk_us, samples, where = stopwatch.trunk_us(), stopwatch.samples, shard.device
+    del stopwatch, shard
+    _together(transport, where)  # nobody holds copies any more
+    model_bytes = sum(param.nbytes for param in model.parameters())
+    has = room(model_bytes, where, sharers, limit_bytes)
+    facts = device_facts(where)
     return DeviceProfile(
         rank=transport.rank,
         node=node,
@@ -84,21 +93,23 @@ def profile_device(
         attn_backward_us=curves["attn"][1],
         mlp_forward_us=curves["mlp"][0],
         mlp_backward_us=curves["mlp"][1],
-        embed_us=stopwatch.embed_us(),
-        classify_us=stopwatch.classify_us(),
-        sum_us=stopwatch.sum_us(),
+        embed_us=embed_us,
+        classify_us=classify_us,
+        sum_us=sum_us,
         update_us=update_us,
-        free_bytes=_free_bytes(shard.device) // sharers,
-        links=measure_links(transport, shard.dtype, shard.device, message_bytes, send_us + recv_us),
+        free_bytes=has.free_bytes,
+        links=links,
         labels=labels or {},
         measured_at=time.time(),
         send_us=send_us,
         recv_us=recv_us,
-        trunk_us=stopwatch.trunk_us(),
+        trunk_us=trunk_us,
         end_us=end_us,
         device_id=device_id(facts),
         facts=facts,
-        samples=stopwatch.samples,
+        samples=samples,
+        base_bytes=has.base_bytes,
+        limit_bytes=limit_bytes or 0,
     )
 
 
@@ -148,7 +159,7 @@ class _Stopwatch:
     """Times the pieces of a step on synthetic activations of the job's shapes; `samples` counts runs of sub-layers."""
 
     def __init__(self, shard: Shard, step: StepShape, autocast: torch.dtype | None) -> None:
-        self.shard, self.autocast, self.samples = shard, autocast, 0
+        self.shard, self.autocast, self.recompute, self.samples = shard, autocast, step.recompute, 0
         self.blocks: list[BlockShard] = list(shard.blocks.values())
         generator = torch.Generator().manual_seed(0)
         shape = (step.micro_batch_size, shard.shape.num_tokens, shard.shape.dim)
@@ -199,7 +210,8 @@ class _Stopwatch:
     @torch.no_grad()
     def trunk_us(self) -> int:
         """Packing the gradients of one block's trunk and taking them apart again."""
-        params = [p for block in self.blocks for _, p in block.trunk.parameters() if p.requires_grad]
+        of_blocks = [[p for _, p in block.trunk.parameters() if p.requires_grad] for block in self.blocks]
+        params, count = [p for of_block in of_blocks for p in of_block], sum(map(bool, of_blocks))
         if not params:
             return 1
         sizes = [p.numel() for p in params]
@@ -209,7 +221,7 @@ class _Stopwatch:
             for part, param in zip(flat.split(sizes), params, strict=True):
                 part.view_as(param)
 
-        return max(1, self._typical_us(run) // len(self.blocks))
+        return max(1, self._typical_us(run) // count)
 
     def step_end_us(self) -> tuple[int, int]:
         """(µs of a step's end, µs more for each head trained): gradient norms and the update."""
@@ -223,7 +235,7 @@ class _Stopwatch:
         trained = [p for head in heads[:num_heads] for p in head.values() if p.requires_grad]
         if not trained:
             return 1
-        params = [p.detach().clone().requires_grad_() for p in trained]
+        params = [p.detach().requires_grad_() for p in trained]  # a rate of 0 leaves them as they are
         grads = [torch.zeros_like(p) for p in params]
         for param, grad in zip(params, grads, strict=True):
             param.grad = grad
@@ -239,10 +251,16 @@ class _Stopwatch:
         def run(repeat: int) -> tuple[float, float]:
             block = self.blocks[repeat % len(self.blocks)]
             leaf = self.x_BND.detach().clone().requires_grad_()
+
+            def forward() -> Tensor:
+                with torch.autocast(self.shard.device.type, dtype=self.autocast, enabled=self.autocast is not None):
+                    return block.run(part, block.norms[part](leaf), block.trainable(part, heads, self.autocast))
+
             begin = self._now()
-            with torch.autocast(self.shard.device.type, dtype=self.autocast, enabled=self.autocast is not None):
-                out = block.run(part, block.norms[part](leaf), block.trainable(part, heads))
+            out = forward()
             middle = self._now()
+            if self.recompute:
+                out = forward()
             torch.autograd.backward(out, torch.ones_like(out))
             return middle - begin, self._now() - middle
 
@@ -343,7 +361,18 @@ def _peers_in_turn(transport: Transport) -> Iterator[int]:
                 yield second if transport.rank == first else first
 
 
-def _free_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return int(psutil.virtual_memory().available)
+def _some_blocks(shape: ModelShape) -> Placement:
+    """The first block and the last, of so many bytes that no cache holds them, for worker 0; others are nobody's here.
+
+    The last ones are those that train where not all do.
+    """
+    block_bytes = 4 * (sum(shape.head_params) + shape.norm_params)
+    count = min(shape.num_blocks, max(2, -(-PROFILED_BYTES // block_bytes)))
+    owner_LH = np.ones((shape.num_blocks, shape.num_heads), dtype=np.int64)
+    owner_LH[0] = owner_LH[1 - count :] = 0
+    return Placement(owner_LH, 2, 0)
+
+
+def _together(transport: Transport, device: torch.device) -> None:
+    """Go on when all workers are here."""
+    all_gather(transport, torch.zeros(1, device=device))

@@ -82,7 +82,7 @@ def _work(context: RunContext, pulse: Pulse) -> None:
     device = str(get_device()) if context.use_gpu else "cpu"
     runtime = ray.get_runtime_context()
     labels = {key: str(value) for key, value in runtime.get_node_labels().items()}
-    place = Place(runtime.get_node_id(), labels, device, ranks.get_local_world_size())
+    place = Place(runtime.get_node_id(), labels, device, ranks.get_local_world_size(), context.worker_memory_bytes)
     transport = Nccl(device) if context.use_gpu else Shared()
     planner = ActorPlanner(context, rank, ranks.get_world_size())
     with posting(context) if rank == 0 else contextlib.nullcontext():

@@ -27,8 +27,9 @@ from torch import Tensor
 
 from scheduler import failpoints
 from scheduler.cost import Costs, residual_bytes
-from scheduler.domain import DeviceProfile, Plan, StepShape
+from scheduler.domain import DeviceProfile, Plan
 from workers.artifact import write_result
+from workers.casting import compute_type
 from workers.changes import Planned
 from workers.checkpoint import Checkpoint, Saved, Vault, check_same_job, newest_whole, part_of, save
 from workers.contract import JobSpec
@@ -43,10 +44,12 @@ from workers.keeper import Keeper
 from workers.ledger import Ledger
 from workers.liveworth import LiveWorth
 from workers.manifest import Manifest, fingerprint
+from workers.memory import fits, give_back, peak_bytes
 from workers.model import build_model, model_input
 from workers.optimiser import Adam
 from workers.order import MicroBatches
 from workers.partition import cut_of, model_shape
+from workers.precision import step_shape
 from workers.profiling import profile_device
 from workers.pulse import Pulse, Quiet
 from workers.shard import Shard
@@ -60,12 +63,18 @@ _LOG = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Place:
-    """Where this worker runs. `sharers`: workers on the same machine."""
+    """Where this worker runs. `sharers`: workers on the same machine; `memory_bytes`: what its process may take."""
 
     node: str = "local"
     labels: dict[str, str] | None = None
     device: str = "cpu"
     sharers: int = 1
+    memory_bytes: int | None = None
+
+    @property
+    def main_memory_bytes(self) -> int | None:
+        """What it may take of the machine's memory."""
+        return self.memory_bytes if self.device == "cpu" else None
 
 
 class Session:
@@ -95,7 +104,7 @@ class Session:
         )
         self.rank = transport.rank
         self.device = torch.device(place.device)
-        self.autocast = torch.bfloat16 if self.device.type == "cuda" and torch.cuda.is_bf16_supported() else None
+        self.autocast = compute_type(spec.precision, self.device)
         self.ledger = Ledger()
         self.vault, self.pulse = vault, pulse or Quiet()
         self.saved: Saved | None = None
@@ -103,7 +112,10 @@ class Session:
         self._kept: Planned | None = None  # the plan that the checkpoint was trained under, where it holds on
         self._keeper: Keeper | None = None
         if vault is not None:
-            self._keeper = Keeper(vault, spec.checkpoint, self.rank, transport.size, self._emit)
+            self._keeper = Keeper(
+                vault, spec.checkpoint, self.rank, transport.size, self._emit,
+                fits=lambda num_bytes: fits(num_bytes, place.sharers, place.main_memory_bytes),
+            )  # fmt: skip
 
     def run(self) -> dict[str, Any]:
         """The whole job, or up to a pause; returns the ledger (the same on every rank but for who wrote the result)."""
@@ -141,13 +153,14 @@ class Session:
 
     def _prepare(self) -> None:
         # The number of classes comes from the data, the size of its images from the model: a first model tells that.
-        probe = build_model(self.spec, num_classes=1, load=False)
-        self.input = model_input(probe)
+        with torch.device("meta"):
+            self.input = model_input(build_model(self.spec, num_classes=1, load=False))
         self.data = open_dataset(self.spec, self.input, progress=lambda: self.pulse.phase("prepare"))
         self.model = build_model(self.spec, len(self.data.classes))
         choose_trained(self.model, self.spec.method, self.spec.seed)
         self.shape = model_shape(self.model)
-        self.step_shape = StepShape(self.spec.micro_batches, self.spec.micro_batch_size)
+        spec, bf16 = self.spec, self.autocast is not None
+        self.step_shape = step_shape(spec.micro_batches, spec.micro_batch_size, spec.precision, bf16=bf16)
         self.transport.prepare(residual_bytes(self.shape, self.step_shape))
         self.order = MicroBatches(
             self.data.num_train, self.spec.micro_batch_size, self.spec.micro_batches, self.spec.seed
@@ -190,6 +203,7 @@ class Session:
             self.profile = profile_device(
                 self.model, self.step_shape, self.transport, node=self.place.node, labels=self.place.labels,
                 device=self.device, autocast=self.autocast, sharers=self.place.sharers,
+                limit_bytes=self.place.memory_bytes,
             )  # fmt: skip
         with self._phase("score"):
             self.worth = LiveWorth(self.spec, self.shape, self.step_shape, self.transport, self.device)
@@ -217,9 +231,10 @@ class Session:
         """Cut the model under the plan's placement and let go of the whole one."""
         plan, optimiser = planned.plan, self.spec.filled_optimiser
         costs = Costs(self.shape, self.step_shape, planned.profiles)
-        shard = Shard(self.model, plan.placement, self.rank, self.device)
         self.template = {name: torch.empty_like(t, device="meta") for name, t in self.model.state_dict().items()}
+        shard = Shard(self.model, plan.placement, self.rank, self.device, consume=True)
         del self.model
+        give_back()
         adam = Adam(shard, optimiser, self.total_steps)
         executor = Executor(shard, self.transport, label_smoothing=optimiser.label_smoothing, autocast=self.autocast)
         executor.pulse = self.pulse
@@ -309,7 +324,10 @@ class Session:
         begin = time.perf_counter()
         directory = self.run_dir / "result"
         self.ledger.checkpoint = str(directory)
+        self.engine.adam.forget()  # rank 0 needs the room for the whole model
+        self.engine.shard.clear()
         state = gather_state(self.engine.shard, self.transport, self.template)
+        self.ledger.peak_bytes = gather_json(self.transport, peak_bytes(self.device), self.device)
         if state is None or self.log is None:
             return
         # The ledger is one of the files: its own phase is what has passed until it is written.

@@ -26,6 +26,7 @@ from workers.gates import Watch
 from workers.partition import Cut, cut_of, head_slices, write_head
 from workers.sublayers import Weights, sub_layer
 
+MATRICES = ("_w", "_up", "_down")  # how the names of a head's matrices end
 _HEAD_NAME = re.compile(r"b(\d+)\.h(\d+)\.([\w.]+)")
 
 
@@ -66,6 +67,7 @@ class BlockShard:
         self._bounds = {name: _cumulative([len(s[name]) for s in slices]) for name in cut.slices}
         self.params: dict[int, dict[str, nn.Parameter]] = {head: self._head_params(i) for i, head in enumerate(heads)}
         self._leaves: dict[tuple[str, tuple[int, ...]], Weights] = {}
+        self._narrowed: dict[tuple[str, tuple[int, ...]], Weights] = {}
         self._frozen: dict[tuple[str, tuple[int, ...]], Weights] = {}
         self._changing: set[int] = set()  # heads that this step's update changes
 
@@ -75,19 +77,22 @@ class BlockShard:
         """Σ over the heads in `weights` of their output, plus `bias`, as `sublayers.sub_layer` says: B, N, D."""
         return self.trunk.run[part](y_BND, weights, bias, watch)
 
-    def trainable(self, part: str, heads: tuple[int, ...]) -> Weights:
-        """Weights of the heads as leaves that collect gradients until `collect`."""
+    def trainable(self, part: str, heads: tuple[int, ...], kind: torch.dtype | None = None) -> Weights:
+        """Weights of the heads as leaves that collect gradients until `collect`; matrices in `kind`, cast once."""
         key = (part, heads)
         if key not in self._leaves:
             frozen = self.cut.frozen
             self._leaves[key] = {n: w.detach().requires_grad_(n not in frozen) for n, w in self._gather(key).items()}
-        return self._leaves[key]
+        if kind is not None and key not in self._narrowed:
+            # Autocast would cast them for every call, and every graph would keep a copy of its own.
+            self._narrowed[key] = self._cast(self._leaves[key], kind)
+        return self._leaves[key] if kind is None else self._narrowed[key]
 
-    def frozen(self, part: str, heads: tuple[int, ...]) -> Weights:
-        """Weights of the heads without gradient."""
+    def frozen(self, part: str, heads: tuple[int, ...], kind: torch.dtype | None = None) -> Weights:
+        """Weights of the heads without gradient; matrices in `kind`."""
         key = (part, heads)
         if key not in self._frozen:
-            self._frozen[key] = self._gather(key)
+            self._frozen[key] = self._cast(self._gather(key), kind)
         return self._frozen[key]
 
     def collect(self) -> None:
@@ -100,10 +105,12 @@ class BlockShard:
                         param = self.params[head][name]
                         param.grad = grad if param.grad is None else param.grad + grad
         self._leaves.clear()
+        self._narrowed.clear()
 
     def forget(self) -> None:
         """Drop uncollected gradients and gathered weights that have changed; those of heads held FORWARD stay."""
         self._leaves.clear()
+        self._narrowed.clear()
         self._frozen = {key: w for key, w in self._frozen.items() if self._changing.isdisjoint(key[1])}
         self._changing.clear()
 
@@ -114,6 +121,12 @@ class BlockShard:
         part, heads = key
         at = [self._position[head] for head in heads]
         return {name: self._rows(name, at) for name in self.cut.pieces[part]}
+
+    def _cast(self, weights: Weights, kind: torch.dtype | None) -> Weights:
+        """The matrices that autocast multiplies in `kind`; what it keeps wide, as norms within a bound block, stays."""
+        if kind is None or self.cut.whole:
+            return weights
+        return {n: w.to(kind) if n.endswith(MATRICES) else w for n, w in weights.items()}
 
     def _rows_of(self, name: str, heads: tuple[int, ...]) -> list[int]:
         """How many rows of a slice each of the heads has."""
@@ -137,7 +150,16 @@ class Shard:
     What a worker does not hold is on the meta device: its shape is known, it has no memory.
     """
 
-    def __init__(self, model: Model, placement: Placement, rank: int, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        model: Model,
+        placement: Placement,
+        rank: int,
+        device: torch.device | str = "cpu",
+        *,
+        consume: bool = False,
+    ) -> None:
+        """With `consume` the blocks of `model` lose their weights as they are cut: nothing is held twice."""
         self.cut, self.placement, self.rank = cut_of(model), placement, rank
         self.shape = self.cut.shape
         self.device = torch.device(device)
@@ -148,11 +170,12 @@ class Shard:
         self._skeletons = [_skeleton(block, self.device) for block in blocks]
         self._ends: Any = copy.deepcopy(model, {id(blocks): nn.Sequential()}).to(self.device)
         self._rope = anatomy.rotary(self._ends)
-        self.blocks = {
-            index: self._cut(state, index, heads)
-            for index in range(self.shape.num_blocks)
-            if (heads := placement.heads_of(rank, index))
-        }
+        self.blocks: dict[int, BlockShard] = {}
+        for index in range(self.shape.num_blocks):
+            if heads := placement.heads_of(rank, index):
+                self.blocks[index] = self._cut(state, index, heads)
+            if consume:
+                _empty(blocks[index], state, f"blocks.{index}.")
         self._hold_ends(placement)
 
     def rebuild(self, placement: Placement, arrived: Mapping[str, Tensor]) -> None:
@@ -300,6 +323,14 @@ def _skeleton(block: nn.Module, device: torch.device) -> nn.Module:
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.to(device))
     return skeleton
+
+
+def _empty(block: nn.Module, state: dict[str, Tensor], prefix: str) -> None:
+    """Leave a block the shapes of its parameters alone, and `state` nothing of it."""
+    for name in [name for name in state if name.startswith(prefix)]:
+        del state[name]
+    for name, param in list(block.named_parameters()):
+        _set_param(block, name, param.detach().to("meta"))
 
 
 def _not_decayed(model: Any, cut: Cut) -> frozenset[str]:

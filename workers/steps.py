@@ -14,6 +14,7 @@ from scheduler.cost import Costs, num_tallied
 from scheduler.profiles import timing_keys
 from scheduler.program import Instruction, Program
 from scheduler.simulate import program_flops
+from workers.casting import wire_type
 from workers.transport import Parcel
 
 TimingKey = tuple[str, str, int, int]
@@ -61,7 +62,9 @@ class Batch:
 class StepPrograms:
     """The compiled programs of all workers for one step, seen from one of them: its own, and what will reach it.
 
-    `running` are the micro-batches that do not sit out.
+    `running` are the micro-batches that do not sit out. The residual stream and its gradient travel in `wire`;
+    `travelling` names those of their values that some worker receives, by who reads them: (cargo, block, part,
+    micro-batch), none where the wire takes them as they are. `recompute` is the step's.
     """
 
     def __init__(self, programs: Sequence[Program], rank: int, costs: Costs, dtype: torch.dtype) -> None:
@@ -72,6 +75,9 @@ class StepPrograms:
         shape, batch = costs.shape, costs.step.micro_batch_size
         residual = (batch, shape.num_tokens, shape.dim)
         self.num_tallied = num_tallied(costs.step)
+        self.wire, self.recompute = wire_type(costs.step, dtype), costs.step.recompute
+        sends = [i for program in programs for i in program.sends() if i.cargo in ("x", "g")]
+        self.travelling = frozenset((i.cargo, i.block, i.part, i.mb) for i in sends if self.wire != dtype)
 
         def parcel(src: int, instruction: Instruction) -> Parcel:
             key = instruction.key(src)
@@ -80,7 +86,7 @@ class StepPrograms:
             if instruction.units:
                 numel = sum(shape.embed_params if u < 0 else shape.updated_norm_params for u in instruction.units)
                 return Parcel(key, (numel,), dtype)
-            return Parcel(key, residual, dtype, passing=instruction.cargo in ("part", "gpart"))
+            return Parcel(key, residual, self.wire, passing=instruction.cargo in ("part", "gpart"))
 
         self.incoming = {
             src: [parcel(src, i) for i in program.sends() if i.peer == rank]

@@ -316,7 +316,7 @@ class Instance:
     def _tail_us(self, team: Team) -> int:
         if len(team) == 1:
             return 0
-        size = self.costs.step.wire_itemsize * self.costs.shape.embed_params
+        size = self.costs.step.itemsize * self.costs.shape.embed_params
         slowest = max(self.costs.transfer_us(u, v, size) for u, v in itertools.permutations(team, 2))
         return (1 if len(team) == 2 else 2) * slowest
 
@@ -324,10 +324,16 @@ class Instance:
         shape = self.costs.shape
         return OPTIMISER_BYTES_PER_PARAM * (shape.embed_params * embeds + shape.classifier_params * classifies)
 
+    def fixed_bytes(self, embeds: bool) -> int:
+        """What a worker with heads needs whatever they are: the embedding's, and a half's forward pass run again."""
+        rerun = max(self.costs.rerun_bytes(part, self.num_heads) for part in SUBLAYERS)
+        return self.trunk_bytes(embeds, False) + rerun
+
     def memory_bytes(self, rows: Sequence[Row], classifier: int) -> list[int]:
         """What each worker needs."""
-        first = rows[0].team
-        trunk = [self.trunk_bytes(w in first, w == classifier) for w in range(self.num_workers)]
+        first, members = rows[0].team, {w for row in rows for w in row.team}
+        trunk = [self.trunk_bytes(False, w == classifier) for w in range(self.num_workers)]
+        trunk = [own + self.fixed_bytes(w in first) * (w in members) for w, own in enumerate(trunk)]
         costs = [self.cost(row).bytes_W for row in rows]
         return [own + sum(bytes_W[w] for bytes_W in costs) for w, own in enumerate(trunk)]
 

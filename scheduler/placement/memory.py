@@ -15,7 +15,7 @@ import numpy.typing as npt
 from ortools.sat.python import cp_model
 
 from scheduler.cost import Costs
-from scheduler.domain import IntArray, Placement
+from scheduler.domain import DeviceProfile, IntArray, Placement
 from scheduler.errors import InfeasibleError
 from scheduler.placement.instance import Chain, Instance, Row
 from scheduler.placement.model import CEILING, Limits, solver_of
@@ -89,18 +89,25 @@ def memory_error(instance: Instance, kinds: Sequence[str], chains: Sequence[Chai
     for w in sorted(range(instance.num_workers), key=lambda w: -best.lacks_W[w]):  # type: ignore[union-attr]
         if best.lacks_W[w]:
             lack, need, free = (n / GB for n in (best.lacks_W[w], best.needs_W[w], profiles[w].free_bytes))
-            parts.append(
-                f"worker {w} needs {lack:.3g} GB more ({need:.3g} needed, {free:.3g} free; {profiles[w].device})"
-            )
+            beside = f"{_bound(profiles[w])}; {profiles[w].device}"
+            parts.append(f"worker {w} needs {lack:.3g} GB more ({need:.3g} needed, {free:.3g} free{beside})")
+    limited = any(best.lacks_W[w] and profile.limit_bytes for w, profile in enumerate(profiles))
     least = "the least that would do" if best.proved else "which would do"
     return InfeasibleError(
         f"The model does not fit: in the {' or '.join(kinds)} placement that lacks least, {', '.join(parts)}: "
         f"{best.total / GB:.3g} GB in all, {least}. Counted are weights, gradients and AdamW's moments of heads that "
         f"train, weights of the others, and the activations of {instance.in_flight} micro-batches in flight.",
         code="memory_infeasible",
-        param="workers",
-        remedy="Add workers, free memory, make micro-batches smaller, or train fewer heads.",
+        param="worker_memory_bytes" if limited else "workers",
+        remedy=f"Add workers, {'raise worker_memory_bytes' if limited else 'free memory'}, make micro-batches smaller, "
+        "or train fewer heads.",
     )
+
+
+def _bound(profile: DeviceProfile) -> str:
+    """What the free memory lies beside, where it is known."""
+    base = f" beside the {profile.base_bytes / GB:.3g} of its process" if profile.base_bytes else ""
+    return base + (f", of {profile.limit_bytes / GB:.3g} allowed" if profile.limit_bytes else "")
 
 
 class _Slack:
@@ -134,7 +141,7 @@ class _Slack:
             self.model.add(sum(totals) == heads * length)
         self.model.add(sum(all_full) == instance.num_full)
         for w in self.needs:
-            self.needs[w] += instance.trunk_bytes(w in chain[0], False)
+            self.needs[w] += instance.fixed_bytes(w in chain[0])
             self.needs[w] += instance.trunk_bytes(False, True) * classifies.get(w, 0)
             self.lacks[w] = self.model.new_int_var(0, CEILING, f"lacks{w}")
             self.model.add(self.needs[w] <= instance.costs.profiles[w].free_bytes + self.lacks[w])

@@ -197,7 +197,7 @@ class _Model:
         instance = self.instance
         for w in sorted({w for team in self.chain for w in team}):
             need = self._terms(w, lambda row, w=w: instance.cost(row).bytes_W[w])
-            need += instance.trunk_bytes(w in self.chain[0], False)
+            need += instance.fixed_bytes(w in self.chain[0])
             need += instance.trunk_bytes(False, True) * self.classifies.get(w, 0)
             self.model.add(need <= instance.costs.profiles[w].free_bytes)
 

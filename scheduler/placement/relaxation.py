@@ -170,7 +170,7 @@ class _Program:
         for w in self.workers:
             self.loads[w] = new(more * self.fixed.load_W[w], inf)
             self.loads[w].SetCoefficient(self.slowest, 1)
-            trunk = instance.trunk_bytes(w in self.chain[0], False)
+            trunk = instance.fixed_bytes(w in self.chain[0])
             self.rooms[w] = new(-inf, (instance.costs.profiles[w].free_bytes - trunk) / MEGABYTE)
             self.short[w] = self.solver.NumVar(0, inf, f"short{w}")
             self.objective.SetCoefficient(self.short[w], DEAR)

@@ -58,7 +58,7 @@ def likely_mix(request: SelectionRequest, costs: Costs) -> tuple[int, float]:
     """(FULL heads, share of the micro-batches that a head runs) as a compute budget will have it, bytes aside."""
     shape, step = costs.shape, costs.step
     forward = sum(shape.head_forward_flops(h, step.micro_batch_size) for h in range(shape.num_heads))
-    back = shape.backward_weight
+    back = costs.backward_weight
     heads_flops, trunk = (1 + back) * forward * shape.num_blocks, shape.trunk_flops(step.micro_batch_size)
     spent = ((request.compute or 1.0) * (heads_flops + trunk) - trunk) / heads_flops
     run_share = min(1.0, max(0.0, (1 + back) * spent / (1 + back * LEAST_TRAINED)))

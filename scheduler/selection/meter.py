@@ -19,7 +19,7 @@ class Meter:
     def __init__(self, placement: Placement, costs: Costs, embed_grad: bool) -> None:
         self.placement, self.costs, self.embed_grad = placement, costs, embed_grad
         self.num_micro_batches = costs.step.num_micro_batches
-        self.backward_weight = costs.shape.backward_weight  # of a head's forward FLOPs
+        self.backward_weight = costs.backward_weight  # of a head's forward FLOPs
         self.traffic = Traffic(placement, costs.shape, costs.step, embed_grad)
         full = uniform_ops(costs.shape, self.num_micro_batches, Op.FULL)
         self.all_full_flops, self.all_full_bytes = self.flops(full), self.bytes(full)

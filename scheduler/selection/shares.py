@@ -110,7 +110,7 @@ def flop_shares(placement: Placement, costs: Costs, budget: float, head_flops: F
     pace, micro_batches = pace_of(placement, costs), costs.step.num_micro_batches
     forward_W = np.bincount(placement.owner_LH.ravel(), weights=head_flops.ravel(), minlength=placement.num_workers)
     all_full_us_W = micro_batches * pace.owned_W * (pace.run_us_W + pace.train_us_W)
-    most_W = (1.0 + costs.shape.backward_weight) * micro_batches * forward_W
+    most_W = (1.0 + costs.backward_weight) * micro_batches * forward_W
     rate_W = most_W / np.maximum(all_full_us_W, 1e-9)
 
     def flops_at(level: float) -> FloatArray:

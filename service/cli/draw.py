@@ -98,7 +98,7 @@ def _put_workers(plan: dict[str, Any], devices: Sequence[dict[str, Any]]) -> Non
             *(percent(shares[worker][letter] / total) if total else "" for letter in "FOS"),
             f"{busy_us[worker] / 1e3:.1f} ms" if is_number(busy_us[worker]) else "",
             "" if speeds[worker] is None else f"{speeds[worker]:.2f}",
-            _memory(device),
+            _memory(device, plan.get("memory_bytes") or [], worker),
             str(device.get("binding", "")),
         )
     put_table(table)
@@ -129,11 +129,14 @@ def _op_counts(plan: dict[str, Any], owned: Callable[[int], bool]) -> Counter[st
     return counts
 
 
-def _memory(device: dict[str, Any]) -> str:
+def _memory(device: dict[str, Any], planned: Sequence[Any], worker: int) -> str:
+    """The most that a worker holds, of what its device may, where that is known."""
     need, limit = device.get("memory_bytes"), device.get("memory_limit_bytes")
-    if not is_number(need) or not is_number(limit):
+    if need is None and worker < len(planned):
+        need = planned[worker]
+    if not is_number(need):
         return ""
-    return f"{need / 1e9:.2f} of {limit / 1e9:.3g} GB"  # type: ignore[operator]
+    return f"{need / 1e9:.2f}{f' of {limit / 1e9:.3g}' if is_number(limit) else ''} GB"  # type: ignore[operator]
 
 
 def _put_ops(plan: dict[str, Any]) -> None:

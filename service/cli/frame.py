@@ -127,6 +127,11 @@ Bytes = Annotated[float | None, typer.Option("--bytes", help="Bytes budget as a 
 MicroBatches = Annotated[int | None, typer.Option(help="Micro-batches of a step.")]
 MicroBatchSize = Annotated[int | None, typer.Option(help="Images of a micro-batch.")]
 PlacementMode = Annotated[str | None, typer.Option(help="auto, split or whole.")]
+Precision = Annotated[str | None, typer.Option(help="What is computed in: auto, fp32 or bf16.")]
+Wire = Annotated[str | None, typer.Option(help="What workers send each other in: fp32 or bf16.")]
+Recompute = Annotated[
+    bool | None, typer.Option("--recompute", help="Keep less: run forward passes again in the backward pass.")
+]
 Seed = Annotated[int | None, typer.Option(help="Seed of everything random.")]
 Model = Annotated[str | None, typer.Option(help="A timm name, or d2ft_digits.")]
 Strategy = Annotated[

@@ -167,9 +167,18 @@ def put_ledger(ledger: dict[str, Any]) -> None:
             "seconds     "
             + ", ".join(f"{name} {seconds:.1f}" for name, seconds in phases.items() if is_number(seconds))
         )
+    if told := _memory_text(ledger.get("memory") or {}):
+        put(f"memory      {told}")
     for key in ("steps", "checkpoint"):
         if ledger.get(key) is not None:
             put(f"{key:12}{ledger[key]}")
+
+
+def _memory_text(memory: dict[str, Any]) -> str:
+    """The most that each worker's process held, beside the forecast."""
+    seen, told = (memory.get(name) or [] for name in ("measured_bytes", "predicted_bytes"))
+    forecast = [f" ({each / 1e9:.2f} forecast)" if is_number(each) else "" for each in told] + [""] * len(seen)
+    return ", ".join(f"w{w} {each / 1e9:.2f} GB{forecast[w]}" for w, each in enumerate(seen) if is_number(each))
 
 
 def put_paths(paths: list[Path]) -> None:

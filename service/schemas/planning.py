@@ -9,6 +9,7 @@ from pydantic import ConfigDict, Field, ValidationError, model_validator
 from service.schemas.base import Wire
 from workers.contract import DIGITS_MODEL, JobSpec, ModelArg
 from workers.method import Frozen, Method
+from workers.precision import Precision
 
 MAX_DEVICES = 64
 
@@ -58,6 +59,7 @@ class PreviewBody(Frozen):
     img_size: int | None = None
     num_classes: Annotated[int, Field(ge=1, le=1_000_000)] = 10
     method: Method = Field(default_factory=Method)
+    precision: Precision = Field(default_factory=Precision)
     micro_batches: int = 5
     micro_batch_size: int = 16
     placement: Literal["auto", "split", "whole"] = "auto"

@@ -65,7 +65,7 @@ WAYS = {
     "stopped at 40 %": Way(share=0.4),
     "3 of 5 micro-batches": Way(batches=3),
     "last 40 % of the blocks": Way(last=0.4),
-    **{f"LoRA of rank 8, rate × {rate:g}": Way(LORA, rate=rate) for rate in (1, 2, 4, 8, 20)},
+    **{f"LoRA of rank 8, rate × {rate:g}": Way(LORA, rate=rate) for rate in (1, 2, 4, 8, 20, 40, 80)},
     "LoRA of rank 8, rate × 2, hardest 3F2S": Way({**LORA, **mix(3, 0, 2), "strategy": "hardest"}, rate=2.0),
     "half of the blocks frozen": Way({"freeze": {"blocks": 3}}),
     "trunk frozen": Way({"freeze": {"trunk": True}}),

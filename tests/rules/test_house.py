@@ -93,9 +93,10 @@ def test_every_make_target_is_documented():
 def test_every_field_of_a_job_is_in_the_readme():
     from workers.contract import Augment, JobSpec, Optimiser
     from workers.method import Method
+    from workers.precision import Precision
 
     readme = read("README.md")
-    for model in (JobSpec, Method, Optimiser, Augment):
+    for model in (JobSpec, Method, Optimiser, Augment, Precision):
         for name in model.model_fields:
             assert f"`{name}`" in readme, name
 

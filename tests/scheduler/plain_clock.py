@@ -39,8 +39,10 @@ def play_plainly(workers, costs, max_in_flight=None):
                 free[w, i.peer] = arrival[i.key(w)] - costs.transfer_us(w, i.peer, 0)
                 sent[w][i.peer] += size
             elif i.kind in ("fwd", "bwd") and i.full:
-                kept[w] += costs.kept_bytes(i.part, len(i.full)) * (1 if i.kind == "fwd" else -1)
-                peak[w] = max(peak[w], kept[w])
+                size = costs.kept_bytes(i.part, len(i.full))
+                kept[w] += size if i.kind == "fwd" else 0
+                peak[w] = max(peak[w], kept[w] + costs.rerun_bytes(i.part, len(i.full)))
+                kept[w] -= size if i.kind == "bwd" else 0
             if not lane or lane[0].kind not in FOLLOW:
                 break
     return order, begins, now, sent, peak

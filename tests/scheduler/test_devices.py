@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -66,11 +67,12 @@ def test_a_record_is_json_and_reads_back_equal(found):
 
 
 @settings(max_examples=60, deadline=None)
-@given(shapes(), records(2))
-def test_a_profile_that_comes_from_a_record_gives_the_record_back(shape, found):
-    profiles = profiles_of(found, shape, STEP)
-    again = tuple(record_of(p, shape, STEP, [r.id for r in found]) for p in profiles)
-    for profile, other in zip(profiles, profiles_of(again, shape, STEP), strict=True):
+@given(shapes(), records(2), st.booleans(), st.sampled_from([2, 4]))
+def test_a_profile_that_comes_from_a_record_gives_the_record_back(shape, found, recompute, wire):
+    step = replace(STEP, recompute=recompute, wire_itemsize=wire)
+    profiles = profiles_of(found, shape, step)
+    again = tuple(record_of(p, shape, step, [r.id for r in found]) for p in profiles)
+    for profile, other in zip(profiles, profiles_of(again, shape, step), strict=True):
         assert_alike(profile, other, 0.03)
         assert other.links == profile.links
 

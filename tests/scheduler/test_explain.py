@@ -10,6 +10,7 @@ from scheduler.compiler import rehearse
 from scheduler.cost import Costs
 from scheduler.domain import Op, Placement, Plan, Scores, SolverReport, StepShape, mean_forecast, uniform_ops
 from scheduler.explain import BINDINGS, Explanation
+from scheduler.memory import needs_of
 from scheduler.placement import memory_bytes_of
 from scheduler.simulate import forecast_of
 from tests.scheduler.fleet import fleet, vit_shape
@@ -28,7 +29,9 @@ def explained(placement, ops, speeds=None, worth=None, **fleet_words):
         for tables in (ops, [full])
     )
     worth_LH = np.ones((4, 4)) if worth is None else np.asarray(worth, dtype=float)
-    plan = Plan(1, 0, placement, tuple(ops), forecast, all_full, REPORT, REPORT)
+    needs = needs_of(placement, ops, costs, forecast, all_full, scored=False)
+    totals = tuple(need.total for need in needs)
+    plan = Plan(1, 0, placement, tuple(ops), forecast, all_full, REPORT, REPORT, memory_bytes=totals)
     return Explanation(plan, costs, Scores(worth_LH, np.ones((4, 4))))
 
 
@@ -84,7 +87,8 @@ def test_a_worker_whose_memory_holds_no_further_head_is_bound_by_memory():
     exact = memory_bytes_of(WHOLE, roomy.costs)
     tight = explained(WHOLE, [full(3)], free_bytes=[int(b) + 10 for b in exact]).workers()
     assert {w["binding"] for w in tight} == {"memory"}
-    assert tight[0]["memory_limit_bytes"] - tight[0]["memory_bytes"] == 10
+    assert [w["memory_limit_bytes"] for w in tight] == [b + 10 for b in exact]
+    assert all(w["memory_bytes"] <= w["memory_limit_bytes"] for w in tight)
 
 
 def test_a_slow_wire_between_split_blocks_binds():

@@ -18,12 +18,13 @@ from tests.scheduler.test_program import SHAPE, costs_of, plans
 
 
 @settings(max_examples=60, deadline=None)
-@given(plans(), st.sampled_from([None, 1, 2, 4]), st.integers(0, 400), st.integers(0, 30))
-def test_the_quick_clock_goes_like_the_plain_one(plan, max_in_flight, latency_us, message_us):
+@given(plans(), st.sampled_from([None, 1, 2, 4]), st.integers(0, 400), st.integers(0, 30), st.booleans())
+def test_the_quick_clock_goes_like_the_plain_one(plan, max_in_flight, latency_us, message_us, recompute):
     placement, ops = plan
     costs = costs_of(placement.num_workers, ops.shape[2], latency_us=latency_us)
     extra = {"send_us": message_us, "recv_us": message_us // 2, "trunk_us": 3, "end_us": 7}
-    costs = Costs(costs.shape, costs.step, [dataclasses.replace(p, **extra) for p in costs.profiles])
+    step = dataclasses.replace(costs.step, recompute=recompute)
+    costs = Costs(costs.shape, step, [dataclasses.replace(p, **extra) for p in costs.profiles])
     lanes = [transfers.lower(placement, ops[:, :, m], m) for m in range(ops.shape[2])]
     workers = [[with_frees(lane[w]) for lane in lanes] for w in range(placement.num_workers)]
     seen = timing.play(workers, costs, max_in_flight=max_in_flight)

@@ -11,8 +11,6 @@ from scheduler.selection.traffic import Traffic
 from scheduler.transfers import step_bytes
 from tests.scheduler.fleet import vit_shape
 
-STEP = StepShape(4, 8)
-
 
 @settings(max_examples=150, deadline=None)
 @given(
@@ -20,11 +18,12 @@ STEP = StepShape(4, 8)
     heads=st.integers(1, 4),
     workers=st.integers(1, 4),
     coherent=st.booleans(),
+    wire=st.sampled_from([2, 4]),
     embed_grad=st.booleans(),
     seed=st.integers(0, 100_000),
 )
 def test_it_equals_the_exact_bytes(
-    blocks: int, heads: int, workers: int, coherent: bool, embed_grad: bool, seed: int
+    blocks: int, heads: int, workers: int, coherent: bool, wire: int, embed_grad: bool, seed: int
 ) -> None:
     rng = np.random.default_rng(seed)
     owners = rng.integers(0, workers, (blocks, heads))
@@ -33,6 +32,6 @@ def test_it_equals_the_exact_bytes(
     if coherent:
         by_group = rng.integers(0, 3, (blocks, workers, 4))
         ops = np.take_along_axis(by_group, owners[:, :, None], axis=1).astype(np.int8)
-    shape = vit_shape(blocks, heads, 8 * heads)
-    quick = Traffic(placement, shape, STEP, embed_grad).step_bytes(ops)
-    assert quick == step_bytes(placement, ops, shape, STEP, embed_grad).sum()
+    shape, step = vit_shape(blocks, heads, 8 * heads), StepShape(4, 8, wire)
+    quick = Traffic(placement, shape, step, embed_grad).step_bytes(ops)
+    assert quick == step_bytes(placement, ops, shape, step, embed_grad).sum()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 from hypothesis import given, settings
@@ -16,7 +16,7 @@ from scheduler.cost import Costs
 from scheduler.devices import profiles_of, record_of
 from scheduler.domain import Plan, StepShape
 from scheduler.errors import InfeasibleError, UserError
-from scheduler.fleets import parse_device, records_of
+from scheduler.fleets import computes_bf16, parse_device, records_of
 from scheduler.request import PlanRequest
 from scheduler.whatif import what_if
 from tests.scheduler.fleet import fleet, vit_shape
@@ -103,6 +103,33 @@ def test_memory_that_cannot_hold_the_model_is_said_to_lack():
     assert caught.value.fault == "user"
 
 
+@pytest.mark.parametrize(
+    ("device", "step", "part"),
+    [
+        ("fast", {}, 1.0),
+        ("a100-fp32", {}, 1.0),
+        ("t4", {}, 1.0),
+        ("a100", {}, 0.55),
+        ("a100", {"compute_itemsize": 4}, 1.0),
+        ("fast", {"compute_itemsize": 2}, 0.55),
+    ],
+)
+def test_memory_is_counted_as_the_devices_compute(device, step, part):
+    base = {"num_micro_batches": 5, "micro_batch_size": 16}
+    wide, found = (answered(asking([kind], step=base | words)) for kind, words in (("fast", {}), (device, step)))
+    peaks = [each["devices"][0]["peak_bytes"] for each in (wide, found)]
+    assert peaks[1] / peaks[0] == pytest.approx(part, abs=0.06)
+
+
+def test_a_measured_gpu_of_capability_8_computes_in_bfloat16():
+    measured = record_of(fleet([2.0], shape=SHAPE)[0], SHAPE, StepShape(5, 16), ["a"])
+    assert not computes_bf16(measured)
+    for capability, able in (("9.0", True), ("8.6", True), ("7.5", False), ("odd", False), (None, False)):
+        facts = {"kind": "cuda", "capability": capability}
+        assert computes_bf16(replace(measured, facts=facts)) == able
+    assert not computes_bf16(replace(measured, facts={"kind": "cpu", "capability": "9.0"}))
+
+
 def broken(param, **changes):
     return pytest.param(param, changes, id=f"{param} {str(changes)[:60]}")
 
@@ -138,6 +165,8 @@ def broken(param, **changes):
         broken("shape.wings", shape={**asdict(SHAPE), "wings": 2}),
         broken("step.num_micro_batches", step={"micro_batch_size": 16}),
         broken("step.micro_batch_size", step={"num_micro_batches": 5, "micro_batch_size": 10**9}),
+        broken("step.recompute", step={"num_micro_batches": 5, "micro_batch_size": 16, "recompute": 1}),
+        broken("step.wire_itemsize", step={"num_micro_batches": 5, "micro_batch_size": 16, "wire_itemsize": 16}),
         broken("method.strategy", plan={"strategy": "wish"}),
         broken("plan", plan={"wings": 2}),
         broken("plan", plan={"ratios": {"skip": 2}}),

@@ -118,6 +118,13 @@ def test_the_tag_of_weights_does_not_change_a_model(api: TestClient) -> None:
     assert tagged == {**api.get(f"/v1/models/{TINY}").json(), "id": f"{TINY}.augreg_in21k"}
 
 
+@pytest.fixture
+def measured_too(home: Path, models: dict[str, Any]) -> None:
+    """A model that was measured is in the catalogue, before the application reads it."""
+    eva = Measured(224, 16, 3, ("avg", "token"), 384, False, shape_of(Sizes.from_dict(models[SMALL]), 2))
+    write_catalogue(home, {**models, "eva02_small_patch14_224": eva.to_dict()})
+
+
 @pytest.mark.parametrize(
     ("model", "args", "param"),
     [
@@ -129,11 +136,8 @@ def test_the_tag_of_weights_does_not_change_a_model(api: TestClient) -> None:
     ],
 )
 def test_a_job_and_a_plan_refuse_the_same_arguments_in_the_same_words(
-    home: Path, models: dict[str, Any], api: TestClient, model: str, args: dict[str, Any], param: str
+    measured_too: None, api: TestClient, model: str, args: dict[str, Any], param: str
 ) -> None:
-    shape = shape_of(Sizes.from_dict(models[SMALL]), 2)
-    eva = Measured(224, 16, 3, ("avg", "token"), 384, False, shape)
-    write_catalogue(home, {**models, "eva02_small_patch14_224": eva.to_dict()})
     by_job = problem(api.post("/v1/jobs", json={"model": model, "model_args": args}), 422)
     by_plan = problem(api.post("/v1/plans", json={"model": model, "model_args": args, "devices": ["fast"]}), 422)
     assert (by_job["code"], by_job["param"]) == ("bad_model_args", param)

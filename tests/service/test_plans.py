@@ -8,6 +8,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -24,7 +25,9 @@ from service.schemas import DeviceBody, PreviewBody
 from service.settings import Settings
 from tests.service.conftest import write_book
 from tests.service.test_routes import problem
+from workers.contract import JobSpec
 from workers.partition import model_shape
+from workers.precision import step_shape
 
 FAKE = [sys.executable, "-m", "tests.service.fake_planner"]
 HANGS, SLOW, DIES = 2, 4, 1
@@ -51,7 +54,6 @@ def ask(fake_planner: None, api: TestClient) -> Callable[..., dict[str, Any]]:
 
 
 def test_the_planner_is_asked_for_the_models_shape_and_the_jobs_method(ask: Callable[..., dict[str, Any]]) -> None:
-    from workers.contract import JobSpec
     from workers.model import build_model
 
     method = {"ratios": {"full": 2, "forward": 2}, "hold": "all", "grain": "scattered", "strategy": "two_stage"}
@@ -60,11 +62,23 @@ def test_the_planner_is_asked_for_the_models_shape_and_the_jobs_method(ask: Call
     spec = JobSpec(model="vit_tiny_patch16_224", img_size=96, model_args={"depth": 2})
     built = model_shape(build_model(spec, num_classes=7, load=False))
     assert asked["shape"] == json.loads(json.dumps(vars(built)))
-    assert asked["step"] == {"num_micro_batches": 4, "micro_batch_size": 8}
+    assert {name: asked["step"][name] for name in ("num_micro_batches", "micro_batch_size")} == {
+        "num_micro_batches": 4,
+        "micro_batch_size": 8,
+    }
     plan = asked["plan"]
     assert plan["ratios"] == {"full": 2, "forward": 2, "skip": 0} and plan["embed_grad"] is False
     assert (plan["hold"], plan["grain"], plan["strategy"]) == ("all", "scattered", "two_stage")
     assert asked["devices"] == ["2x fast"] and asked["link"] is None and asked["gantt"] is False
+
+
+def test_the_planner_is_asked_for_the_jobs_own_step(ask: Callable[..., dict[str, Any]]) -> None:
+    words = {"compute": "bf16", "wire": "bf16", "recompute": True}
+    spec = JobSpec.model_validate({"precision": words, "micro_batches": 3})
+    expected = asdict(step_shape(spec.micro_batches, spec.micro_batch_size, spec.precision, bf16=True))
+    assert ask(precision=words, micro_batches=3, **FLEET)["step"] == expected
+    assert expected["wire_itemsize"] == expected["compute_itemsize"] == 2 and expected["recompute"]
+    assert "compute_itemsize" not in ask(**FLEET)["step"]  # the devices decide
 
 
 def test_devices_and_links_are_words_or_objects(ask: Callable[..., dict[str, Any]]) -> None:
@@ -111,6 +125,7 @@ def test_live_without_a_measured_device_is_a_conflict_that_says_what_to_do(api: 
         ({**FLEET, "model_args": {"no_such": 1}}, "model_args", "invalid_request", "not a model argument"),
         ({**FLEET, "img_size": 1}, "img_size", "invalid_request", "greater"),
         ({**FLEET, "method": {"ratios": {"full": 3}}}, "method.ratios", "invalid_request", "5 micro-batches"),
+        ({**FLEET, "precision": {"compute": "fp16"}}, "precision.compute", "invalid_request", "bf16"),
         ({**FLEET, "micro_batches": 0}, "micro_batches", "invalid_request", "greater"),
         ({**FLEET, "seed": -1}, "seed", "invalid_request", "greater"),
         ({**FLEET, "dataset": "digits"}, "dataset", "invalid_request", "permitted"),
@@ -224,6 +239,17 @@ def test_a_small_model_gets_a_whole_plan_with_its_reasons(api: TestClient) -> No
     assert found["gantt"]["step_us"] > 0 and len(found["gantt"]["workers"]) == 2
     again = preview(api, devices=["fast", "slow:8GB"], link="1Gbps", method=method, gantt=True)
     assert again["plan"]["placement"] == found["plan"]["placement"] and again["plan"]["cycle"] == found["plan"]["cycle"]
+
+
+def test_a_narrow_wire_and_passes_run_again_show_in_bytes_and_memory(api: TestClient) -> None:
+    body = {"devices": ["2x fast"], "placement": "split"}
+    plain, other = preview(api, **body), preview(api, **body, precision={"wire": "bf16", "recompute": True})
+    totals = [sum(map(sum, found["plan"]["forecast"]["link_bytes"])) for found in (plain, other)]
+    assert 0.5 < totals[1] / totals[0] < 0.6  # trunk gradients and tallies stay
+    peaks = [max(device["peak_bytes"] for device in found["devices"]) for found in (plain, other)]
+    assert peaks[1] < 0.8 * peaks[0]
+    halved = preview(api, **body, precision={"compute": "bf16"})
+    assert max(device["peak_bytes"] for device in halved["devices"]) < 0.8 * peaks[0]
 
 
 def test_a_fleet_without_memory_is_refused_with_the_tight_constraint(api: TestClient) -> None:

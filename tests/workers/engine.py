@@ -17,6 +17,8 @@ from workers.shard import Shard, join
 from workers.steps import Batch, StepPrograms
 from workers.transport import InProcess, Mailboxes
 
+ITEMSIZES = ("wire_itemsize", "itemsize", "compute_itemsize")
+
 
 def tiny_vit(**args):
     """A float64 ViT of 3 blocks × 4 heads, 10 tokens."""
@@ -55,9 +57,11 @@ def flat_profiles(shape, num_workers, seed=0):
     )  # fmt: skip
 
 
-def costs_for(model, num_workers, num_micro_batches, batch, itemsize=8, seed=0):
+def costs_for(model, num_workers, num_micro_batches, batch, itemsize=8, seed=0, **words):
+    """All numbers are of `itemsize` bytes unless `words` of the step say otherwise."""
     shape = model_shape(model)
-    return Costs(shape, StepShape(num_micro_batches, batch, itemsize), flat_profiles(shape, num_workers, seed))
+    step = StepShape(num_micro_batches, batch, **{**dict.fromkeys(ITEMSIZES, itemsize), **words})
+    return Costs(shape, step, flat_profiles(shape, num_workers, seed))
 
 
 def images_and_labels(model, num_micro_batches, batch, seed=0):

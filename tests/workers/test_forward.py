@@ -11,7 +11,7 @@ from tests.workers.engine import costs_for, images_and_labels, on_threads, tiny_
 from tests.workers.judge import heads_of
 from workers.data import Batch
 from workers.executor import Executor
-from workers.forward import IMAGES_PER_MICRO_BATCH, MICRO_BATCHES, ForwardPasses
+from workers.forward import MICRO_BATCHES, MOST_IMAGES, ForwardPasses
 from workers.shard import Shard
 
 OWNERS = [[0, 1, 1, 0], [1, 1, 1, 1], [0, 0, 1, 0]]
@@ -34,7 +34,7 @@ def passes_of(rank, transport, model):
     return ForwardPasses(Executor(Shard(model, placement, rank), transport), placement, costs)
 
 
-@pytest.mark.parametrize("count", [1, 7, IMAGES_PER_MICRO_BATCH, MICRO_BATCHES * IMAGES_PER_MICRO_BATCH + 3])
+@pytest.mark.parametrize("count", [1, 7, MOST_IMAGES, MICRO_BATCHES * MOST_IMAGES + 3])
 def test_accuracy_and_loss_equal_the_plain_models_on_every_worker(count):
     model = tiny_vit()
     data = Images(model, count)

@@ -84,6 +84,20 @@ def test_a_job_trains_and_leaves_a_timm_checkpoint_and_a_ledger(tmp_path, method
     assert accuracy == pytest.approx(ledger["accuracy"]["after"], abs=2 / session_data.num_test)
 
 
+def test_a_job_in_narrow_numbers_learns_as_well_and_its_bytes_are_those_predicted(tmp_path):
+    method = {"ratios": {"full": 3, "forward": 1, "skip": 1}}
+    narrow = {"compute": "bf16", "wire": "bf16", "recompute": True}
+    (plain, _), (ledger, _) = (
+        run_job(spec_of(method=method, placement="split", precision=words), tmp_path / name)
+        for name, words in (("fp32", {}), ("bf16", narrow))
+    )
+    for name, unit in (("traffic per step", 0.5), ("compute per step", 1.3)):
+        [(was, now)] = zip(*([r for r in each["rows"] if r["name"] == name] for each in (plain, ledger)), strict=True)
+        assert now["measured"] == pytest.approx(now["predicted"], rel=1e-9)
+        assert now["measured"] == pytest.approx(unit * was["measured"], rel=0.06)
+    assert ledger["accuracy"]["after"] == pytest.approx(plain["accuracy"]["after"], abs=0.03)
+
+
 def test_whole_micro_batches_train_as_plain_timm_does_on_their_images(tmp_path):
     """Three of five micro-batches over three epochs: the same losses as a loop that sorts by hand."""
     spec = spec_of(method={"ratios": {"full": 3, "skip": 2}}, optimiser={"learning_rate": 1e-4, "clip_norm": 0})

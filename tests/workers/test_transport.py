@@ -25,7 +25,9 @@ def exchange(rank, transport):
     seen = []
     for turn in range(2):
         names = [f"{i:02d}" for i in range(10)]
-        incoming = {src: [Parcel(key(n, src, rank), (1000 + int(n),), torch.float32) for n in names] for src in peers}
+        incoming = {
+            src: [Parcel(key(n, src, rank), (1000 + int(n),), dtype_of(int(n))) for n in names] for src in peers
+        }
         transport.open(incoming)
         for dst in peers:
             for name in names:
@@ -40,7 +42,12 @@ def exchange(rank, transport):
 
 def _message(src, number, turn, transport):
     device = getattr(transport, "device", "cpu")
-    return torch.full((1000 + number,), src * 100.0 + number + turn, device=device)
+    return torch.full((1000 + number,), src * 100.0 + number + turn, device=device, dtype=dtype_of(number))
+
+
+def dtype_of(number):
+    """Every other message is of half the width."""
+    return torch.bfloat16 if number % 2 else torch.float32
 
 
 def sums(rank, transport):
@@ -131,7 +138,7 @@ def test_nccl_processes_keep_the_contract():
 
 
 def assert_contract(results, size):
-    per_peer = sum(4 * (1000 + i) for i in range(10))
+    per_peer = sum(dtype_of(i).itemsize * (1000 + i) for i in range(10))
     for rank, ((right, sent_bytes), (total, gathered)) in enumerate(results):
         assert right
         assert sent_bytes == [0 if peer == rank else per_peer for peer in range(size)]
