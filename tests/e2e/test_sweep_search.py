@@ -87,7 +87,7 @@ def test_a_grid_becomes_points_though_a_trial_fails_one_lacks_its_metric_and_the
     assert kept and not any(TOKEN.encode() in file.read_bytes() for file in kept)
 
 
-@pytest.mark.parametrize("search", ["grid", "optuna"])
+@pytest.mark.parametrize("search", ["grid", pytest.param("optuna", marks=pytest.mark.slow)])
 def test_a_driver_that_is_killed_is_followed_by_one_that_runs_each_setting_once(
     head: Head, service: FakeService, tmp_path: Path, search: str
 ) -> None:
@@ -148,6 +148,7 @@ def test_a_front_of_two_objectives_is_looked_for_by_optuna(head: Head, service: 
     assert all(1e-4 <= job["setting"]["optimiser.learning_rate"] <= 1e-2 for job in service.jobs.values())
 
 
+@pytest.mark.slow
 def test_a_sweep_of_failures_fails_and_says_why(head: Head, service: FakeService, tmp_path: Path) -> None:
     service.end = lambda job: {"status": "failed", "error": {"code": "x", "message": "no such weights"}}
     path = context_of(tmp_path, service, {**GRID, "baselines": False})
@@ -157,6 +158,7 @@ def test_a_sweep_of_failures_fails_and_says_why(head: Head, service: FakeService
     assert outcome["data"]["error"]["code"] == "no_trial_succeeded" and not of_type(path, "sweep.result")
 
 
+@pytest.mark.slow  # Ray tries for long before it says so
 def test_a_cluster_that_refuses_the_token_is_named(head: Head, service: FakeService, tmp_path: Path) -> None:
     path = context_of(tmp_path, service, GRID)
     (tmp_path / "token").write_text("0" * 64)

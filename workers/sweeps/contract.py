@@ -28,7 +28,8 @@ SEARCHED = (
     "method.hold", "method.grain", "method.score", "method.skip_fill", "method.lora", "method.lora.rank",
     "method.lora.alpha", "method.freeze", "method.freeze.blocks", "method.head_only", "optimiser.learning_rate",
     "optimiser.weight_decay", "optimiser.warmup_fraction", "optimiser.label_smoothing", "augment.mixup",
-    "augment.cutmix", "micro_batches", "micro_batch_size", "steps", "epochs", "placement", "workers", "seed",
+    "augment.cutmix", "precision.compute", "precision.wire", "precision.recompute", "micro_batches",
+    "micro_batch_size", "steps", "epochs", "placement", "workers", "seed",
 )  # fmt: skip
 
 

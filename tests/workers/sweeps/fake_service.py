@@ -25,7 +25,7 @@ def plain(job: dict[str, Any]) -> Mapping[str, Any]:
 class FakeService:
     """`end` says how a job ends; `answers` are statuses to give first, instead; `log` has every request."""
 
-    def __init__(self, end: End = plain, steps: int = 5) -> None:
+    def __init__(self, end: End = plain, steps: int = 3) -> None:
         self.end, self.steps = end, steps
         self.jobs: dict[str, dict[str, Any]] = {}
         self.log: list[tuple[str, str]] = []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ import pytest
 
 from scheduler.errors import SystemFault
 from tests.workers.sweeps.fake_service import TOKEN, FakeService, plain, served
-from workers import sweep
+from workers import control, sweep
 from workers.sweeps.contract import SweepSpec
 from workers.sweeps.hosted import Hosted
 from workers.sweeps.trial import key_of, run_trial, setting_of
@@ -81,6 +83,18 @@ def test_a_bad_command_line_ends_with_status_2(words: list[str], said: str, caps
     with pytest.raises(SystemExit) as end:
         sweep.read_context(words)
     assert end.value.code == 2 and said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("want", [control.CANCEL, control.END])
+def test_a_sweep_that_nobody_wants_any_more_ends_at_once(tmp_path: Path, want: str) -> None:
+    control.ask(tmp_path, want)
+    code = "import sys; from pathlib import Path; from workers import sweep; sweep._switched_off(Path(sys.argv[1]))"
+    assert subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False).returncode == 143
+
+
+def test_a_sweep_whose_machine_is_switched_off_is_left_to_another_attempt(tmp_path: Path) -> None:
+    with pytest.raises(sweep._SwitchedOffError):
+        sweep._switched_off(tmp_path)
 
 
 def test_a_spec_becomes_a_sweep_of_its_own_with_a_context_for_its_trials(tmp_path: Path) -> None:
