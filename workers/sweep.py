@@ -185,15 +185,20 @@ def read_context(argv: Sequence[str] | None) -> tuple[SweepContext, Path]:
     try:
         if args.context is not None:
             return SweepContext.model_validate_json(args.context.read_bytes()), args.context.absolute()
-        spec, run_dir = SweepSpec.model_validate_json(args.spec.read_bytes()), run_dir_of(args)
-        context = SweepContext(
-            sweep_id=run_dir.name, spec=spec, run_dir=str(run_dir), storage_path=str(run_dir / "ray")
-        )
-        run_dir.mkdir(parents=True, exist_ok=True)
-        leave_file(run_dir / CONTEXT_FILE, context.model_dump_json())
+        return _plain(SweepSpec.model_validate_json(args.spec.read_bytes()), run_dir_of(args))
     except (ValidationError, ValueError, OSError) as error:
         parser.error(str(error))
-    return context, run_dir / CONTEXT_FILE
+
+
+def _plain(spec: SweepSpec, run_dir: Path) -> tuple[SweepContext, Path]:
+    """A sweep that no service has ordered. Raises ValueError where another lies, with which it would go on."""
+    path = run_dir / CONTEXT_FILE
+    context = SweepContext(sweep_id=run_dir.name, spec=spec, run_dir=str(run_dir), storage_path=str(run_dir / "ray"))
+    if path.exists() and SweepContext.model_validate_json(path.read_bytes()) != context:
+        raise ValueError(f"--out {run_dir}: another sweep lies there; give another directory, or the spec that it had")
+    run_dir.mkdir(parents=True, exist_ok=True)
+    leave_file(path, context.model_dump_json())
+    return context, path
 
 
 if __name__ == "__main__":

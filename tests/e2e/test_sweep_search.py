@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -11,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from tests.e2e.ray_head import ROOT, Head, ray_head, run
@@ -46,6 +48,23 @@ def context_of(folder: Path, service: FakeService, spec: dict[str, Any], attempt
     )  # fmt: skip
     (run_dir / "context.json").write_text(context.model_dump_json())
     return run_dir / "context.json"
+
+
+def start(head: Head, path: Path) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "workers.sweep", "--context", str(path)]
+    env = {**head.env, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+    return subprocess.Popen(command, env=env, cwd=ROOT, stderr=subprocess.DEVNULL, start_new_session=True)
+
+
+def trial_processes(head: Head) -> list[psutil.Process]:
+    """Those of Tune's trials on this head, among whatever else the machine runs."""
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        if any("ImplicitFunc" in word for word in process.info["cmdline"] or ()):
+            with contextlib.suppress(psutil.Error):
+                if process.environ().get("RAY_AUTH_TOKEN_PATH") == head.env["RAY_AUTH_TOKEN_PATH"]:
+                    found.append(process)
+    return found
 
 
 def of_type(path: Path, wanted: str) -> list[dict[str, Any]]:
@@ -93,9 +112,7 @@ def test_a_driver_that_is_killed_is_followed_by_one_that_runs_each_setting_once(
 ) -> None:
     spec = {**GRID, "search": {"type": search, "samples": 4}, "at_once": 1}
     first = context_of(tmp_path, service, spec)
-    command = [sys.executable, "-m", "workers.sweep", "--context", str(first)]
-    env = {**head.env, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
-    driver = subprocess.Popen(command, env=env, cwd=ROOT, stderr=subprocess.DEVNULL, start_new_session=True)
+    driver = start(head, first)
     until(lambda: len(service.jobs) >= 3 and list(service.jobs.values())[-1]["step"] > 1, 120)
     driver.kill()
     driver.wait()
@@ -112,6 +129,22 @@ def test_a_driver_that_is_killed_is_followed_by_one_that_runs_each_setting_once(
         assert tried == [tuple(value) for value in RATIOS["values"]]
     (result,) = of_type(second, "sweep.result")
     assert {point["key"] for point in result["data"]["points"]} == set(service.jobs)
+
+
+@pytest.mark.slow
+def test_a_trial_whose_process_is_killed_finds_its_child_again(
+    head: Head, service: FakeService, tmp_path: Path
+) -> None:
+    service.steps = 6
+    path = context_of(tmp_path, service, {**GRID, "baselines": False})
+    driver = start(head, path)
+    until(lambda: service.jobs.get("t-001", {}).get("step", 0) > 1, 120)
+    (process,) = trial_processes(head)
+    process.kill()
+    assert driver.wait(200) == 0
+    assert [job["key"] for job in service.jobs.values()] == ["t-000", "t-001", "t-002", "t-003"]
+    points = of_type(path, "sweep.result")[0]["data"]["points"]
+    assert [point["status"] for point in points] == ["succeeded"] * 4
 
 
 def test_asha_ends_what_does_poorly_and_nothing_half_made_becomes_a_result(

@@ -102,4 +102,13 @@ def test_a_spec_becomes_a_sweep_of_its_own_with_a_context_for_its_trials(tmp_pat
     words = ["--spec", str(tmp_path / "sweep.json"), "--out", str(tmp_path / "run")]
     context, path = sweep.read_context(words)
     assert context.sweep_id == "run" and context.spec == SPEC and context.storage_path == str(tmp_path / "run" / "ray")
-    assert sweep.read_context(["--context", str(path)]) == (context, path)
+    assert sweep.read_context(["--context", str(path)]) == sweep.read_context(words) == (context, path)
+
+
+def test_a_sweep_does_not_go_on_with_another_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, spec in (("one", SPEC), ("other", TWO)):
+        (tmp_path / name).write_text(spec.model_dump_json())
+    sweep.read_context(["--spec", str(tmp_path / "one"), "--out", str(tmp_path / "run")])
+    with pytest.raises(SystemExit):
+        sweep.read_context(["--spec", str(tmp_path / "other"), "--out", str(tmp_path / "run")])
+    assert "another sweep lies there" in capsys.readouterr().err
