@@ -4,7 +4,8 @@
 
 `d2ft up` starts Ray and the API on this machine with two cores. A trial's time runs from the end of the one before it
 to its own end. Beyond "training" are queue, start of the group, profile, plan, evaluations and rehearsal; beyond
-"phases" is what no phase of the run's own ledger accounts for: the sweep, the queue, and the start of the group.
+"phases" is what no phase of the run's own ledger accounts for: the sweep, the queue, and the start of the group;
+"between" is the sweep's own part of that, until the trial is a job.
 """
 
 from __future__ import annotations
@@ -61,6 +62,7 @@ def rows_of(url: str, key: str, sweep: dict[str, Any], begin: float) -> list[dic
             {
                 "trial": trial["key"], "ratios": str(trial["setting"].get("method.ratios", "full")),
                 **{name: point[name] for name in ("accuracy", "compute", "bytes", "seconds")}, "wall s": end - before,
+                "between s": events[0]["created_at"] - before,
                 "training s": phases["train"], "beyond training s": end - before - phases["train"],
                 "beyond phases s": end - before - sum(phases.values()),
             }
