@@ -15,7 +15,8 @@ from workers.method import Frozen, Method
 from workers.precision import Precision
 
 DIGITS_MODEL = "d2ft_digits"
-DIGITS_RATE, RATE = 5e-4, 5e-5  # learning rates of the bundled model, adapters and classifiers; and of anything else
+# Learning rates: where only adapters or the classifier train, of the bundled model, and of anything else.
+ADDED_RATE, DIGITS_RATE, RATE = 2e-3, 5e-4, 5e-5
 # How the addresses of datasets begin; `workers.sources.address` looks at the rest.
 DATASET = r"digits\Z|dataset:[A-Za-z0-9]|(folder|parquet|webdataset)(:///|\+(s3|gs)://[^/])|torchvision:\w|hf:."
 HUB = "hf-hub:"
@@ -217,8 +218,10 @@ class JobSpec(Frozen):
     @property
     def filled_optimiser(self) -> Optimiser:
         """The optimiser with a learning rate: the bundled model, adapters and classifiers bear more than the rest."""
-        bears_more = self.model == DIGITS_MODEL or self.method.lora is not None or self.method.head_only
-        rate = self.optimiser.learning_rate or (DIGITS_RATE if bears_more else RATE)
+        usual = DIGITS_RATE if self.model == DIGITS_MODEL else RATE
+        if self.method.lora is not None or self.method.head_only:
+            usual = ADDED_RATE
+        rate = self.optimiser.learning_rate or usual
         return self.optimiser.model_copy(update={"learning_rate": rate})
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from pydantic import ValidationError
 
-from workers.contract import DIGITS_RATE, RATE, JobSpec
+from workers.contract import ADDED_RATE, DIGITS_RATE, RATE, JobSpec
 from workers.method import HEAD_WORDS, Method
 
 
@@ -40,6 +40,8 @@ def test_nothing_left_out_is_nothing_to_choose():
 
 def test_a_pretrained_model_gets_a_smaller_learning_rate_than_the_bundled_one():
     assert JobSpec().filled_optimiser.learning_rate == DIGITS_RATE
+    for method in ({"lora": {"rank": 4}}, {"head_only": True}):
+        assert JobSpec.model_validate({"method": method}).filled_optimiser.learning_rate == ADDED_RATE
     assert JobSpec(model="vit_small_patch16_224").filled_optimiser.learning_rate == RATE
     given = JobSpec(optimiser={"learning_rate": 2e-3, "clip_norm": 0})
     assert given.filled_optimiser.learning_rate == 2e-3 and given.filled_optimiser.clip_norm == 0
