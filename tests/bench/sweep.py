@@ -15,6 +15,7 @@ import statistics
 import time
 from typing import Any
 
+from service.client import Client
 from tests.bench.first_step import ask
 from tests.bench.report import publish, target
 from tests.served import served
@@ -39,7 +40,7 @@ def main() -> None:
         whole_s = time.time() - begin
         if found["status"] != "succeeded":
             raise SystemExit(f"the sweep ended otherwise: {found['error']}")
-        rows = rows_of(service.url, service.key, found, begin)
+        rows = rows_of(service.client, found, begin)
     beyond = [row["beyond phases s"] for row in rows[1:]]  # the first one waits for the driver, too
     checks = [
         target("the whole sweep s", whole_s, "<=", MOST_S),
@@ -49,20 +50,20 @@ def main() -> None:
     publish("sweep", rows, checks, f"the knee is {found['knee']}")
 
 
-def rows_of(url: str, key: str, sweep: dict[str, Any], begin: float) -> list[dict[str, Any]]:
+def rows_of(client: Client, sweep: dict[str, Any], begin: float) -> list[dict[str, Any]]:
     """A row for each trial, in their order."""
     points = {point["key"]: point for point in sweep["points"]}
     rows, before = [], begin
     for trial in sweep["trials"]:
-        events = ask(url, key, "GET", f"/v1/jobs/{trial['job_id']}/events?limit=200")["data"]
-        phases = next(event["data"]["phases"] for event in events if event["type"] == "ledger")
-        end = events[-1]["created_at"]
+        events = list(client.events(trial["job_id"]))
+        phases = next(event.data["phases"] for event in events if event.type == "ledger")
+        end = events[-1].created_at
         point = points[trial["key"]]
         rows.append(
             {
                 "trial": trial["key"], "ratios": str(trial["setting"].get("method.ratios", "full")),
                 **{name: point[name] for name in ("accuracy", "compute", "bytes", "seconds")}, "wall s": end - before,
-                "between s": events[0]["created_at"] - before,
+                "between s": events[0].created_at - before,
                 "training s": phases["train"], "beyond training s": end - before - phases["train"],
                 "beyond phases s": end - before - sum(phases.values()),
             }
