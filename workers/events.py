@@ -27,6 +27,13 @@ reads on from there, so an outage of the reader loses nothing.
 | checkpoint.dropped | {"name"}: an older one that made room |
 | checkpoint.resumed | {"name", "step"}: training goes on after it; name null and step 0 where none is whole |
 | checkpoint.damaged | {"name", "why"}: this one is passed over |
+| sweep.trial | {"key", "setting", "baseline", "job_id", "status", "figures": {"accuracy", "gflop", "mb", "seconds", |
+|  | "steps"} or null, "error": {code, message} or null}: a trial of a sweep is over; of a sweep's own file, as the |
+|  | next two |
+| sweep.result | {"points": the table, each {"key", "setting", "baseline", "job_id", "status", "accuracy", "compute", |
+|  | "bytes", "seconds", "figures", "error"}, "of": "full" or "largest", what costs are fractions of, "fronts": |
+|  | {"compute", "bytes", "seconds"}: keys, "knee": key or null} |
+| sweep.undrawn | {}: the picture of the front could not be made, and the message says why |
 | outcome | {"status": "succeeded" / "paused" / "failed", "error": {code, fault, message, param} or null}: the last |
 |  | line |
 """

@@ -23,9 +23,8 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from workers.contract import RunContext
 from workers.control import PAUSE, ask, asked
 from workers.events import EVENTS_FILE, read_events
 
@@ -40,8 +39,21 @@ OWNED_NO_MORE = frozenset({401, 403, 404, 409, 410})
 _LOG = logging.getLogger(__name__)
 
 
+class Source(Protocol):
+    """Whose events are sent: the context of a run, or of a sweep."""
+
+    @property
+    def run_dir(self) -> str: ...
+    @property
+    def attempt(self) -> int: ...
+    @property
+    def post_url(self) -> str | None: ...
+    @property
+    def post_token(self) -> str | None: ...
+
+
 @contextmanager
-def posting(context: RunContext, close_s: float = CLOSE_S) -> Iterator[None]:
+def posting(context: Source, close_s: float = CLOSE_S) -> Iterator[None]:
     """Send the run's events during the block, and what is left in the `close_s` behind it; nothing without a URL."""
     if context.post_url is None:
         yield
@@ -56,11 +68,11 @@ def posting(context: RunContext, close_s: float = CLOSE_S) -> Iterator[None]:
 class Poster:
     """A thread that follows the event file; `close` waits for the tail."""
 
-    def __init__(self, context: RunContext, url: str) -> None:
+    def __init__(self, context: Source, url: str) -> None:
         self._run_dir, self._attempt, self._url = Path(context.run_dir), context.attempt, url
         self._headers = {"Authorization": f"Bearer {context.post_token}", "Content-Type": "application/json"}
         # No proxy: the service is on the cluster's own network. No redirect: the token is for that one address.
-        self._http = urllib.request.build_opener(urllib.request.ProxyHandler({}), _NoRedirects)
+        self._http = urllib.request.build_opener(urllib.request.ProxyHandler({}), NoRedirects)
         self._offset: int | None = None  # what the server has; None before it has said
         self._failures = 0
         self._closing = threading.Event()
@@ -128,7 +140,9 @@ class Poster:
             _LOG.warning("events cannot be sent to the service, trying again: %s", why)
 
 
-class _NoRedirects(urllib.request.HTTPRedirectHandler):
+class NoRedirects(urllib.request.HTTPRedirectHandler):
+    """A redirect is an error: a token is for the one address that it was sent to."""
+
     def redirect_request(self, *_: Any) -> None:
         """Follow none: urllib then raises the status."""
 

@@ -1,7 +1,8 @@
 """What other tools are told of a run while it goes on: threads in the driver read the event file and pass it on.
 
     events.jsonl ──► TensorBoard   <run_dir>/tensorboard/, where its package is installed    (`summaries`)
-                 └─► MLflow        the server of MLFLOW_TRACKING_URI, where that is set       (`mlflow_runs`)
+                 ├─► MLflow        the server of MLFLOW_TRACKING_URI, where that is set       (`mlflow_runs`)
+                 └─► terminal      where no service shows the run                             (`progress`)
 
 No step waits for this, and nothing that goes wrong here ends a run: what cannot be passed on is said once in the
 driver's log and tried again, a last time when the run has ended. A run that is cut off has a moment for it, too.
@@ -21,6 +22,8 @@ from typing import Any, Protocol
 
 from workers.contract import RunContext
 from workers.events import EVENTS_FILE, read_events
+from workers.progress import PERIOD_S as LINE_S
+from workers.progress import Progress
 
 PERIOD_S = 5.0
 CLOSE_S = 15.0
@@ -96,10 +99,22 @@ class Trackers:
 
 
 @contextmanager
-def tracked(context: RunContext, period_s: float = PERIOD_S, close_s: float = CLOSE_S) -> Iterator[Trackers]:
-    """Pass on the run's events during the block, and what is left in the `close_s` behind it; never raises itself."""
+def tracked(
+    context: RunContext,
+    say: Callable[[str], None] | None = None,
+    *,
+    period_s: float = PERIOD_S,
+    close_s: float = CLOSE_S,
+) -> Iterator[Trackers]:
+    """Pass on the run's events during the block, and what is left in the `close_s` behind it; never raises itself.
+
+    To a terminal, too, where somebody gives `say` to print a line there.
+    """
     path = Path(context.run_dir) / EVENTS_FILE
-    trackers = Trackers([_Thread(path, name, make, period_s) for name, make in _wanted(context)])
+    threads = [_Thread(path, name, make, period_s) for name, make in _wanted(context)]
+    if say is not None:
+        threads.append(_Thread(path, "terminal", lambda: Progress(say), LINE_S))
+    trackers = Trackers(threads)
     try:
         yield trackers
     finally:

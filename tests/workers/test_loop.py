@@ -24,7 +24,7 @@ from scheduler.request import PlanRequest
 from scheduler.scores import make_scores
 from tests.scheduler.test_program import SHAPE, costs_of
 from tests.service.conftest import free_port
-from workers import control, failures, loop, muster, rank
+from workers import attempt, control, failures, loop, muster, rank
 from workers.contract import JobSpec, RunContext
 from workers.events import EventLog, read_events
 from workers.pulse import Pulse, accounts
@@ -125,8 +125,8 @@ def lose(tmp_path, monkeypatch, *outcomes, **context):
             log.emit("metrics", step=step)
         return error
 
-    monkeypatch.setattr(loop, "_group", group)
-    return loop._attempt(context_of(tmp_path).model_copy(update=context)), seen
+    monkeypatch.setattr(attempt, "_group", group)
+    return attempt.attempt(context_of(tmp_path).model_copy(update=context)), seen
 
 
 GONE = SystemFault("worker 1 is gone", code="worker_failed")
@@ -168,11 +168,11 @@ def test_a_group_that_makes_room_for_more_is_no_loss(tmp_path, monkeypatch):
         calls.append((context.group, control.asked(tmp_path)))
         if len(calls) == 1:
             control.ask(tmp_path, control.REGROUP)
-            (tmp_path / loop.PAUSED_FILE).write_text("{}")
+            (tmp_path / control.PAUSED_FILE).write_text("{}")
 
-    monkeypatch.setattr(loop, "_group", group)
-    assert loop._attempt(context_of(tmp_path).model_copy(update={"max_losses": 0})) is None
-    assert calls == [(0, None), (1, None)] and loop._paused(context_of(tmp_path)) is None
+    monkeypatch.setattr(attempt, "_group", group)
+    assert attempt.attempt(context_of(tmp_path).model_copy(update={"max_losses": 0})) is None
+    assert calls == [(0, None), (1, None)] and attempt.paused(context_of(tmp_path)) is None
 
 
 def test_a_machine_that_is_switched_off_asks_for_a_checkpoint_once_there_is_training(tmp_path):
@@ -222,13 +222,13 @@ def test_out_of_memory_is_a_matter_of_capacity(tmp_path):
 def test_the_last_line_of_a_run_is_its_outcome(tmp_path, monkeypatch, capfd, ended, status, code):
     def group(context):
         if ended == "pause":
-            (tmp_path / loop.PAUSED_FILE).write_text("{}")
+            (tmp_path / control.PAUSED_FILE).write_text("{}")
         return UserError("all is lost", code="lost") if ended == "no" else None
 
-    (tmp_path / loop.PAUSED_FILE).write_text("{}")  # of an earlier attempt in the same directory
+    (tmp_path / control.PAUSED_FILE).write_text("{}")  # of an earlier attempt in the same directory
     monkeypatch.setattr(ray, "init", lambda **_: os.write(1, b"what Ray has to say\n"))
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0})
-    monkeypatch.setattr(loop, "_group", group)
+    monkeypatch.setattr(attempt, "_group", group)
     (tmp_path / "context.json").write_text(context_of(tmp_path).model_dump_json())
     assert loop.main(["--context", str(tmp_path / "context.json")]) == code
     *_, (_, event) = read_events(tmp_path / "events.jsonl", 0)
@@ -236,12 +236,13 @@ def test_the_last_line_of_a_run_is_its_outcome(tmp_path, monkeypatch, capfd, end
     why = {"why": "pause"} if ended == "pause" else {}
     assert event["type"] == "outcome" and event["data"] == {"status": status, "error": error, **why}
     out, err = capfd.readouterr()
-    assert out == "" and err == ("d2ft: job job failed: all is lost\n" if ended == "no" else "")
+    assert out == "" and err == "starting\n" + ("d2ft: job job failed: all is lost\n" if ended == "no" else "")
     assert "what Ray has to say" in (tmp_path / "logs" / "driver.log").read_text()
 
 
 def test_the_driver_and_the_controller_load_no_torch():
-    code = "import sys, workers.loop, workers.meeting; sys.exit('torch' in sys.modules or 'timm' in sys.modules)"
+    modules = "workers.loop, workers.sweep, workers.meeting"
+    code = f"import sys, {modules}; sys.exit('torch' in sys.modules or 'timm' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
@@ -337,7 +338,7 @@ def test_a_lost_scheduler_does_not_change_how_a_job_ended(monkeypatch):
         raise ray.exceptions.GetTimeoutError("no answer")
 
     monkeypatch.setattr(ray, "get", get)
-    loop._forget(SimpleNamespace(forget=SimpleNamespace(remote=lambda job: job)), "job")
+    attempt._forget(SimpleNamespace(forget=SimpleNamespace(remote=lambda job: job)), "job")
 
 
 def test_cores_are_given_to_every_rank_or_to_none(tmp_path):

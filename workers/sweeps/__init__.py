@@ -1,5 +1,12 @@
 """Many jobs as one: a search over ratios, budgets, rates and whatever else a job says. No torch.
 
 contract   what a sweep asks for, checked where it enters
-front      which of its points nothing beats, and the knee among them
+children   what a sweep knows of the jobs behind its points, and how it follows one
+hosted     children that are jobs of the service, over HTTP
+direct     children that the sweep runs itself, for clusters without a service
+trial      what Ray Tune runs: one child, and what is seen of it
+tuning     Ray Tune told what to try, and asked to go on after a lost driver
+points     children as points: the table, the fronts, the knee
+front      which points nothing beats, and where a front turns
+drawing    the fronts as PNG and SVG
 """

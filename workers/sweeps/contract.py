@@ -6,12 +6,13 @@ No torch and no Ray: the API process reads and checks sweeps with this file alon
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import random
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, JsonValue, ValidationError, field_validator, model_validator
+from pydantic import Discriminator, Field, JsonValue, Tag, ValidationError, field_validator, model_validator
 
 from workers.contract import JobSpec
 from workers.method import Frozen
@@ -19,6 +20,7 @@ from workers.method import Frozen
 Metric = Literal["accuracy", "loss", "compute", "bytes", "seconds"]
 Goal = Literal["max", "min"]
 MOST_TRIALS = 512
+DRAWS_EACH = 20  # of a small space the same setting may be drawn again and again
 TRIED = 64  # drawn settings of an endless space that are tried out when it enters
 # What may be searched: fields of a job that change how it trains, by their path.
 SEARCHED = (
@@ -26,7 +28,8 @@ SEARCHED = (
     "method.hold", "method.grain", "method.score", "method.skip_fill", "method.lora", "method.lora.rank",
     "method.lora.alpha", "method.freeze", "method.freeze.blocks", "method.head_only", "optimiser.learning_rate",
     "optimiser.weight_decay", "optimiser.warmup_fraction", "optimiser.label_smoothing", "augment.mixup",
-    "augment.cutmix", "micro_batches", "micro_batch_size", "steps", "epochs", "placement", "workers", "seed",
+    "augment.cutmix", "precision.compute", "precision.wire", "precision.recompute", "micro_batches",
+    "micro_batch_size", "steps", "epochs", "placement", "workers", "seed",
 )  # fmt: skip
 
 
@@ -34,6 +37,14 @@ class Choice(Frozen):
     """One of `values`; a grid takes all of them."""
 
     values: Annotated[tuple[JsonValue, ...], Field(min_length=1, max_length=MOST_TRIALS, strict=False)]
+
+    @field_validator("values")
+    @classmethod
+    def _once_each(cls, values: tuple[JsonValue, ...]) -> tuple[JsonValue, ...]:
+        seen = [json.dumps(value, sort_keys=True) for value in values]
+        if twice := [text for text in seen if seen.count(text) > 1]:
+            raise ValueError(f"{twice[0]} is given twice; a setting is tried once")
+        return values
 
 
 class Span(Frozen):
@@ -60,6 +71,23 @@ class Span(Frozen):
         return round(drawn) if self.whole else drawn
 
 
+def _kind(entry: Any) -> str | None:
+    """Which of the two an entry of a space is; None of neither."""
+    if isinstance(entry, Choice) or (isinstance(entry, dict) and "values" in entry):
+        return "values"
+    return "span" if isinstance(entry, Span) or (isinstance(entry, dict) and {"low", "high"} & set(entry)) else None
+
+
+Dimension = Annotated[
+    Annotated[Choice, Tag("values")] | Annotated[Span, Tag("span")],
+    Discriminator(
+        _kind,
+        custom_error_type="neither_values_nor_span",
+        custom_error_message='give {"values": […]} or {"low": …, "high": …}, with "log" or "whole" where you like',
+    ),
+]
+
+
 class Search(Frozen):
     """How settings are found: all of a `grid`, `samples` of them at `random`, or as `optuna` proposes from what it saw.
 
@@ -79,6 +107,10 @@ class Asha(Frozen):
     reduction: Annotated[int, Field(ge=2, le=16)] = 3
 
 
+def _accuracy() -> dict[Metric, Goal]:
+    return {"accuracy": "max"}
+
+
 class SweepSpec(Frozen):
     """A sweep: `job` is what all trials have in common, `space` says by a field's path what is tried of it.
 
@@ -88,11 +120,9 @@ class SweepSpec(Frozen):
 
     name: Annotated[str, Field(max_length=200)] | None = None
     job: JobSpec = Field(default_factory=JobSpec)
-    space: Annotated[dict[str, Choice | Span], Field(min_length=1, max_length=16)]
+    space: Annotated[dict[str, Dimension], Field(min_length=1, max_length=16)]
     search: Search = Field(default_factory=Search)
-    objectives: Annotated[dict[Metric, Goal], Field(min_length=1, max_length=3)] = Field(
-        default_factory=lambda: {"accuracy": "max"}
-    )
+    objectives: Annotated[dict[Metric, Goal], Field(min_length=1, max_length=3)] = Field(default_factory=_accuracy)
     asha: Asha | None = None
     baselines: bool = True
     at_once: Annotated[int, Field(ge=1, le=64)] = 1
@@ -116,11 +146,15 @@ class SweepSpec(Frozen):
         if self.search.type == "grid":
             if endless := [path for path, of in self.space.items() if isinstance(of, Span)]:
                 raise ValueError(
-                    f"a grid needs values, and {', '.join(endless)} is a span; give values, or search by random or optuna"
+                    f"a grid needs values, and {', '.join(endless)} is a span; give values, "
+                    "or search by random or optuna"
                 )
             if self.num_trials > MOST_TRIALS:
                 raise ValueError(f"the grid has {self.num_trials} settings, more than {MOST_TRIALS}; search by random")
-        if self.asha is not None and not self.job.checkpoint.evaluate and next(iter(self.objectives)) == "accuracy":
+        first = next(iter(self.objectives))
+        if self.asha is not None and first not in ("accuracy", "loss"):
+            raise ValueError(f"asha looks at accuracy or loss while trials train, and {first} is the first objective")
+        if self.asha is not None and first == "accuracy" and not self.job.checkpoint.evaluate:
             raise ValueError(
                 "asha needs accuracies while trials train; set job.checkpoint to evaluate, every so many steps"
             )
@@ -135,15 +169,29 @@ class SweepSpec(Frozen):
                 first = error.errors()[0]
                 where = ".".join(str(part) for part in first["loc"])
                 said = first["msg"].removeprefix("Value error, ")
-                raise ValueError(f"with {_words(setting)}: {where + ': ' if where else ''}{said}") from None
+                raise ValueError(f"with {words(setting)}: {where + ': ' if where else ''}{said}") from None
         return self
 
     @property
     def num_trials(self) -> int:
-        """How many settings there will be, baselines apart."""
+        """How many settings there will be at most, baselines apart."""
         if self.search.type != "grid":
             return self.search.samples
         return math.prod(len(of.values) for of in self.space.values() if isinstance(of, Choice))
+
+    def settings(self) -> list[dict[str, Any]]:
+        """All settings of a grid, or the drawn ones, each once; a small space may hold fewer than `samples`.
+
+        Of optuna's search there is no list, since each follows from what those before it have shown.
+        """
+        if self.search.type == "grid":
+            return list(self.grid())
+        found: dict[str, dict[str, Any]] = {}
+        for setting in itertools.islice(self._drawn(), DRAWS_EACH * self.search.samples):
+            found.setdefault(json.dumps(setting, sort_keys=True), setting)
+            if len(found) == self.search.samples:
+                break
+        return list(found.values())
 
     def grid(self) -> Iterator[dict[str, Any]]:
         """All settings of a space of values, the last field's first."""
@@ -154,7 +202,7 @@ class SweepSpec(Frozen):
         """The job of a setting, {path: value}. Raises ValidationError where it can be none."""
         body = self.job.model_dump(mode="json", exclude_defaults=True)
         for path, value in setting.items():
-            _put(body, path.split("."), value)
+            _put(body, path.split("."), _as_counts(value) if path == "method.ratios" else value)
         return JobSpec.model_validate(body)
 
     def full(self, share: float = 1.0) -> JobSpec:
@@ -170,8 +218,12 @@ class SweepSpec(Frozen):
         if all(isinstance(of, Choice) for of in self.space.values()):
             yield from itertools.islice(self.grid(), MOST_TRIALS)
             return
+        yield from itertools.islice(self._drawn(), TRIED)
+
+    def _drawn(self) -> Iterator[dict[str, Any]]:
+        """Settings without end, as `seed` has them."""
         rng = random.Random(self.search.seed)
-        for _ in range(TRIED):
+        while True:
             yield {
                 path: of.draw(rng) if isinstance(of, Span) else rng.choice(of.values) for path, of in self.space.items()
             }
@@ -180,7 +232,9 @@ class SweepSpec(Frozen):
 class SweepContext(Frozen):
     """Where a sweep runs: written by the supervisor beside the spec, read by the driver.
 
-    With `post_url` its trials are jobs of the service; without, the driver runs them itself, under `run_dir`.
+    With `post_url`, the service's `…/v1/runs`, its trials are jobs of the service, which it speaks to with
+    `post_token`; without, it runs them itself, each under `run_dir/trials/KEY`. A new attempt of the same sweep has the
+    same `storage_path`, and goes on where the one before it was.
     """
 
     sweep_id: str
@@ -206,5 +260,13 @@ def _put(body: dict[str, Any], path: list[str], value: Any) -> None:
         body[path[-1]] = value
 
 
-def _words(setting: Mapping[str, Any]) -> str:
+def _as_counts(value: Any) -> Any:
+    """[3, 0, 2] is short for {"full": 3, "forward": 0, "skip": 2}."""
+    if isinstance(value, list | tuple) and len(value) == 3:
+        return dict(zip(("full", "forward", "skip"), value, strict=True))
+    return value
+
+
+def words(setting: Mapping[str, Any]) -> str:
+    """A setting for people."""
     return ", ".join(f"{path} = {value}" for path, value in setting.items())
