@@ -7,11 +7,8 @@ STAMP := $(VENV)/.ready
 # One thread per process: the suites start several processes on few cores.
 export OMP_NUM_THREADS ?= 1
 
-<<<<<<< HEAD
 .PHONY: demo test test-slow fuzz chaos lint bench-engine bench-planner bench-unlike bench-accuracy bench-peers bench-service bench-sweep clean
-=======
 .PHONY: demo test test-slow fuzz chaos lint bench-engine bench-planner bench-unlike bench-accuracy bench-precision bench-peers bench-service bench-large clean
->>>>>>> main
 
 demo: $(STAMP)
 	deploy/demo.sh $(BIN)
@@ -59,13 +56,11 @@ bench-service: $(STAMP)
 	$(BIN)/python -m tests.bench.killed
 	$(BIN)/python -m tests.bench.first_step
 
-<<<<<<< HEAD
 bench-sweep: $(STAMP)
 	$(BIN)/python -m tests.bench.sweep
-=======
+
 bench-large: $(STAMP)
 	$(BIN)/python -m tests.bench.large
->>>>>>> main
 
 clean:
 	rm -rf $(VENV) .bench .demo .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
