@@ -101,7 +101,7 @@ class Catalogue:
 
 
 def _read(path: Path, *, any_timm: bool = False) -> Models | None:
-    """The file's models, or None where it is missing, torn, of another format or, unless `any_timm`, of another timm."""
+    """The file's models, or None where it is missing, torn, of another format, or of another timm."""
     try:
         content = json.loads(path.read_text())
         timm = content["timm"] if any_timm else importlib.metadata.version("timm")
