@@ -1,7 +1,8 @@
 """The model catalogue: which timm models can be trained, without importing timm or torch here.
 
 A child process (`python -m workers.catalog`) writes it to `models.json` at first start; a submit waits for it. It is
-made anew when timm's version, or the file's format, has changed.
+made anew when timm's version, or the file's format, has changed. Where timm is not installed, as in the image of the
+API, `D2FT_CATALOGUE_FILE` names one that was made beside the workers' timm; it is taken as it is.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ class Catalogue:
 
     def __init__(self, settings: Settings, command: list[str] | None = None) -> None:
         self._file = settings.models_file
+        self._given = settings.catalogue_file is not None
         self._log_file = settings.logs_dir / "catalogue.log"
         self._wait_s = settings.catalogue_wait_s
         self._command = command or [sys.executable, "-m", "workers.catalog", "--out", str(self._file)]
@@ -62,7 +64,11 @@ class Catalogue:
             await asyncio.gather(self._making, return_exceptions=True)
 
     async def _make(self) -> Models:
-        found = await asyncio.to_thread(_read, self._file)
+        found = await asyncio.to_thread(_read, self._file, any_timm=self._given)
+        if found is None and self._given:
+            message = f"The model catalogue {self._file} is missing, torn or of another format."
+            remedy = f"Make it by this version (format {FORMAT}): python -m workers.catalog --out FILE."
+            raise UnavailableError(message, code="catalogue_failed", param="model", remedy=remedy)
         if found is None:
             await self._run_child()
             found = await asyncio.to_thread(_read, self._file)
@@ -94,11 +100,12 @@ class Catalogue:
         return UnavailableError(message, code="catalogue_failed", param="model", remedy=f"See {self._log_file}.")
 
 
-def _read(path: Path) -> Models | None:
-    """The file's models, or None where it is missing, torn, of another timm or of another format."""
+def _read(path: Path, *, any_timm: bool = False) -> Models | None:
+    """The file's models, or None where it is missing, torn, of another format, or of another timm."""
     try:
         content = json.loads(path.read_text())
-        if (content["format"], content["timm"]) != (FORMAT, importlib.metadata.version("timm")):
+        timm = content["timm"] if any_timm else importlib.metadata.version("timm")
+        if (content["format"], content["timm"]) != (FORMAT, timm):
             return None
         models: dict[str, Any] = content["models"]
         return {name: entry if isinstance(entry, str) else read_entry(entry) for name, entry in models.items()}

@@ -9,6 +9,7 @@ where Python finds its modules: an image that breaks its decoder finds no secret
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import json
 import logging
 import math
@@ -35,6 +36,7 @@ class Predictors:
     def __init__(self, settings: Settings, command: Sequence[str] | None = None) -> None:
         self._command = command or (sys.executable, "-m", "workers.predictor")
         self._settings = settings
+        self._has_torch = command is not None or importlib.util.find_spec("torch") is not None
         self._turn = asyncio.Semaphore(settings.predict_workers)
         self._room = settings.predict_workers + settings.predict_queue
         self._inside = 0
@@ -46,6 +48,10 @@ class Predictors:
         Raises InvalidRequestError about `images` that cannot be decoded, TooLargeError for one of too many pixels,
         ConflictError for a result that cannot be loaded, TooManyError where too many wait, UnavailableError.
         """
+        if not self._has_torch:
+            message = "This service runs without torch, so that it cannot try results."
+            remedy = "Download the result and try it where torch is, or run the API from the image worker-cpu."
+            raise UnavailableError(message, code="predictions_need_torch", remedy=remedy)
         if self._inside >= self._room:
             message = f"{self._inside} requests for predictions are being worked on, as many as may."
             remedy = "Try again soon, or raise D2FT_PREDICT_QUEUE."

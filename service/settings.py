@@ -105,6 +105,8 @@ class Settings(BaseSettings):
     """How long a driver may live on after its job has ended before it is stopped."""
     catalogue_wait_s: Annotated[float, Field(ge=0)] = 60.0
     """How long a submit or a dry run waits for the model catalogue while it is being made."""
+    catalogue_file: Path | None = None
+    """A catalogue that was made elsewhere (`python -m workers.catalog --out FILE`); none is made here then."""
     max_body_bytes: Annotated[int, Field(ge=1024)] = 1 << 20
     """Largest request body."""
     body_timeout_s: Annotated[float, Field(gt=0)] = 30.0
@@ -148,7 +150,7 @@ class Settings(BaseSettings):
     driver_python: str = Field(default_factory=lambda: sys.executable)
     """Python that runs the driver, as the Ray head sees it."""
 
-    @field_validator("home", "storage_path", "ray_token_path", "tls_cert", "tls_key")
+    @field_validator("home", "storage_path", "ray_token_path", "tls_cert", "tls_key", "catalogue_file")
     @classmethod
     def _absolute(cls, value: Path | None) -> Path | None:
         return None if value is None else value.expanduser().absolute()
@@ -224,7 +226,7 @@ class Settings(BaseSettings):
 
     @property
     def models_file(self) -> Path:
-        return self.home / "models.json"
+        return self.catalogue_file or self.home / "models.json"
 
     @property
     def logs_dir(self) -> Path:

@@ -6,6 +6,7 @@ import asyncio
 import importlib.metadata
 import json
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -55,6 +56,20 @@ def test_a_file_of_another_timm_or_format_is_made_anew(made_home: Settings, old:
         return await Catalogue(made_home, child(made_home)).models()
 
     assert asyncio.run(ask()) == {"vit_x": Sizes.from_dict(X)}
+
+
+def test_a_given_file_is_taken_whatever_timm_is_here_and_never_made(made_home: Settings, tmp_path: Path) -> None:
+    given = made_home.model_copy(update={"catalogue_file": tmp_path / "given.json"})
+
+    async def ask() -> object:
+        return await Catalogue(given, [sys.executable, "-c", "raise SystemExit(4)"]).models()
+
+    content = {"format": FORMAT, "timm": "0.0.1", "models": {"vit_x": X}}
+    (tmp_path / "given.json").write_text(json.dumps(content))
+    assert asyncio.run(ask()) == {"vit_x": Sizes.from_dict(X)}
+    (tmp_path / "given.json").write_text(json.dumps({**content, "format": FORMAT - 1}))
+    with pytest.raises(UnavailableError, match="another format"):
+        asyncio.run(ask())
 
 
 def test_a_slow_making_is_a_503_and_goes_on(made_home: Settings) -> None:

@@ -313,3 +313,11 @@ def test_the_child_inherits_no_secrets(settings: Settings, monkeypatch: pytest.M
 
     told = asyncio.run(ask())
     assert "PATH" in told and not any("D2FT" in name for name in told)
+
+
+def test_without_torch_it_says_so_and_starts_no_child(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("service.predictors.importlib.util.find_spec", lambda name: None)
+    predictors = Predictors(Settings(home=tmp_path))
+    with pytest.raises(UnavailableError, match="without torch") as refused:
+        asyncio.run(predictors.predict(tmp_path, [image()], 1))
+    assert refused.value.code == "predictions_need_torch"
