@@ -55,6 +55,8 @@ class Hosts:
 
     def __init__(self, count: int, link: Link = FAST) -> None:
         sweep()
+        self.home = Path(f"/tmp/d2h{os.getpid()}")  # short: paths of sockets are
+        self.home.mkdir()
         self.names = [f"d2h{os.getpid()}-{host}" for host in range(count)]
         self.addresses = [f"10.77.0.{host + 1}" for host in range(count)]
         self._wires: dict[tuple[int, int], subprocess.Popen[bytes]] = {}
@@ -84,10 +86,11 @@ class Hosts:
             remove(name)
         for holder in self._holders:
             holder.wait()
+        shutil.rmtree(self.home, ignore_errors=True)
 
     def start(self, host: int, command: Sequence[str], env: Mapping[str, str], output: Path) -> subprocess.Popen[bytes]:
         """A process on a host; it sees the environment given and nothing of ours."""
-        enter = ["nsenter", "--target", str(self._holders[host].pid), "--net", "--uts", "--mount", f"--wd={os.getcwd()}"]
+        enter = ["nsenter", f"--target={self._holders[host].pid}", "--net", "--uts", "--mount", f"--wd={Path.cwd()}"]
         with output.open("ab") as file:
             return subprocess.Popen([*enter, *command], env=dict(env), stdout=file, stderr=file, start_new_session=True)
 
@@ -159,6 +162,7 @@ def sweep() -> None:
         found = NAME.fullmatch(line.split()[0])
         if found and not psutil.pid_exists(int(found[1])):
             remove(line.split()[0])
+            shutil.rmtree(f"/tmp/d2h{found[1]}", ignore_errors=True)
 
 
 def remove(name: str) -> None:

@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 import os
 import secrets
-import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,10 +17,9 @@ from tests.chaos.runs import end_tree
 from tests.cluster.hosts import Hosts
 from workers.contract import JobSpec, RunContext
 from workers.events import read_events
-from workers.pulse import accounts
 
 ROOT = Path(__file__).parents[2]
-PORT = 6379
+PORT, EVEN_PORT = 6379, 29500
 POLL_S = 0.1
 START_TIMEOUT_S = 120.0
 RUN_TIMEOUT_S = 600.0
@@ -33,7 +30,7 @@ class Cluster:
     """A head on host 0 and a node on each other one, each with room for one worker; a context manager."""
 
     def __init__(self, hosts: Hosts) -> None:
-        self.hosts, self.home = hosts, Path(tempfile.mkdtemp(prefix="d2h", dir="/tmp"))
+        self.hosts, self.home = hosts, hosts.home
         self._token = secrets.token_hex(32)
         self.nodes: list[subprocess.Popen[bytes]] = []
         try:
@@ -53,7 +50,6 @@ class Cluster:
     def close(self) -> None:
         for node in reversed(self.nodes):
             end_tree(node)
-        shutil.rmtree(self.home, ignore_errors=True)
 
     def env(self, host: int) -> dict[str, str]:
         """What processes on a host see."""
@@ -160,6 +156,28 @@ class Run:
     def printed(self) -> str:
         return self.cluster.printed(self.name)
 
-    def beating(self) -> list[int]:
-        """Ranks of which there is an account."""
-        return sorted(account.rank for account in accounts(self.run_dir))
+    def host_of(self, rank: int) -> int:
+        return int(self.profiles()[rank].labels["host"])
+
+
+def even_split(cluster: Cluster, spec: dict[str, Any], cores: tuple[int, ...]) -> list[dict[str, Any]]:
+    """The windows of the same job on the same hosts without Ray, every block's heads shared out evenly (`even`)."""
+    file, hosts = cluster.home / "even.json", cluster.hosts
+    file.write_text(JobSpec.model_validate(spec).model_dump_json())
+    workers = []
+    for host, core in enumerate(cores):
+        env = {"MASTER_ADDR": hosts.addresses[0], "MASTER_PORT": str(EVEN_PORT), "WORLD_SIZE": str(len(cores))}
+        device = f"v{(host + 1) % len(cores)}"  # any of the host's: they have one address
+        command = [sys.executable, "-m", "tests.cluster.even", str(file), str(host), device, str(core)]
+        output = cluster.home / f"even{host}.txt"
+        output.unlink(missing_ok=True)
+        workers.append(hosts.start(host, command, cluster.env(host) | env, output))
+    try:
+        for host, worker in enumerate(workers):
+            if worker.wait(timeout=RUN_TIMEOUT_S):
+                raise RuntimeError(f"even split, host {host}: {cluster.printed(f'even{host}')}")
+    finally:
+        for worker in workers:
+            end_tree(worker)
+    found: list[dict[str, Any]] = json.loads((cluster.home / "even0.txt").read_text().splitlines()[-1])
+    return found
