@@ -7,7 +7,7 @@ STAMP := $(VENV)/.ready
 # One thread per process: the suites start several processes on few cores.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-slow fuzz chaos lint bench-engine bench-planner bench-unlike bench-accuracy bench-precision bench-peers bench-service bench-sweep bench-large clean
+.PHONY: demo test test-slow test-cluster fuzz chaos lint bench-engine bench-planner bench-unlike bench-accuracy bench-precision bench-peers bench-service bench-sweep bench-large clean
 
 demo: $(STAMP)
 	deploy/demo.sh $(BIN)
@@ -17,6 +17,10 @@ test: $(STAMP)
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
+
+# Three hosts in network namespaces of this machine; needs root, ip and tc.
+test-cluster: $(STAMP)
+	$(BIN)/python -m tests.cluster
 
 # The whole API by generated requests, for FUZZ_SECONDS.
 fuzz: $(STAMP)

@@ -147,7 +147,7 @@ def measure_handling(
     sent_s, read_s = [], []
     for peer in _peers_in_turn(transport):
         _echo_s(transport, peer, small)  # both are here now
-        sent, read = _burst_s(transport, peer, large)
+        sent, read = _burst_s(transport, peer, large, _echo_s(transport, peer, large))
         sent_s.append(sent)
         read_s.append(read)
     if not sent_s:
@@ -324,8 +324,8 @@ def _echo_s(transport: Transport, peer: int, message: torch.Tensor) -> float:
     return statistics.median(seconds[1:]) / 2
 
 
-def _burst_s(transport: Transport, peer: int, message: torch.Tensor) -> tuple[float, float]:
-    """Seconds to send one of several messages, and to read one that has arrived."""
+def _burst_s(transport: Transport, peer: int, message: torch.Tensor, way_s: float) -> tuple[float, float]:
+    """Seconds to send one of several messages, and to read one that has arrived; each is under way for `way_s`."""
     own, other = [
         [("burst", i, "", message.numel(), src, dst) for i in range(BURST)]
         for src, dst in ((transport.rank, peer), (peer, transport.rank))
@@ -334,7 +334,8 @@ def _burst_s(transport: Transport, peer: int, message: torch.Tensor) -> tuple[fl
     sent_s, read_s = [], []
     for key in own:
         sent_s.append(_seconds(partial(transport.send, peer, key, message)))
-    time.sleep(2 * sum(sent_s))
+    # A transport may take a message long before it is sent, so how long sending took says nothing of its arrival.
+    time.sleep(2 * (sum(sent_s) + BURST * way_s))
     for key in other:
         read_s.append(_seconds(partial(transport.recv, peer, key)))
     transport.close()

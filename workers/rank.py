@@ -62,11 +62,22 @@ def _group(rank: int, size: int, use_gpu: bool) -> Iterator[None]:
     if use_gpu:
         torch.cuda.set_device(get_device())
     backend, patience = "nccl" if use_gpu else "gloo", timedelta(seconds=COLLECTIVE_TIMEOUT_S)
+    if (interface := interface_of(ray.util.get_node_ip_address())) is not None:
+        # Left to itself gloo listens where the host's name leads, which on many hosts is 127.0.0.1.
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     dist.init_process_group(backend, rank=rank, world_size=size, timeout=patience)
     try:
         yield
     finally:
         dist.destroy_process_group()
+
+
+def interface_of(address: str) -> str | None:
+    """The network interface of this host that has the address; None where none has, as behind a translated one."""
+    for name, has in psutil.net_if_addrs().items():
+        if any(each.address == address for each in has):
+            return name
+    return None
 
 
 def _work(context: RunContext, pulse: Pulse) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import asdict
 
 import pytest
@@ -83,3 +84,39 @@ def test_links_and_handling_are_measured_between_processes(kind):
         assert [link is None for link in links] == [peer == rank for peer in range(3)]
         assert 1 <= send_us < 1_000_000 and 1 <= recv_us < 1_000_000
         assert all(link.latency_us >= 1 and link.bytes_per_s > 1_000_000 for link in links if link)
+
+
+class SlowWire:
+    """A transport whose messages are under way as long as on a wire of this latency and width."""
+
+    def __init__(self, inner, latency_s, bytes_per_s, sent_at):
+        self.inner, self.latency_s, self.bytes_per_s, self.sent_at = inner, latency_s, bytes_per_s, sent_at
+        self.free_at = 0.0
+
+    def __getattr__(self, name):
+        return getattr(self.inner, name)
+
+    def send(self, dst, key, tensor):
+        begin = max(time.monotonic(), self.free_at)
+        self.free_at = begin + tensor.nbytes / self.bytes_per_s
+        self.sent_at[key] = self.free_at + self.latency_s
+        self.inner.send(dst, key, tensor)
+
+    def recv(self, src, key):
+        found = self.inner.recv(src, key)
+        time.sleep(max(0.0, self.sent_at[key] - time.monotonic()))
+        return found
+
+
+def test_what_a_slow_wire_takes_is_no_work_of_the_workers():
+    arrivals = {}
+
+    def work(rank, transport):
+        wire = SlowWire(transport, 0.02, 12.5e6, arrivals)
+        handled = measure_handling(wire, torch.float32, "cpu", 300_000)
+        return measure_links(wire, message_bytes=300_000, handled_us=sum(handled))[1 - rank], handled
+
+    for link, (send_us, recv_us) in on_threads(2, work):
+        assert send_us + recv_us < 5_000
+        assert link.latency_us == pytest.approx(20_000, rel=0.3)
+        assert link.bytes_per_s == pytest.approx(12.5e6, rel=0.3)
