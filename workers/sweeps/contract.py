@@ -206,7 +206,7 @@ class SweepSpec(Frozen):
         return JobSpec.model_validate(body)
 
     def full(self, share: float = 1.0, steps: float | None = None) -> JobSpec:
-        """Plain full fine-tuning, or that for a `share` of the length: of the `steps` that it took, if they are known."""
+        """Plain full fine-tuning, or that for a `share` of the length: of `steps`, those that it took, if known."""
         body = self.job.model_dump(mode="json", exclude_defaults=True) | {"method": {}}
         if share < 1 and steps is not None:
             body["steps"] = max(1, round(steps * share))
