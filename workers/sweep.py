@@ -27,6 +27,7 @@ from scheduler.errors import D2ftError, SystemFault
 from workers import control, logs
 from workers.attempt import join, leave
 from workers.command import add_places, run_dir_of
+from workers.contract import JobSpec
 from workers.disk import leave as leave_file
 from workers.disk import sha256_of
 from workers.events import EventLog
@@ -85,7 +86,7 @@ class Driver:
         spec = self.context.spec
         self.emit("phase", name="running")
         if spec.baselines:
-            self.full = self._baseline(FULL, spec)
+            self.full = self._baseline(FULL, spec.full())
         heard = run_tuner(self.context, self.path, self.ended)
         for child in heard:
             if not child.is_over:
@@ -95,7 +96,8 @@ class Driver:
             raise _nothing(trials)
         points = self._points(trials)
         if spec.baselines:
-            short = self._baseline(SHORT, spec, share_of_knee(points))
+            steps = ((self.full and self.full.figures) or {}).get("steps")
+            short = self._baseline(SHORT, spec.full(share_of_knee(points), steps))
             points = self._points([*trials, short])
         self.emit("phase", name="finalizing")
         self._keep(points)
@@ -112,8 +114,8 @@ class Driver:
         with EventLog(self.context.run_dir) as log:
             log.emit(type, message, level=level, **data)
 
-    def _baseline(self, key: str, spec: SweepSpec, share: float = 1.0) -> Child:
-        started = self.children.start(key, {}, spec.full(share), baseline=key)
+    def _baseline(self, key: str, spec: JobSpec) -> Child:
+        started = self.children.start(key, {}, spec, baseline=key)
         child = follow(self.children, started, poll_of(self.context))
         self._tell(child)
         return child

@@ -205,10 +205,12 @@ class SweepSpec(Frozen):
             _put(body, path.split("."), _as_counts(value) if path == "method.ratios" else value)
         return JobSpec.model_validate(body)
 
-    def full(self, share: float = 1.0) -> JobSpec:
-        """Plain full fine-tuning, or that for a `share` of the length."""
+    def full(self, share: float = 1.0, steps: float | None = None) -> JobSpec:
+        """Plain full fine-tuning, or that for a `share` of the length: of `steps`, those that it took, if known."""
         body = self.job.model_dump(mode="json", exclude_defaults=True) | {"method": {}}
-        if share < 1:
+        if share < 1 and steps is not None:
+            body["steps"] = max(1, round(steps * share))
+        elif share < 1:
             length = "epochs" if self.job.steps is None else "steps"
             of = getattr(self.job, length) * share
             body[length] = of if length == "epochs" else max(1, round(of))

@@ -87,14 +87,15 @@ class Attempts:
         self.error: UserError | None = None
 
     def __call__(self, context: RunContext) -> UserError | None:
+        goes_on = self.open
         self.contexts.append(context)
         with EventLog(context.run_dir) as log:
             log.emit("metrics", step=1, total_steps=2, loss=0.5)
             log.emit("evaluation", when="before", accuracy=0.1)
             log.emit("evaluation", when="at step 1", accuracy=0.6)
-            if self.open and not self.error:
+            if goes_on and not self.error:
                 log.emit("ledger", **LEDGER)
-        if not self.open:
+        if not goes_on:
             threading.Event().wait()  # as in a process that is killed: it never tells an outcome
         return self.error
 

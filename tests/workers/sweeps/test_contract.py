@@ -69,6 +69,7 @@ def test_the_baseline_is_full_fine_tuning_of_the_same_job_and_the_other_its_shar
     assert spec.full().seed == 3 and spec.full().method.skip_fill is None and spec.full().steps == 50
     assert spec.full(0.61).steps == 30 and spec.full(1e-9).steps == 1
     assert SweepSpec.model_validate({"space": RATIOS}).full(0.5).epochs == pytest.approx(1.5)
+    assert SweepSpec.model_validate({"space": RATIOS}).full(0.467, 54).steps == 25
 
 
 @given(st.integers(0, 2**31 - 1), st.integers(1, 40))
