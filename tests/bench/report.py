@@ -12,6 +12,7 @@ import statistics
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 _HOLDS = {"<=": operator.le, ">=": operator.ge, "==": operator.eq}
@@ -39,7 +40,7 @@ def publish(name, rows, targets, note=""):
     for part, alike in itertools.groupby(rows, key=tuple):
         table = Table(*map(str, part), title=name)
         for row in alike:
-            table.add_row(*(f"{v:.3f}" if isinstance(v, float) else str(v) for v in row.values()))
+            table.add_row(*(f"{v:.3f}" if isinstance(v, float) else escape(str(v)) for v in row.values()))
         console.print(table)
     checks = Table("target", "value", "limit", "holds", title="targets")
     for t in targets:

@@ -60,7 +60,8 @@ def main() -> None:
 def links(cluster: Cluster, args: argparse.Namespace) -> tuple[list[Row], list[Row]]:
     """The same job on fast links and with a slow one."""
     fast = Run(cluster, "fast-auto", CORES, **spec_of(args, "auto")).ended()
-    pair, jobs = busiest(fast), [job_row(fast, "all fast", "auto", None)]
+    pair = busiest(fast)
+    jobs = [job_row(fast, "all fast", "auto", pair)]
     measured = link_rows(fast, {})
     cluster.hosts.shape(*pair, SLOW)
     for turn in range(args.rounds):
@@ -76,15 +77,12 @@ def links(cluster: Cluster, args: argparse.Namespace) -> tuple[list[Row], list[R
     )
     slow = [row for row in measured if row["told ms"]]
     changed = sum(job["blocks on hosts"] != jobs[0]["blocks on hosts"] for job in planned)
-    before = traffic(fast)[pair]
     return [*measured, *jobs], [
         target("planned / even split: step", ratio(planned, even), "<=", 0.5),
         target("planned / planner's split: step", ratio(planned, split), "<=", 0.5),
         target("median forecast error, planned", statistics.median(j["forecast error"] for j in planned), "<=", 0.15),
         target("slow link, latency off by", off(slow, "ms"), "<=", TOLERANCE),
         target("slow link, bandwidth off by", off(slow, "Mbit/s"), "<=", TOLERANCE),
-        target("MB over that link while fast", before / 1e6, ">=", 0.1),
-        target("MB over the slow link, planned", max(j["MB over slow link"] for j in planned), "<=", 0.01),
         target("jobs of which the placement changed with the link", changed, "==", args.rounds),
     ]
 
@@ -99,7 +97,7 @@ def lost(cluster: Cluster, args: argparse.Namespace) -> tuple[list[Row], list[Ro
     plans = [event["placement"]["owners"] for event in run.events("plan.created")]
     groups = [len({owner for row in rows for owner in row}) for rows in plans]
     why = [event["reason"] for event in run.events("phase") if event["name"] == "recovering"]
-    row = {"part": "lost", "workers of the groups": " ".join(map(str, groups)), "steps": run.steps()[-1], "why": why}
+    row = {"part": "lost", "workers of the groups": " ".join(map(str, groups)), "steps": run.steps()[-1], "why": " | ".join(why)}
     return [row], [
         target("a node lost: steps made in the end", run.steps()[-1], "==", wanted["steps"]),
         target("a node lost: workers of the last group", groups[-1], "==", 2),
@@ -133,16 +131,16 @@ def busiest(run: Run) -> tuple[int, int]:
     return max(sent, key=lambda pair: sent[pair])
 
 
-def job_row(run: Run, links: str, placement: str, pair: tuple[int, int] | None) -> Row:
+def job_row(run: Run, links: str, placement: str, pair: tuple[int, int]) -> Row:
     owners = run.events("plan.created")[0]["placement"]["owners"]
-    sent = traffic(run)[pair] / 1e6 if pair else 0.0
+    sent = traffic(run)[pair] / 1e6
     on = " ".join("+".join(map(str, sorted({run.host_of(owner) for owner in row}))) for row in owners)
-    return {"links": links, "placement": placement, **of_windows(run.events("window")), "MB over slow link": sent,
+    return {"links": links, "placement": placement, **of_windows(run.events("window")), "MB over that link": sent,
             "blocks on hosts": on}  # fmt: skip
 
 
 def even_row(windows: list[Row]) -> Row:
-    return {"links": "one slow", "placement": "even", **of_windows(windows), "MB over slow link": "",
+    return {"links": "one slow", "placement": "even", **of_windows(windows), "MB over that link": "",
             "blocks on hosts": "0+1+2 each"}  # fmt: skip
 
 
