@@ -96,9 +96,8 @@ def test_a_grid_becomes_points_though_a_trial_fails_one_lacks_its_metric_and_the
         "t-002": ("succeeded", None), "t-003": ("succeeded", None), "stopped": ("succeeded", None),
     }  # fmt: skip
     point = next(point for point in result["data"]["points"] if point["key"] == "t-002")
-    assert (
-        knee["compute"] == pytest.approx(0.6) and service.jobs["stopped"]["spec"]["steps"] == 4
-    )  # of 5, at t-003's 0.8
+    assert point["compute"] == pytest.approx(0.6)
+    assert service.jobs["stopped"]["spec"]["steps"] == 4  # of 5: the knee of the trials is t-003, at 0.8
     told = [(event["data"]["key"], event["level"]) for event in of_type(path, "sweep.trial")]
     assert told[1:3] == [("t-000", "warning"), ("t-001", "warning")] and len(told) == 6
     files = {event["data"]["name"] for event in of_type(path, "artifact.ready")}
