@@ -97,12 +97,8 @@ def lost(cluster: Cluster, args: argparse.Namespace) -> tuple[list[Row], list[Ro
     plans = [event["placement"]["owners"] for event in run.events("plan.created")]
     groups = [len({owner for row in rows for owner in row}) for rows in plans]
     why = [event["reason"] for event in run.events("phase") if event["name"] == "recovering"]
-    row = {
-        "part": "lost",
-        "workers of the groups": " ".join(map(str, groups)),
-        "steps": run.steps()[-1],
-        "why": " | ".join(why),
-    }
+    sizes = " then ".join(map(str, groups))
+    row = {"part": "lost", "workers": sizes, "steps": run.steps()[-1], "why": " | ".join(why)}
     return [row], [
         target("a node lost: steps made in the end", run.steps()[-1], "==", wanted["steps"]),
         target("a node lost: workers of the last group", groups[-1], "==", 2),
