@@ -148,6 +148,7 @@ def test_a_trial_whose_process_is_killed_finds_its_child_again(
     assert [point["status"] for point in points] == ["succeeded"] * 4
 
 
+@pytest.mark.slow
 def test_asha_ends_what_does_poorly_and_nothing_half_made_becomes_a_result(
     head: Head, service: FakeService, tmp_path: Path
 ) -> None:
@@ -168,6 +169,7 @@ def test_asha_ends_what_does_poorly_and_nothing_half_made_becomes_a_result(
     assert not any(key in front for front in fronts.values() for key in stopped)
 
 
+@pytest.mark.slow
 def test_a_front_of_two_objectives_is_looked_for_by_optuna(head: Head, service: FakeService, tmp_path: Path) -> None:
     spec = {
         "space": {"method.ratios": RATIOS, "optimiser.learning_rate": {"low": 1e-4, "high": 1e-2, "log": True}},

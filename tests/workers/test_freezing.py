@@ -102,8 +102,16 @@ def test_no_block_left_is_refused_by_field():
 @pytest.mark.parametrize(
     ("method", "changes"),
     [
-        ({"freeze": {"trunk": True}}, ("blocks.0.attn.qkv", "blocks.5.mlp.fc2.weight", "head.", "norm.")),
-        ({"freeze": {"blocks": 4}, "ratios": {"full": 3, "skip": 2}}, ("blocks.4.", "blocks.5.", "head.", "norm.")),
+        pytest.param(
+            {"freeze": {"trunk": True}},
+            ("blocks.0.attn.qkv", "blocks.5.mlp.fc2.weight", "head.", "norm."),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            {"freeze": {"blocks": 4}, "ratios": {"full": 3, "skip": 2}},
+            ("blocks.4.", "blocks.5.", "head.", "norm."),
+            marks=pytest.mark.slow,
+        ),
         ({"freeze": {"blocks": 4}, "budgets": {"compute": 0.8}, "strategy": "hull"}, ("blocks.5.", "head.")),
         ({"head_only": True, "ratios": {"full": 3, "skip": 2}}, ("head.",)),
     ],
