@@ -72,7 +72,8 @@ def decide(attempt: Attempt, ray_job: RayJob | None, *, now: float, settle_s: fl
         if over:
             return Step.PAUSED
         return Step.STOP if attempt.want == STOP else Step.ASK_PAUSE
-    if attempt.state == CREATED and (ray_job is None or not over):
+    silent = not attempt.events_offset  # what has said something has been started, by a cluster that is gone now
+    if attempt.state == CREATED and (not over or (ray_job is None and silent)):
         return Step.SUBMIT  # again, where a reply was lost: the id makes it harmless
     return Step.DIED if over else Step.WAIT
 

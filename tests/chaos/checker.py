@@ -9,7 +9,7 @@
 |---|---|
 | lost | a submit that was answered is there, and has ended or waits to be run or resumed |
 | doubled | it is there once; a submit without an answer is there once or not at all; nothing else is |
-| run twice | a job succeeds once at most; of its attempts one runs at a time, and each is started once |
+| run twice | a job succeeds once at most; of its attempts one runs at a time, each started once in a life of Ray |
 | illegal | every history is numbered without a gap, its moves are the table's, and its end is the job's state |
 | damaged | the newest checkpoint that a job lists is whole; of older ones, those that are still there |
 
@@ -23,7 +23,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from sqlalchemy import create_engine, select
 from sqlalchemy.orm import Session
@@ -38,6 +38,9 @@ RULES = ("lost", "doubled", "run twice", "illegal", "damaged")
 AT_REST = frozenset({JobState.QUEUED, JobState.PAUSED})  # not over, and nothing of it runs
 OPEN = (CREATED, SUBMITTED)
 SHOWN = 5
+
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -61,12 +64,13 @@ class Attempt:
 
 @dataclass(frozen=True)
 class Run:
-    """One driver as Ray had it: from when until when (None: it still runs)."""
+    """One driver as Ray had it: from when until when (None: it still runs), in which life of the cluster."""
 
     job_id: str
     n: int
     began: float
     ended: float | None
+    cluster: int = 0
 
 
 @dataclass(frozen=True)
@@ -170,13 +174,14 @@ def _overlaps(history: History) -> Iterator[str]:
             yield f"Ray ran {run.job_id} a{run.n}, which the store does not know"
     for job_id, runs in by_job.items():
         runs.sort(key=lambda run: run.began)
-        yield from (f"{job_id} a{n} was started {count} times" for n, count in _repeated(run.n for run in runs))
+        starts = _repeated((run.n, run.cluster) for run in runs)
+        yield from (f"{job_id} a{n} was started {count} times" for (n, _), count in starts)
         for first, second in itertools.pairwise(runs):
             if first.ended is None or second.began < first.ended:
                 yield f"{job_id}: a{second.n} was started while a{first.n} ran"
 
 
-def _repeated(values: Iterable[int]) -> Iterator[tuple[int, int]]:
+def _repeated(values: Iterable[Value]) -> Iterator[tuple[Value, int]]:
     return ((value, count) for value, count in Counter(values).items() if count > 1)
 
 
@@ -248,5 +253,5 @@ def runs_of(ray: FakeRay) -> list[Run]:
     runs = []
     for job in ray.started:
         job_id, _, n = job["submission_id"].removeprefix("job-").rpartition("-a")
-        runs.append(Run(job_id, int(n), job["start_time"], job["end_time"]))
+        runs.append(Run(job_id, int(n), job["start_time"], job["end_time"], job["cluster"]))
     return runs

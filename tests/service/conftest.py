@@ -43,6 +43,7 @@ class FakeRay:
     def __init__(self, *, drives: bool = False) -> None:
         self.jobs: dict[str, dict[str, Any]] = {}
         self.started: list[dict[str, Any]] = []  # the jobs of this cluster and of those before a restart
+        self.restarts = 0
         self.submits: list[str] = []
         self.stops: list[str] = []
         self.down = False
@@ -69,6 +70,7 @@ class FakeRay:
         for job in self.jobs.values():
             job["end_time"] = job["end_time"] or time.time()
         self.jobs = {}
+        self.restarts += 1
 
     def answer(self, request: httpx2.Request) -> httpx2.Response:
         if self.down:
@@ -100,7 +102,7 @@ class FakeRay:
         self.submits.append(key)
         if key in self.jobs:
             return httpx2.Response(500, text=f"Job with submission_id {key} already exists")
-        times = {"start_time": time.time(), "end_time": None}
+        times = {"start_time": time.time(), "end_time": None, "cluster": self.restarts}
         job = self.jobs[key] = {**body, "status": "RUNNING", "message": "", "stopping": False, **times}
         self.started.append(job)
         if self._drives:

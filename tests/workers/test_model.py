@@ -16,7 +16,7 @@ from scheduler.errors import UserError
 from workers import bundled
 from workers.anatomy import bound, refusal
 from workers.contract import DIGITS_MODEL, JobSpec
-from workers.model import ModelInput, build_model, load_weights, model_input, resolve
+from workers.model import ModelInput, build_model, model_input, resolve
 from workers.partition import model_shape
 
 TINY: dict[str, Any] = {"img_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2}
@@ -288,14 +288,6 @@ def test_what_is_not_safetensors_is_never_opened_as_anything_else(tmp_path: Path
         assert (error.code, error.param) == ("weights_not_safetensors", "weights")
     for name in ("none.safetensors", "."):
         assert refused(spec(weights=str(tmp_path / name))).code == "weights_not_found"
-
-
-def test_refused_weights_leave_the_model_as_it_was(tmp_path: Path) -> None:
-    model = build_model(spec(), 3)
-    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
-    with pytest.raises(UserError):
-        load_weights(model, saved(tmp_path / "w.safetensors", state(depth=3)))
-    assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
 
 
 def test_the_digits_model_loads_its_own_weights_and_a_fresh_classifier() -> None:
