@@ -480,5 +480,8 @@ def test_what_is_decided(store: Store, state: str, job_state: JobState, status: 
     if step is Step.ASK_PAUSE:
         idle = dataclasses.replace(attempt, want="stop")
         assert decide(idle, ray_job, now=100.0, settle_s=30.0) is Step.STOP
+    if step is Step.SUBMIT and status is None:
+        spoken = dataclasses.replace(attempt, events_offset=7)
+        assert decide(spoken, None, now=100.0, settle_s=30.0) is Step.DIED
     if (state, status) == ("ended", "RUNNING"):
         assert decide(attempt, ray_job, now=200.0, settle_s=30.0) is Step.STOP
