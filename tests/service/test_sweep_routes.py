@@ -92,7 +92,8 @@ def test_a_bad_sweep_is_refused_by_field(api: TestClient, wrong: dict[str, Any],
 def test_impossible_ratios_are_refused_before_anything_runs(api: TestClient) -> None:
     ratios = [{"full": 3, "forward": 0, "skip": 2}, {"full": 9, "forward": 0, "skip": 0}]
     answer = api.post("/v1/sweeps", json={"space": {"method.ratios": {"values": ratios}}})
-    assert answer.status_code == 422 and "sum to 9" in answer.json()["detail"]
+    told = answer.json()
+    assert answer.status_code == 422 and "sum to 9" in told["detail"] and told["param"] == "space"
 
 
 def test_a_sweeps_names_are_made_addresses_once_for_all_its_trials(api: TestClient, settings: Settings) -> None:

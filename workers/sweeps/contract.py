@@ -169,7 +169,7 @@ class SweepSpec(Frozen):
                 first = error.errors()[0]
                 where = ".".join(str(part) for part in first["loc"])
                 said = first["msg"].removeprefix("Value error, ")
-                raise ValueError(f"with {words(setting)}: {where + ': ' if where else ''}{said}") from None
+                raise ValueError(f"space: with {words(setting)}: {where + ': ' if where else ''}{said}") from None
         return self
 
     @property

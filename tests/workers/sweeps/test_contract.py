@@ -29,7 +29,7 @@ RATE = {"optimiser.learning_rate": {"low": 1e-5, "high": 1e-2, "log": True}}
         ({"space": {"steps": {"low": 0, "high": 9, "log": True}}}, "space.steps.span", "more than 0"),
         ({"space": {"dataset": {"values": ["digits"]}}}, "space", "'dataset' cannot be searched"),
         ({"space": {"method.ratios": {"values": [[9, 0, 0]]}}}, "", "method.ratios sum to 9 but a step has 5"),
-        ({"space": {"method.ratios": {"values": [[5, 0]]}}}, "", "with method.ratios = [5, 0]: method.ratios"),
+        ({"space": {"method.ratios": {"values": [[5, 0]]}}}, "", "space: with method.ratios = [5, 0]: method.ratios"),
         ({"space": {"method.budgets.compute": {"values": [1.2]}}}, "", "less than or equal to 1"),
         ({"space": RATE}, "", "a grid needs values, and optimiser.learning_rate is a span"),
         ({"space": {"seed": {"values": list(range(30))}, "steps": {"values": list(range(1, 31))}}}, "", "900 settings"),
