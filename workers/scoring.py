@@ -214,9 +214,11 @@ def _adapter_norms(
 ) -> Tensor:
     """Norm of what each head adds to the gradients of its block's B, but for s, [L, H]; `grads` of the matrices."""
 
+    downs = {name: param for name, param in params.items() if name.endswith(f".{DOWN}")}
+
     def square(block: int, head: int) -> float:
         slices, of_up = head_slices(grads, block, head, cut), {}
-        own = head_slices(params, block, head, cut)
+        own = head_slices(downs, block, head, cut)
         for name in adapted:
             layer = cut.slices[f"{name}_w"][0].key.removesuffix(".weight")
             down, module = own.get(f"{name}_down"), f"blocks.{block}.{layer}"

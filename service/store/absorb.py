@@ -20,8 +20,8 @@ from service.lifecycle import PHASES, SWEEP, JobState, may_move
 from service.store.journal import append, move
 from service.store.losses import go_on_elsewhere, lose
 from service.store.views import fold_metrics
-from service.sweeping import figures_of
 from service.tables import ArtifactRow, CheckpointRow, JobRow, MetricRow
+from workers.sweeps.outcome import figures_of
 
 RunEvent = dict[str, Any]  # one line, as workers.events describes it; `seq` is its place in the file
 Step = Annotated[int, Field(ge=0, lt=2**31, strict=True)]

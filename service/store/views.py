@@ -22,8 +22,8 @@ from service.schemas import (
     Trial,
     Usage,
 )
-from service.sweeping import front_of
 from service.tables import ArtifactRow, CheckpointRow, EventRow, JobRow
+from workers.sweeps.outcome import front_of
 
 
 class Standing(NamedTuple):

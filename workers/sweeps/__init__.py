@@ -6,7 +6,8 @@ hosted     children that are jobs of the service, over HTTP
 direct     children that the sweep runs itself, for clusters without a service
 trial      what Ray Tune runs: one child, and what is seen of it
 tuning     Ray Tune told what to try, and asked to go on after a lost driver
-points     children as points: the table, the fronts, the knee
+outcome    figures, shares of full fine-tuning, fronts and knee of the trials; the service asks it, too
+points     children as points, and their table
 front      which points nothing beats, and where a front turns
 drawing    the fronts as PNG and SVG
 """

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Protocol
 
 from workers.contract import JobSpec
+from workers.sweeps.outcome import Figures
 
 SUCCEEDED, FAILED, CANCELLED, STOPPED = "succeeded", "failed", "cancelled", "stopped"
 OVER = frozenset({SUCCEEDED, FAILED, CANCELLED, STOPPED})
@@ -36,7 +37,7 @@ class Child:
     total_steps: int | None = None
     accuracy: float | None = None
     loss: float | None = None
-    figures: Mapping[str, float | None] | None = None
+    figures: Figures | None = None
     error: Mapping[str, Any] | None = None
 
     @property
@@ -79,21 +80,3 @@ def follow(
             return child
         time.sleep(poll_s)
         child = children.look(child.key)
-
-
-def figures_of(ledger: Mapping[str, Any]) -> dict[str, float | None]:
-    """What a finished job has reached and cost, from its ledger."""
-    rows = {row["name"]: row["measured"] for row in ledger["rows"]}
-    steps = int(ledger["steps"])
-
-    def whole(name: str) -> float | None:
-        per_step = rows.get(name)
-        return None if per_step is None else per_step * steps
-
-    return {
-        "accuracy": ledger["accuracy"]["after"],
-        "gflop": whole("compute per step"),
-        "mb": whole("traffic per step"),
-        "seconds": ledger["phases"].get("train"),
-        "steps": steps,
-    }

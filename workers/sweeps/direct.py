@@ -23,8 +23,9 @@ from workers.contract import JobSpec, RunContext
 from workers.disk import leave
 from workers.events import EVENTS_FILE, read_events
 from workers.manifest import names
-from workers.sweeps.children import CANCELLED, STOPPED, Child, figures_of
+from workers.sweeps.children import CANCELLED, STOPPED, Child
 from workers.sweeps.contract import SweepContext
+from workers.sweeps.outcome import figures_of
 
 TRIALS_DIR, NOTE_FILE, RESULT_DIR = "trials", "trial.json", "result"
 _LOG = logging.getLogger(__name__)

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from workers.sweeps.children import FULL
-from workers.sweeps.points import COSTS, Point, Points
+from workers.sweeps.outcome import COSTS
+from workers.sweeps.points import Point, Points
 
 FILES = ("front.svg", "front.png")
 TRIAL, BEATEN, BASELINE, KNEE, LINE = "#0072B2", "#999999", "#D55E00", "#009E73", "#56B4E9"

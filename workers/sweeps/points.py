@@ -18,9 +18,8 @@ from typing import Any
 from workers.progress import aligned
 from workers.sweeps.children import FULL, STOPPED, SUCCEEDED, Child
 from workers.sweeps.contract import words
-from workers.sweeps.front import knee, pareto
+from workers.sweeps.outcome import COSTS, Figures, front_of
 
-COSTS = {"compute": "gflop", "bytes": "mb", "seconds": "seconds"}  # a point's cost, and the figure behind it
 BASELINE_WORDS = {FULL: "full fine-tuning", "stopped": "full fine-tuning, stopped at the knee's compute"}
 HEADER = ("", "setting", "accuracy", "compute", "bytes", "seconds", "")
 
@@ -38,7 +37,7 @@ class Point:
     compute: float | None
     bytes: float | None
     seconds: float | None
-    figures: Mapping[str, float | None] | None
+    figures: Figures | None
     error: Mapping[str, Any] | None
 
     @property
@@ -82,13 +81,14 @@ def points_of(children: Iterable[Child]) -> Points:
     """The points behind children that are over."""
     children = list(children)
     ended = [child for child in children if child.status == SUCCEEDED and child.figures]
-    full = next((child for child in ended if child.baseline == FULL), None)
-    of = {figure: _largest(ended if full is None else [full], figure) for figure in COSTS.values()}
-    points = [_point(child, of) for child in children]
-    fronts = {cost: _front(points, cost) for cost in COSTS}
-    by_key = {point.key: point for point in points}
-    turns = {key: (by_key[key].compute or 0.0, by_key[key].accuracy or 0.0) for key in fronts["compute"]}
-    return Points(points, FULL if full else "largest", fronts, knee(turns))
+    full = next((child.key for child in ended if child.baseline == FULL), "")
+    found = front_of({child.key: child.figures for child in ended if child.figures}, full)
+    points = [_point(child, found.points.get(child.key, {})) for child in children]
+    # Where nothing was sent there is no share of it, and nothing to be on the front of.
+    fronts = {
+        cost: [key for key in found.fronts.get(cost, ()) if found.points[key][cost] is not None] for cost in COSTS
+    }
+    return Points(points, found.against, fronts, found.knee)
 
 
 def share_of_knee(points: Points) -> float:
@@ -97,9 +97,8 @@ def share_of_knee(points: Points) -> float:
     trials = [point for point in points.points if point.baseline is None]
     if found := next((point.compute for point in trials if point.key == points.knee), None):
         return min(1.0, found)
-    front = [point for point in trials if point.key in _front(trials, "compute")]
-    key = knee({point.key: (point.compute or 0.0, point.accuracy or 0.0) for point in front})
-    return min(1.0, next((point.compute or 1.0 for point in front if point.key == key), 1.0))
+    key = front_of({point.key: point.figures for point in trials if point.figures}, "").knee
+    return min(1.0, next((point.compute or 1.0 for point in trials if point.key == key), 1.0))
 
 
 def settled(heard: Iterable[Child], known: Iterable[Child]) -> list[Child]:
@@ -118,31 +117,20 @@ def settled(heard: Iterable[Child], known: Iterable[Child]) -> list[Child]:
     return [*ended, *now.values()]
 
 
-def _point(child: Child, of: Mapping[str, float | None]) -> Point:
-    figures = child.figures if child.status == SUCCEEDED else None
-    shares = {cost: _share((figures or {}).get(figure), of[figure]) for cost, figure in COSTS.items()}
+def _point(child: Child, reached: Mapping[str, float | None]) -> Point:
     return Point(
-        child.key, child.setting, child.baseline, child.job_id, child.status, (figures or {}).get("accuracy"),
-        shares["compute"], shares["bytes"], shares["seconds"], figures, child.error,
-    )  # fmt: skip
-
-
-def _largest(children: Sequence[Child], figure: str) -> float | None:
-    found = [value for child in children if (value := (child.figures or {}).get(figure)) is not None]
-    return max(found, default=None)
-
-
-def _share(value: float | None, of: float | None) -> float | None:
-    return None if value is None or not of else value / of
-
-
-def _front(points: Sequence[Point], cost: str) -> list[str]:
-    pairs: dict[str, tuple[float, float]] = {
-        point.key: (point.accuracy, spent)
-        for point in points
-        if point.accuracy is not None and (spent := getattr(point, cost)) is not None
-    }
-    return pareto(pairs, (True, False))
+        key=child.key,
+        setting=child.setting,
+        baseline=child.baseline,
+        job_id=child.job_id,
+        status=child.status,
+        accuracy=reached.get("accuracy"),
+        compute=reached.get("compute"),
+        bytes=reached.get("bytes"),
+        seconds=reached.get("seconds"),
+        figures=child.figures if child.status == SUCCEEDED else None,
+        error=child.error,
+    )
 
 
 def _figure(value: float | None) -> str:

@@ -15,10 +15,11 @@ from tests.workers.sweeps.fake_service import TOKEN, FakeService, served
 from workers.contract import JobSpec, RunContext
 from workers.events import EventLog
 from workers.sweeps import direct, hosted
-from workers.sweeps.children import Child, figures_of, follow
+from workers.sweeps.children import Child, follow
 from workers.sweeps.contract import SweepContext, SweepSpec
 from workers.sweeps.direct import Direct
 from workers.sweeps.hosted import Hosted
+from workers.sweeps.outcome import figures_of
 
 SPACE = {"seed": {"values": [1, 2]}}
 LEDGER = {

@@ -1,5 +1,7 @@
 """What the trials of a sweep came to: figures, points, fronts and the knee, as pure functions over values.
 
+The service asks while a sweep goes on, its driver at the end.
+
 A point's cost is a share of what plain full fine-tuning took; where that is not known, of the most that any trial took.
 """
 
@@ -12,7 +14,7 @@ from typing import Any
 from workers.sweeps.front import knee, pareto
 
 Figures = Mapping[str, float]  # accuracy, gflop, mb, seconds, steps
-COSTS = {"compute": "gflop", "bytes": "mb", "seconds": "seconds"}
+COSTS = {"compute": "gflop", "bytes": "mb", "seconds": "seconds"}  # a point's cost, and the figure behind it
 _PER_STEP = {"gflop": "compute per step", "mb": "traffic per step"}
 
 

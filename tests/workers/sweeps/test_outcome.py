@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.sweeping import figures_of, front_of
 from tests.service.fake_driver import ledger
+from workers.sweeps.outcome import figures_of, front_of
 
 amounts = st.floats(0.1, 100)
 figures = st.fixed_dictionaries(
