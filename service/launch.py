@@ -8,6 +8,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from service.lifecycle import SWEEP
 from service.processes import package_env
@@ -35,32 +36,33 @@ class Launch:
         """Of a job; one that `resumes` goes on from its newest checkpoint."""
         return RunContext(
             job_id=attempt.job_id,
-            attempt=attempt.n,
+            **self._of(attempt, have),
             spec=attempt.spec,
-            run_dir=str(self._settings.attempt_dir(attempt.job_id, attempt.n)),
             storage_path=str(self._settings.storage),
-            resources_per_worker=self.per_worker(have),
-            use_gpu=self._use_gpu(have),
-            start_timeout_s=self._settings.start_timeout_s,
             resume_from=str(self._settings.checkpoints_dir(attempt.job_id)) if resumes else None,
             post_url=f"{self._runs_url}/events",
-            post_token=attempt.token,
         )
 
     def sweep_context(self, attempt: Attempt, have: Mapping[str, float]) -> SweepContext:
         """Of a sweep; its storage is that of all its attempts, so that a search goes on where it was."""
         return SweepContext(
             sweep_id=attempt.job_id,
-            attempt=attempt.n,
+            **self._of(attempt, have),
             spec=attempt.sweep_spec,
-            run_dir=str(self._settings.attempt_dir(attempt.job_id, attempt.n)),
             storage_path=str(self._settings.sweep_dir(attempt.job_id)),
-            resources_per_worker=self.per_worker(have),
-            use_gpu=self._use_gpu(have),
-            start_timeout_s=self._settings.start_timeout_s,
             post_url=self._runs_url,
-            post_token=attempt.token,
         )
+
+    def _of(self, attempt: Attempt, have: Mapping[str, float]) -> dict[str, Any]:
+        """What a context says of any attempt."""
+        return {
+            "attempt": attempt.n,
+            "run_dir": str(self._settings.attempt_dir(attempt.job_id, attempt.n)),
+            "resources_per_worker": self.per_worker(have),
+            "use_gpu": self._use_gpu(have),
+            "start_timeout_s": self._settings.start_timeout_s,
+            "post_token": attempt.token,
+        }
 
     def per_worker(self, have: Mapping[str, float]) -> dict[str, float]:
         """What Ray books for each worker."""

@@ -242,30 +242,38 @@ MODEL_ARGS = (
 )
 
 
-class RunContext(Frozen):
-    """Where one attempt of a job runs: written by the supervisor beside the spec, read by the driver.
+class DriverContext(Frozen):
+    """What every driver is told of the attempt that it makes, written by the supervisor.
 
-    `run_dir` holds this attempt's `events.jsonl` and, at the end, `result/`. `storage_path` is Ray Train's. `cores`
-    pins the worker of each rank to a processor core; cores may be shared. With `resume_from`, a directory of
-    checkpoints, the run goes on from the newest that is whole. Events are sent to `post_url` with `post_token`, too,
-    where the service gives them. `use_gpu` None means: where the cluster has any. `group` counts the groups of workers
-    that the attempt has had; `max_losses` of them may be lost by faults of the system.
+    `run_dir` holds the attempt's event file; `use_gpu` None means: where the cluster has any.
     """
 
-    job_id: str
     attempt: int = 1
-    spec: JobSpec
     run_dir: str
     storage_path: str
     resources_per_worker: dict[str, float] = Field(default_factory=lambda: {"CPU": 0.5})
     use_gpu: bool | None = None
     start_timeout_s: Annotated[float, Field(gt=0)] = 60.0
+    post_url: str | None = None
+    post_token: str | None = Field(default=None, repr=False)
+
+
+class RunContext(DriverContext):
+    """Where one attempt of a job runs.
+
+    `run_dir` holds its `events.jsonl` and, at the end, `result/`. `storage_path` is Ray Train's. `cores`
+    pins the worker of each rank to a processor core; cores may be shared. With `resume_from`, a directory of
+    checkpoints, the run goes on from the newest that is whole. Events are sent to `post_url` with `post_token`, too,
+    where the service gives them. `group` counts the groups of workers
+    that the attempt has had; `max_losses` of them may be lost by faults of the system.
+    """
+
+    job_id: str
+    spec: JobSpec
     cores: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(strict=False)] | None = None
     resume_from: str | None = None
     group: Annotated[int, Field(ge=0)] = 0
     max_losses: Annotated[int, Field(ge=0)] = 8
-    post_url: str | None = None
-    post_token: str | None = Field(default=None, repr=False)
 
     @property
     def worker_memory_bytes(self) -> int | None:

@@ -19,7 +19,8 @@ from scheduler.errors import D2ftError
 from service.cli import talk
 from service.cli.exits import Exit, exit_code
 from service.cli.profile import read_profile, same_service
-from service.client import Client
+from service.client import ApiUnreachableError, Client
+from service.client.calls import new_key
 from service.home import KEY_FILE, read_secret, read_server
 from service.settings import LOOPBACK, ClientSettings, Settings
 
@@ -134,6 +135,9 @@ Wire = Annotated[str | None, typer.Option(help="What workers send each other in:
 Recompute = Annotated[
     bool | None, typer.Option("--recompute", help="Keep less: run forward passes again in the backward pass.")
 ]
+ImagesPerClass = Annotated[int | None, typer.Option(help="Use only so many of each class.")]
+Name = Annotated[str | None, typer.Option(help="A name for people.")]
+SpecFile = Annotated[str | None, typer.Option(help="JSON file of the whole request, - for stdin; flags go over it.")]
 Seed = Annotated[int | None, typer.Option(help="Seed of everything random.")]
 Model = Annotated[str | None, typer.Option(help="A timm name, or d2ft_digits.")]
 Strategy = Annotated[
@@ -205,3 +209,14 @@ def pairs(words: list[str] | None, flag: str) -> dict[str, str]:
             raise typer.BadParameter(f"'{word}' is not KEY=VALUE", param_hint=flag)
         found[key] = value
     return found
+
+
+@contextmanager
+def said_again(what: str, given: str | None) -> Iterator[str]:
+    """The key to ask with. Where the answer was lost, says how to ask for it again without making a second one."""
+    key = given or new_key()
+    try:
+        yield key
+    except (ApiUnreachableError, KeyboardInterrupt):
+        talk.say(f"Whether the {what} was made is not known; ask the same again with: --idempotency-key {key}")
+        raise

@@ -14,6 +14,7 @@ from service.cli.frame import (
     Compute,
     Grain,
     Hold,
+    ImagesPerClass,
     ImgSize,
     JobId,
     Json,
@@ -22,6 +23,7 @@ from service.cli.frame import (
     MicroBatchSize,
     Model,
     ModelArg,
+    Name,
     PlacementMode,
     Precision,
     Ratios,
@@ -29,18 +31,20 @@ from service.cli.frame import (
     Schedule,
     Score,
     Seed,
+    SpecFile,
     Strategy,
     Url,
     Wire,
     command,
     connected,
     pairs,
+    said_again,
 )
 from service.cli.request import job_body
 from service.cli.sweeps import put_one, watch_sweep
 from service.cli.watch import watch_job
-from service.client import ApiUnreachableError, Client, JobFilter, JobHandle
-from service.client.calls import is_sweep, new_key
+from service.client import Client, JobFilter, JobHandle
+from service.client.calls import is_sweep
 from service.schemas import Job, Sweep
 
 
@@ -55,7 +59,7 @@ def submit(
     dataset: Annotated[
         str | None, typer.Option(help="digits, a folder, an address (parquet:///path), or dataset:NAME.")
     ] = None,
-    images_per_class: Annotated[int | None, typer.Option(help="Use only so many of each class.")] = None,
+    images_per_class: ImagesPerClass = None,
     augment: Annotated[
         list[str] | None, typer.Option(help="NAME=VALUE, like flip=true or mixup=0.8; may be repeated.")
     ] = None,
@@ -85,14 +89,12 @@ def submit(
     onnx: Annotated[bool | None, typer.Option("--onnx", help="Have model.onnx made, too.")] = None,
     seed: Seed = None,
     placement: PlacementMode = None,
-    name: Annotated[str | None, typer.Option(help="A name for people.")] = None,
+    name: Name = None,
     label: Labels = None,
     priority: Annotated[int | None, typer.Option(help="Of the jobs that wait, higher ones go first (0).")] = None,
     queue_timeout: Annotated[float | None, typer.Option(help="Fail if not started after so many seconds.")] = None,
     idempotency_key: Annotated[str | None, typer.Option(help="Sent again with the same key: the same job.")] = None,
-    spec: Annotated[
-        str | None, typer.Option(help="JSON file of the whole request, - for stdin; flags go over it.")
-    ] = None,
+    spec: SpecFile = None,
     watch_: Annotated[bool, typer.Option("--watch", help="Follow it to its end.")] = False,
     url: Url = None,
     json_: Json = False,
@@ -209,13 +211,8 @@ def _act(url: str | None, json_: bool, action: Callable[[Client], Job | Sweep]) 
 
 
 def _submitted(client: Client, body: dict[str, Any], given: str | None) -> JobHandle:
-    """The job. Where the answer was lost, says how to ask for it again without making a second one."""
-    key = given or new_key()
-    try:
+    with said_again("job", given) as key:
         return client.submit(body, idempotency_key=key)
-    except (ApiUnreachableError, KeyboardInterrupt):
-        talk.say(f"Whether the job was made is not known; ask the same again with: --idempotency-key {key}")
-        raise
 
 
 def _put_lines(jobs: Any) -> None:

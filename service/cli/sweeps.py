@@ -9,6 +9,7 @@ import typer
 from service.cli import fronts, talk
 from service.cli.exits import Exit
 from service.cli.frame import (
+    ImagesPerClass,
     ImgSize,
     Json,
     Labels,
@@ -16,16 +17,18 @@ from service.cli.frame import (
     MicroBatchSize,
     Model,
     ModelArg,
+    Name,
     PlacementMode,
     Seed,
+    SpecFile,
     Url,
     command,
     connected,
     pairs,
+    said_again,
 )
 from service.cli.space import sweep_body
-from service.client import ApiUnreachableError, Client
-from service.client.calls import new_key
+from service.client import Client
 from service.client.filters import SweepFilter
 from service.schemas import Sweep
 
@@ -61,7 +64,7 @@ def sweep(
     img_size: ImgSize = None,
     model_arg: ModelArg = None,
     dataset: Annotated[str | None, typer.Option(help="As for submit.")] = None,
-    images_per_class: Annotated[int | None, typer.Option(help="Use only so many of each class.")] = None,
+    images_per_class: ImagesPerClass = None,
     workers: Annotated[int | None, typer.Option(help="How many workers share the heads of a trial.")] = None,
     micro_batches: MicroBatches = None,
     micro_batch_size: MicroBatchSize = None,
@@ -69,13 +72,11 @@ def sweep(
     steps: Annotated[int | None, typer.Option(help="Optimiser steps of each trial, instead of epochs.")] = None,
     seed: Seed = None,
     placement: PlacementMode = None,
-    name: Annotated[str | None, typer.Option(help="A name for people.")] = None,
+    name: Name = None,
     label: Labels = None,
     priority: Annotated[int | None, typer.Option(help="Of all its jobs.")] = None,
     idempotency_key: Annotated[str | None, typer.Option(help="Sent again with the same key: the same sweep.")] = None,
-    spec: Annotated[
-        str | None, typer.Option(help="JSON file of the whole request, - for stdin; flags go over it.")
-    ] = None,
+    spec: SpecFile = None,
     watch_: Annotated[bool, typer.Option("--watch", help="Follow it to its end, and draw its front.")] = False,
     url: Url = None,
     json_: Json = False,
@@ -143,10 +144,5 @@ def put_one(found: Sweep, *, as_json: bool) -> None:
 
 
 def _submitted(client: Client, body: dict[str, object], given: str | None) -> Sweep:
-    """The sweep. Where the answer was lost, says how to ask for it again without making a second one."""
-    key = given or new_key()
-    try:
+    with said_again("sweep", given) as key:
         return client.submit_sweep(body, idempotency_key=key)
-    except (ApiUnreachableError, KeyboardInterrupt):
-        talk.say(f"Whether the sweep was made is not known; ask the same again with: --idempotency-key {key}")
-        raise

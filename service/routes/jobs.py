@@ -15,14 +15,14 @@ from service.kept import Kept
 from service.lifecycle import JobState
 from service.results import with_weights
 from service.routes.world import PROBLEM, ByCaller, InWorld, Limit, World
-from service.schemas import Job, Page
+from service.schemas import Job, Page, Sweep
 from service.store import Caller, JobQuery
 from service.telemetry import current_trace
 from workers.contract import JobSpec
 
 IdempotencyKey = Annotated[str | None, Header(alias="Idempotency-Key", min_length=1, max_length=255)]
 Moment = Annotated[float | None, Query(ge=0, le=2**40, description="Unix seconds")]
-Seen = TypeVar("Seen")
+Seen = TypeVar("Seen", Job, Sweep)
 MAX_FILTERS = 8
 
 router = APIRouter(tags=["jobs"], responses=PROBLEM)
@@ -46,10 +46,7 @@ async def create_job(
         made, fresh = await jobs.create_together(spec, owner=owner, idempotency_key=idempotency_key, trace=trace)
     else:
         made, fresh = known, False
-    response.headers["Location"] = f"/v1/jobs/{made.id}"
-    if not fresh:
-        response.headers["Idempotency-Replayed"] = "true"
-    return seen_soon(world, made)
+    return created(world, response, "jobs", made, fresh=fresh)
 
 
 @router.get("", response_model=Page[Job])
@@ -115,6 +112,14 @@ def resume_job(job_id: str, world: InWorld, caller: ByCaller) -> Job:
 def retry_job(job_id: str, world: InWorld, caller: ByCaller) -> Job:
     """Give a job that failed or was cancelled another attempt, under the same id."""
     return seen_soon(world, world.store.actions.retry(job_id, owner=caller.reach))
+
+
+def created(world: World, response: Response, kind: str, made: Seen, *, fresh: bool) -> Seen:
+    """What a request has made, or by its key an earlier one, and where it is found."""
+    response.headers["Location"] = f"/v1/{kind}/{made.id}"
+    if not fresh:
+        response.headers["Idempotency-Replayed"] = "true"
+    return seen_soon(world, made)
 
 
 def seen_soon(world: World, job: Seen) -> Seen:

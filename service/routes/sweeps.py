@@ -12,7 +12,16 @@ from fastapi.responses import FileResponse
 
 from service.errors import InvalidRequestError
 from service.lifecycle import JobState
-from service.routes.jobs import IdempotencyKey, check, filters, names_files, narrowed, seen_soon, with_addresses
+from service.routes.jobs import (
+    IdempotencyKey,
+    check,
+    created,
+    filters,
+    names_files,
+    narrowed,
+    seen_soon,
+    with_addresses,
+)
 from service.routes.logs import MAX_BYTES, TEXT, Length, Number, Offset, log_of
 from service.routes.records import FILE, LIVE, After, LastEventId, file_of, history
 from service.routes.world import PROBLEM, ByCaller, InWorld, Limit, only_sweep
@@ -48,10 +57,7 @@ async def create_sweep(
         )
     else:
         made, fresh = known, False
-    response.headers["Location"] = f"/v1/sweeps/{made.id}"
-    if not fresh:
-        response.headers["Idempotency-Replayed"] = "true"
-    return seen_soon(world, made)
+    return created(world, response, "sweeps", made, fresh=fresh)
 
 
 @router.get("", response_model=Page[Sweep])

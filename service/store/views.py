@@ -37,12 +37,7 @@ def job_view(row: JobRow, owner: str | None, standing: Standing | None) -> Job:
     spec = row.spec
     live = row.live or {}
     return Job(
-        id=row.id,
-        owner=owner,
-        name=spec.get("name"),
-        status=row.state,
-        status_reason=row.status_reason,
-        attempt=row.attempt,
+        **_of_the_row(row, owner),
         priority=row.priority,
         queue_position=standing.position if standing else None,
         estimated_start_at=int(standing.start_at) if standing else None,
@@ -50,8 +45,6 @@ def job_view(row: JobRow, owner: str | None, standing: Standing | None) -> Job:
         dataset=spec["dataset"],
         method=spec["method"],
         seed=spec["seed"],
-        metadata=spec["metadata"],
-        spec=spec,
         progress=_progress(row, live),
         metrics=live.get("metrics", {}),
         usage=_usage(live, spec),
@@ -60,10 +53,6 @@ def job_view(row: JobRow, owner: str | None, standing: Standing | None) -> Job:
         trial_key=row.trial_key,
         setting=row.setting,
         baseline=row.baseline,
-        error=_error(row),
-        created_at=int(row.created_at),
-        started_at=seconds(row.started_at),
-        finished_at=seconds(row.finished_at),
     )
 
 
@@ -99,18 +88,11 @@ def sweep_view(
     figures = {trial.key: trial.figures.model_dump() for trial in ended if trial.figures}
     front = front_of(figures, next((trial.key for trial in ended if trial.baseline == "full"), ""))
     return Sweep(
-        id=row.id,
-        owner=owner,
-        name=spec.get("name"),
-        status=row.state,
-        status_reason=row.status_reason,
-        attempt=row.attempt,
+        **_of_the_row(row, owner),
         priority=row.priority or 0,
         model=job["model"],
         dataset=job["dataset"],
         objectives=spec["objectives"],
-        metadata=spec["metadata"],
-        spec=spec,
         progress=SweepProgress(
             done=sum(over.values()), failed=sum(over.values()) - over.get(JobState.SUCCEEDED, 0), total=num_trials(spec)
         ),
@@ -120,11 +102,25 @@ def sweep_view(
         knee=front.knee,
         against=front.against if front.points else None,
         result=result,
-        error=_error(row),
-        created_at=int(row.created_at),
-        started_at=seconds(row.started_at),
-        finished_at=seconds(row.finished_at),
     )
+
+
+def _of_the_row(row: JobRow, owner: str | None) -> dict[str, Any]:
+    """What jobs and sweeps say alike."""
+    return {
+        "id": row.id,
+        "owner": owner,
+        "name": row.spec.get("name"),
+        "status": row.state,
+        "status_reason": row.status_reason,
+        "attempt": row.attempt,
+        "metadata": row.spec["metadata"],
+        "spec": row.spec,
+        "error": _error(row),
+        "created_at": int(row.created_at),
+        "started_at": seconds(row.started_at),
+        "finished_at": seconds(row.finished_at),
+    }
 
 
 def num_trials(spec: Mapping[str, Any]) -> int:

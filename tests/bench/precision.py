@@ -37,6 +37,7 @@ from tests.bench.engine import (
     synthetic_batch,
 )
 from tests.bench.report import mean_and_std, publish, target
+from tests.workers.engine import saved
 from tests.workers.planners import GroupPlanner, even_heads
 from tests.workers.processes import on_processes
 from workers.casting import compute_type
@@ -92,19 +93,6 @@ class Weighing(Executor):
     def _bwd(self, i):
         super()._bwd(i)
         del self.held[i.block, i.part, i.mb]
-
-
-def saved(node, seen=None):
-    """The tensors that a graph keeps."""
-    seen = set() if seen is None else seen
-    if node is None or node in seen:
-        return
-    seen.add(node)
-    for name in dir(node):
-        if name.startswith("_saved_") and isinstance(value := getattr(node, name), torch.Tensor):
-            yield value
-    for other, _ in node.next_functions:
-        yield from saved(other, seen)
 
 
 def main():

@@ -18,6 +18,7 @@ import httpx2
 import pytest
 import uvicorn
 from starlette.testclient import TestClient
+from typer.testing import CliRunner, Result
 
 from scheduler.book import Book
 from scheduler.devices import DeviceRecord
@@ -25,6 +26,7 @@ from scheduler.domain import LinkProfile
 from scheduler.fleets import parse_device, records_of
 from service.app import create_app, uvicorn_options
 from service.catalogue import FORMAT
+from service.cli import app
 from service.home import read_secret
 from service.settings import Settings
 from service.store import Store
@@ -269,3 +271,13 @@ def write_book(path: Path, *records: DeviceRecord) -> None:
     book = Book(path)
     book._records = {record.id: record for record in records}
     book.hear([], None, None)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def run(server: str, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
+    """Run a command as a user of the server's machine does."""
+    monkeypatch.setenv("D2FT_HOME", str(home))
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    monkeypatch.setenv("D2FT_URL", server)
+    runner = CliRunner()
+    return lambda *words: runner.invoke(app, list(words))

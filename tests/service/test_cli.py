@@ -22,16 +22,6 @@ Run = Callable[..., Result]
 
 
 @pytest.fixture
-def run(server: str, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Run a command as a user of the server's machine does."""
-    monkeypatch.setenv("D2FT_HOME", str(home))
-    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
-    monkeypatch.setenv("D2FT_URL", server)
-    runner = CliRunner()
-    return lambda *words: runner.invoke(app, list(words))
-
-
-@pytest.fixture
 def client(server: str, home: Path) -> Iterator[Client]:
     with Client(server, read_secret(home / "key")) as client:
         yield client

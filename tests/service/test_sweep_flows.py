@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 
-from service.cli import app
 from service.client import ApiConflictError, ApiNotFoundError, Client
 from service.home import read_secret
 from service.settings import Settings
@@ -28,16 +27,6 @@ def client(request: pytest.FixtureRequest, server: str, home: Path) -> Iterator[
     """Either client, by the same words."""
     with request.param(server, read_secret(home / "key")) as found:
         yield found
-
-
-@pytest.fixture
-def run(server: str, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Run a command as a user of the server's machine does."""
-    monkeypatch.setenv("D2FT_HOME", str(home))
-    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
-    monkeypatch.setenv("D2FT_URL", server)
-    runner = CliRunner()
-    return lambda *words: runner.invoke(app, list(words))
 
 
 def spec(job: dict[str, Any] | None = None, **metadata: str) -> SweepSpec:

@@ -124,3 +124,16 @@ def gathered_gradients(model, shards):
         found = {name: named[name].grad for name in shard.spoken_for() if named[name].grad is not None}
         join(found, grads, shard.cut)
     return grads
+
+
+def saved(node, seen=None):
+    """The tensors that a graph keeps."""
+    seen = set() if seen is None else seen
+    if node is None or node in seen:
+        return
+    seen.add(node)
+    for name in dir(node):
+        if name.startswith("_saved_") and isinstance(value := getattr(node, name), torch.Tensor):
+            yield value
+    for other, _ in node.next_functions:
+        yield from saved(other, seen)

@@ -19,7 +19,7 @@ from scheduler.placement.memory import memory_bytes_of
 from scheduler.selection.traffic import Traffic
 from scheduler.simulate import simulate
 from scheduler.transfers import step_bytes
-from tests.workers.engine import costs_for, gathered_gradients, images_and_labels, on_threads, run_step, tiny_vit
+from tests.workers.engine import costs_for, gathered_gradients, images_and_labels, on_threads, run_step, saved, tiny_vit
 from tests.workers.judge import masked_loss
 from tests.workers.test_engine import cases
 from tests.workers.test_families import KINDS, small
@@ -227,18 +227,7 @@ def kept_bytes(model, words):
         def _saved(self):
             for leaf, out in self._state.kept.values():
                 yield leaf
-                yield from () if out is None else graph(out.grad_fn)
-
-    def graph(node, seen=None):
-        seen = set() if seen is None else seen
-        if node is None or node in seen:
-            return
-        seen.add(node)
-        for name in dir(node):
-            if name.startswith("_saved_") and isinstance(value := getattr(node, name), torch.Tensor):
-                yield value
-        for other, _ in node.next_functions:
-            yield from graph(other, seen)
+                yield from () if out is None else saved(out.grad_fn)
 
     executor = Weighing(Shard(model, placement, 0), on_threads(1, lambda _, transport: transport)[0])
     executor.run(StepPrograms(programs, 0, costs, torch.float32), Batch({0: images}, {0: labels}))

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, JsonValue, Tag, ValidationError, field_validator, model_validator
 
-from workers.contract import JobSpec
+from workers.contract import DriverContext, JobSpec
 from workers.method import Frozen
 
 Metric = Literal["accuracy", "loss", "compute", "bytes", "seconds"]
@@ -231,8 +231,8 @@ class SweepSpec(Frozen):
             }
 
 
-class SweepContext(Frozen):
-    """Where a sweep runs: written by the supervisor beside the spec, read by the driver.
+class SweepContext(DriverContext):
+    """Where one attempt of a sweep runs.
 
     With `post_url`, the service's `…/v1/runs`, its trials are jobs of the service, which it speaks to with
     `post_token`; without, it runs them itself, each under `run_dir/trials/KEY`. A new attempt of the same sweep has the
@@ -240,15 +240,7 @@ class SweepContext(Frozen):
     """
 
     sweep_id: str
-    attempt: int = 1
     spec: SweepSpec
-    run_dir: str
-    storage_path: str
-    resources_per_worker: dict[str, float] = Field(default_factory=lambda: {"CPU": 0.5})
-    use_gpu: bool | None = None
-    start_timeout_s: Annotated[float, Field(gt=0)] = 60.0
-    post_url: str | None = None
-    post_token: str | None = Field(default=None, repr=False)
 
 
 def _put(body: dict[str, Any], path: list[str], value: Any) -> None:
