@@ -24,7 +24,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from scheduler import actor, failpoints
 from scheduler.errors import D2ftError, SystemFault, UserError
 from workers import control, early
-from workers.contract import RunContext
+from workers.contract import DriverContext, RunContext
 from workers.control import PAUSED_FILE
 from workers.events import EventLog
 from workers.failures import FAILURES_DIR, root_cause
@@ -95,12 +95,17 @@ def attempt(context: RunContext) -> D2ftError | None:
 
 
 def tell(context: RunContext, error: D2ftError | None, why: str | None) -> str:
-    """Write how the attempt ended, `why` it is paused if it is; the message."""
+    """Write how the attempt ended and have it posted, as `outcome` says."""
+    with posting(context):
+        return outcome(context, error, why)
+
+
+def outcome(context: DriverContext, error: D2ftError | None, why: str | None) -> str:
+    """Write how an attempt ended, `why` it is paused if it is; the message."""
     told = error.to_dict() if error else None
     status = "failed" if error else "paused" if why else "succeeded"
     message = str(told["message"]) if told else status
-    with posting(context):
-        emit(context, "outcome", message, status=status, error=told, **({"why": why} if why else {}))
+    emit(context, "outcome", message, status=status, error=told, **({"why": why} if why else {}))
     return message
 
 
@@ -111,7 +116,7 @@ def paused(context: RunContext) -> str | None:
     return control.asked(context.run_dir) or control.PAUSE
 
 
-def emit(context: RunContext, type: str, message: str = "", **data: Any) -> None:
+def emit(context: DriverContext, type: str, message: str = "", **data: Any) -> None:
     """The file is opened for one event: while the group runs, it is rank 0's to write."""
     with EventLog(context.run_dir) as log:
         log.emit(type, message, **data)

@@ -12,9 +12,9 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
-from workers.contract import JobSpec
+from workers.contract import JobSpec, put
+from workers.sources.address import address_of
 
 HOME_VARIABLE = "D2FT_HOME"
 IN_RAY_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray sets it for the entry point of a job
@@ -76,7 +76,7 @@ def job_spec(args: argparse.Namespace) -> JobSpec:
     if args.bytes is not None and args.compute is None:
         given["method.budgets.compute"] = 1.0
     if args.dataset is not None:
-        given["dataset"] = dataset_address(args.dataset)
+        given["dataset"] = address_of(args.dataset)
     if args.ratios is not None and "micro_batches" not in body:
         given["micro_batches"] = given["micro_batches"] or sum(args.ratios.values())
     for place, value in given.items():
@@ -85,13 +85,6 @@ def job_spec(args: argparse.Namespace) -> JobSpec:
     for place, value in args.set or ():
         put(body, place.split("."), value)
     return JobSpec.model_validate(body)
-
-
-def dataset_address(text: str) -> str:
-    """A plain path becomes an address; anything with a scheme, and "digits", go as they are."""
-    if text == "digits" or text.startswith(("torchvision:", "hf:")) or "://" in text:
-        return text
-    return "folder://" + quote(os.path.abspath(Path(text).expanduser()))  # noqa: PTH100 - resolves .. without links
 
 
 def run_dir_of(args: argparse.Namespace, environ: Mapping[str, str] = os.environ) -> Path:
@@ -104,15 +97,6 @@ def run_dir_of(args: argparse.Namespace, environ: Mapping[str, str] = os.environ
             f"--out {args.out}: a Ray job's own directory is removed after it, with what lies there; give a whole path"
         )
     return Path(args.out).absolute()
-
-
-def put(body: dict[str, Any], place: list[str], value: Any) -> None:
-    """Set a field by its path; an object on the way that is missing is made."""
-    for part in place[:-1]:
-        if not isinstance(body.get(part), dict):
-            body[part] = {}
-        body = body[part]
-    body[place[-1]] = value
 
 
 def _ratios(text: str) -> dict[str, int]:

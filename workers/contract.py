@@ -6,6 +6,7 @@ No torch here: the API process reads and checks specs with this file alone.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -299,3 +300,13 @@ class RunContext(DriverContext):
         if self.cores is not None and len(self.cores) != self.spec.workers:
             raise ValueError(f"{len(self.cores)} cores for {self.spec.workers} workers")
         return self
+
+
+def put(body: dict[str, Any], place: Sequence[str], value: Any) -> dict[str, Any]:
+    """Set a field of a spec's JSON by its path, making objects on the way; the object that has it."""
+    for part in place[:-1]:
+        if not isinstance(body.get(part), dict):
+            body[part] = {}
+        body = body[part]
+    body[place[-1]] = value
+    return body

@@ -25,7 +25,7 @@ from pydantic import ValidationError
 
 from scheduler.errors import D2ftError, SystemFault
 from workers import control, logs
-from workers.attempt import join, leave
+from workers.attempt import join, leave, outcome
 from workers.command import add_places, run_dir_of
 from workers.contract import JobSpec
 from workers.disk import leave as leave_file
@@ -63,10 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 error = SystemFault(f"The sweep ended with {type(caught).__name__}: {caught}", code="driver_failed")
             finally:
                 signal.signal(signal.SIGTERM, before)
-            told = error.to_dict() if error else None
-            status = "failed" if error else "paused" if why else "succeeded"
-            message = str(told["message"]) if told else status
-            driver.emit("outcome", message, status=status, error=told, **({"why": why} if why else {}))
+            message = outcome(context, error, why)
         leave()
         if error is not None:
             say(f"d2ft: sweep {context.sweep_id} failed: {message}")

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import typer
+
+from workers.contract import put
+from workers.sources.address import address_of
 
 # flag → where it goes in the body
 _PLACES = {
@@ -52,7 +53,7 @@ def job_body(flags: Mapping[str, Any]) -> dict[str, Any]:
     body = read_spec(flags.get("spec"))
     for flag, place in _PLACES.items():
         if flags.get(flag) is not None:
-            put_at(body, place, flags[flag])
+            put(body, place, flags[flag])
     if flags.get("weights"):
         body["weights"] = weights_of(flags["weights"])
     if flags.get("dataset"):
@@ -79,14 +80,14 @@ def _put_share(body: dict[str, Any], flags: Mapping[str, Any]) -> None:
     ratios = None
     if flags.get("ratios"):
         ratios = ratios_of(flags["ratios"], "--ratios")
-        put_at(body, ("method", "ratios"), ratios)
+        put(body, ("method", "ratios"), ratios)
     if flags.get("compute") is not None or flags.get("bytes") is not None:
         compute = 1.0 if flags.get("compute") is None else flags["compute"]
         budgets = {"compute": compute, **({} if flags.get("bytes") is None else {"bytes": flags["bytes"]})}
-        put_at(body, ("method", "budgets"), budgets)
+        put(body, ("method", "budgets"), budgets)
     if flags.get("schedule"):
         phases = [_phase(text) for text in flags["schedule"].split(";") if text.strip()]
-        put_at(body, ("method", "schedule"), phases)
+        put(body, ("method", "schedule"), phases)
         ratios = ratios or next((phase["ratios"] for phase in phases if "ratios" in phase), None)
     if ratios and flags.get("micro_batches") is None and "micro_batches" not in body:
         body["micro_batches"] = sum(ratios.values())
@@ -140,9 +141,7 @@ def weights_of(text: str) -> str:
 
 def dataset_uri(text: str) -> str:
     """A plain path becomes an address; anything with a scheme, "digits" and "dataset:NAME" go as they are."""
-    if text == "digits" or text.startswith(("dataset:", "torchvision:", "hf:")) or "://" in text:
-        return text
-    return "folder://" + quote(os.path.abspath(Path(text).expanduser()))  # noqa: PTH100 - resolves .. without links
+    return address_of(text, ("dataset:", "torchvision:", "hf:"))
 
 
 def read_spec(path: str | None) -> dict[str, Any]:
@@ -156,11 +155,3 @@ def read_spec(path: str | None) -> dict[str, Any]:
     if not isinstance(body, dict):
         raise typer.BadParameter(f"{path} does not hold a JSON object", param_hint="--spec")
     return body
-
-
-def put_at(body: dict[str, Any], place: tuple[str, ...], value: Any) -> None:
-    """Set a field of a body by its path."""
-    *outer, last = place
-    for name in outer:
-        body = body.setdefault(name, {})
-    body[last] = value

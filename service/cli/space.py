@@ -12,7 +12,8 @@ from typing import Any
 
 import typer
 
-from service.cli.request import job_body, put_at, ratios_of, read_spec
+from service.cli.request import job_body, ratios_of, read_spec
+from workers.contract import put
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ def sweep_body(flags: Mapping[str, Any]) -> dict[str, Any]:
     for flag, field in _SEARCHED.items():
         words: Sequence[str] = flags.get(flag) or ()
         if len(words) == 1 and not (flag in _SPANS and ":" in words[0]):
-            put_at(job, tuple(field.path.split(".")), _read(field.read, words[0], flag))
+            put(job, field.path.split("."), _read(field.read, words[0], flag))
         elif words:
             space[field.path] = _choice(flag, words, field)
     for text in flags.get("try_") or ():

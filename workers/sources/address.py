@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from urllib.parse import parse_qsl, unquote
+from urllib.parse import parse_qsl, quote, unquote
 
 from scheduler.errors import UserError
 
@@ -35,6 +36,13 @@ class Address:
     def url(self) -> str:
         """Where it is in its store."""
         return f"{self.store}://{self.path}"
+
+
+def address_of(text: str, names: tuple[str, ...] = ("torchvision:", "hf:")) -> str:
+    """A plain path becomes an address; anything with a scheme, "digits" and what begins with `names` go as they are."""
+    if text == "digits" or text.startswith(names) or "://" in text:
+        return text
+    return "folder://" + quote(os.path.abspath(Path(text).expanduser()))  # noqa: PTH100 - resolves .. without links
 
 
 def parse_address(uri: str) -> Address:

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, JsonValue, Tag, ValidationError, field_validator, model_validator
 
-from workers.contract import DriverContext, JobSpec
+from workers.contract import DriverContext, JobSpec, put
 from workers.method import Frozen
 
 Metric = Literal["accuracy", "loss", "compute", "bytes", "seconds"]
@@ -202,7 +202,10 @@ class SweepSpec(Frozen):
         """The job of a setting, {path: value}. Raises ValidationError where it can be none."""
         body = self.job.model_dump(mode="json", exclude_defaults=True)
         for path, value in setting.items():
-            _put(body, path.split("."), _as_counts(value) if path == "method.ratios" else value)
+            place = path.split(".")
+            holder = put(body, place, _as_counts(value) if path == "method.ratios" else value)
+            if value is None:  # the field as it is by default
+                del holder[place[-1]]
         return JobSpec.model_validate(body)
 
     def full(self, share: float = 1.0, steps: float | None = None) -> JobSpec:
@@ -241,17 +244,6 @@ class SweepContext(DriverContext):
 
     sweep_id: str
     spec: SweepSpec
-
-
-def _put(body: dict[str, Any], path: list[str], value: Any) -> None:
-    for part in path[:-1]:
-        inner = body.get(part)
-        body[part] = dict(inner) if isinstance(inner, dict) else {}
-        body = body[part]
-    if value is None:
-        body.pop(path[-1], None)
-    else:
-        body[path[-1]] = value
 
 
 def _as_counts(value: Any) -> Any:

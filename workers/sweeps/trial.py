@@ -19,11 +19,12 @@ from workers.sweeps.children import FAILED, SUCCEEDED, Child, Children, follow
 from workers.sweeps.contract import Choice, SweepContext, SweepSpec
 from workers.sweeps.direct import Direct
 from workers.sweeps.hosted import Hosted
+from workers.sweeps.outcome import COSTS
 
 PLACE = "place"  # in Tune's config: the place in the list of settings
 HOSTED_POLL_S, DIRECT_POLL_S = 1.0, 0.5
 # What a sweep looks for, and what of a child's figures it is by.
-METRICS = {"accuracy": "accuracy", "compute": "gflop", "bytes": "mb", "seconds": "seconds"}
+METRICS = {"accuracy": "accuracy", **COSTS}
 Report = Callable[[dict[str, Any]], None]
 
 
