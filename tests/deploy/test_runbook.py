@@ -1,4 +1,4 @@
-"""The runbook rehearsed on one machine, by the commands that stand in it: backup while jobs run, restore, keys rotated."""
+"""The runbook rehearsed on one machine by its own commands: backup while jobs run, restore, the first key rotated."""
 
 from __future__ import annotations
 
