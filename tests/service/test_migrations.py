@@ -41,7 +41,7 @@ def third_url(home: Path) -> str:
 
 @pytest.fixture
 def fourth_url(home: Path) -> str:
-    """A database as the fourth version left it, which had ordered all its runs: jobs done, running, waiting; a sweep."""
+    """A database as the fourth version left it, which had ordered all its runs: done, running, waiting; a sweep."""
     return loaded(home, FOURTH)
 
 
