@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from service.cli import elsewhere, fronts, talk
-from service.cli.elsewhere import Out, RayAddress
+from service.cli.elsewhere import Out
 from service.cli.exits import Exit
 from service.cli.frame import (
     ImagesPerClass,
@@ -78,7 +78,7 @@ def sweep(
     priority: Annotated[int | None, typer.Option(help="Of all its jobs.")] = None,
     idempotency_key: Annotated[str | None, typer.Option(help="Sent again with the same key: the same sweep.")] = None,
     spec: SpecFile = None,
-    ray_address: RayAddress = None,
+    ray_address: Annotated[str | None, typer.Option(help="As for submit; no service lists it.")] = None,
     out: Out = None,
     watch_: Annotated[bool, typer.Option("--watch", help="Follow it to its end, and draw its front.")] = False,
     url: Url = None,
