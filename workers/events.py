@@ -34,9 +34,8 @@ reads on from there, so an outage of the reader loses nothing.
 |  | "bytes", "seconds", "figures", "error"}, "of": "full" or "largest", what costs are fractions of, "fronts": |
 |  | {"compute", "bytes", "seconds"}: keys, "knee": key or null} |
 | sweep.undrawn | {}: the picture of the front could not be made, and the message says why |
-| outcome | {"status": "succeeded" / "paused" / "failed", or "cancelled" of a run that no service has ordered, |
-|  | "error": {code, fault, message, param} or null}: the last |
-|  | line |
+| outcome | {"status": "succeeded" / "paused" / "failed", "error": {code, fault, message, param} or null}: the last |
+|  | line; "cancelled", too, of a run that no service has ordered |
 """
 
 from __future__ import annotations

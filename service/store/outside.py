@@ -73,14 +73,11 @@ class Outside:
     def end_silent(self, before: float) -> list[str]:
         """Decide the jobs whose runs were last heard before that time (Unix seconds); their ids."""
         with self._database.read() as session:
-            if session.execute(_silent(before).limit(1)).first() is None:
-                return []
+            silent = [(row.job_id, row.n) for row in session.scalars(_silent(before))]
+        if not silent:
+            return []
         with self._database.write() as session:
-            rows = session.execute(_silent(before).with_for_update()).all()
-            for row, job in rows:
-                _give_up(session, job, time.time() - (row.heard_at or row.created_at))
-                close_if_over(session, row, job)
-            return [job.id for _, job in rows]
+            return [job_id for job_id, n in silent if _give_up(session, job_id, n, before)]
 
     def check_here(self, job_id: str, what: str, *, owner: str | None) -> None:
         """Raise NotFoundError for `what` of a run outside, whose files are never looked for on this machine."""
@@ -124,20 +121,28 @@ class Outside:
             raise TooManyError(message, code="too_many_runs", remedy=remedy)
 
 
-def _silent(before: float) -> Select[AttemptRow, JobRow]:
+def _silent(before: float) -> Select[AttemptRow]:
     heard = func.coalesce(AttemptRow.heard_at, AttemptRow.created_at)
-    wanted = select(AttemptRow, JobRow).join(JobRow).where(JobRow.outside.is_(True))
+    wanted = select(AttemptRow).join(JobRow).where(JobRow.outside.is_(True))
     return wanted.where(AttemptRow.state == SUBMITTED, heard < before)
 
 
-def _give_up(session: Session, job: JobRow, silent_s: float) -> None:
-    said = f"Nothing was heard of the run for {silent_s:.0f} s."
+def _give_up(session: Session, job_id: str, n: int, before: float) -> bool:
+    """Decide a job, unless its run has spoken in the meantime. The rows are locked in the order of all who write both."""
+    job = session.get_one(JobRow, job_id, with_for_update=True)
+    row = session.get_one(AttemptRow, (job_id, n), with_for_update=True)
+    heard = row.heard_at or row.created_at
+    if row.state != SUBMITTED or heard >= before:
+        return False
+    said = f"Nothing was heard of the run for {time.time() - heard:.0f} s."
     if job.state == JobState.CANCELLING:
         move(session, job, JobState.CANCELLED, message=f"cancelled; {said[0].lower()}{said[1:]}")
-        return
-    remedy = "Look where it runs: it may have died, or go on and not reach this service. Start it again there."
-    error = {"code": SILENT, "fault": "system", "message": f"{said} {remedy}", "param": None}
-    move(session, job, JobState.FAILED, error=error)
+    else:
+        remedy = "Look where it runs: it may have died, or go on and not reach this service. Start it again there."
+        error = {"code": SILENT, "fault": "system", "message": f"{said} {remedy}", "param": None}
+        move(session, job, JobState.FAILED, error=error)
+    close_if_over(session, row, job)
+    return True
 
 
 def _again(session: Session, job: JobRow, asked: _Asked) -> Attempt:
