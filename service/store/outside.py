@@ -128,7 +128,7 @@ def _silent(before: float) -> Select[AttemptRow]:
 
 
 def _give_up(session: Session, job_id: str, n: int, before: float) -> bool:
-    """Decide a job, unless its run has spoken in the meantime. The rows are locked in the order of all who write both."""
+    """Decide a job, unless its run has spoken since. The rows are locked in the order of all who write both."""
     job = session.get_one(JobRow, job_id, with_for_update=True)
     row = session.get_one(AttemptRow, (job_id, n), with_for_update=True)
     heard = row.heard_at or row.created_at

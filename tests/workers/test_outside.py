@@ -210,11 +210,19 @@ def test_a_service_that_takes_no_more_does_not_end_the_run(run_dir, service, mon
     assert loop.main(words(run_dir)) == 0
 
 
+def test_ray_does_not_keep_the_signal_by_which_a_run_is_ended(monkeypatch):
+    """Its `init` sets a handler of its own, under which the process would exit without a last word."""
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(ray, "init", lambda **_: signal.signal(signal.SIGTERM, lambda *_: None))
+    attempt.join()
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
 DRIVER = """
-import sys, time
+import signal, sys, time
 import ray
 from workers import attempt, loop, poster
-ray.init = lambda **_: None
+ray.init = lambda **_: signal.signal(signal.SIGTERM, lambda *_: sys.exit(15))
 ray.cluster_resources = lambda: {"CPU": 2.0}
 poster.SILENCE_S = 0.1
 def group(context):
