@@ -43,8 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if context.outside:
             try:
                 context = _listed(context, key, say)
-            except UserError as error:
-                say(f"d2ft: {error.message} {error.remedy or ''}".rstrip())
+            except UserError as refused:
+                say(f"d2ft: {refused.message} {refused.remedy or ''}".rstrip())
                 return 2
         _LOG.info("job %s, attempt %d", context.job_id, context.attempt)
         error, message = _outside(context, say) if context.outside else _ordered(context, say)

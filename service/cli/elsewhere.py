@@ -166,8 +166,9 @@ def _listed(order: Order, spec: JobSpec, target: str) -> RunBegun:
 
 def _carry_out(order: Order, flags: Mapping[str, Any], begun: RunBegun | None, target: str | None) -> Exit:
     as_json, watch = bool(flags.get("json_")), bool(flags.get("watch_"))
-    told = {"object": "ray_job", "submission_id": order.id, "ray_address": order.address, "out": order.out}
-    told["job_id"] = begun and begun.job_id
+    job_id = None if begun is None else begun.job_id
+    told = {"object": "ray_job", "submission_id": order.id, "job_id": job_id, "ray_address": order.address}
+    told["out"] = order.out
     show: Callable[[str], None] = talk.put_text if not as_json else lambda text: talk.complain(text.rstrip("\n"))
     child = _Child(order, show)
     try:
