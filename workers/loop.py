@@ -23,7 +23,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from scheduler.errors import D2ftError, UserError
+from scheduler.errors import D2ftError, SystemFault, UserError
 from workers import control, logs, outside
 from workers.attempt import attempt, emit, has_gpus, join, leave, paused, tell
 from workers.command import add_job_flags, add_places, job_spec, run_dir_of
@@ -80,11 +80,20 @@ def _outside(context: RunContext, say: logs.Say) -> Ended:
         try:
             with posting(context, end=lambda: os.kill(os.getpid(), signal.SIGTERM)) as poster:
                 posters.append(poster)
-                error, why = _run(silent)
+                error, why = _caught(silent)
                 signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it has ended, and is about to say how
                 return error, tell(silent, error, why)
         finally:
             signal.signal(signal.SIGTERM, before)
+
+
+def _caught(context: RunContext) -> tuple[D2ftError | None, str | None]:
+    """`_run`, of which nobody else would see that it broke off."""
+    try:
+        return _run(context)
+    except Exception as error:
+        _LOG.exception("the driver ends with an error")
+        return SystemFault(f"The driver ended with {type(error).__name__}: {error}", code="driver_failed"), None
 
 
 def _listed(context: RunContext, key: str | None, say: logs.Say) -> RunContext:

@@ -108,7 +108,8 @@ def _check_ours(row: JobRow) -> None:
     if row.outside:
         out = (row.whereabouts or {}).get("run_dir") or "DIRECTORY"
         message = f"Job {row.id} runs outside of this service, which cannot start it again."
-        remedy = f"Start it again with --out {out}, as before: it goes on from its newest checkpoint, as another job."
+        how = f"python -m workers.loop … --out {out}, or d2ft submit --ray-address … --out {out}"
+        remedy = f"Start it again as before ({how}): it goes on from its newest checkpoint, as another job."
         raise ConflictError(message, code="runs_outside", remedy=remedy)
 
 

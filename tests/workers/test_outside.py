@@ -188,6 +188,14 @@ def test_the_driver_posts_and_prints_and_hands_neither_key_nor_token_on(
         assert not path.is_file() or KEY not in path.read_text(), path
 
 
+def test_a_driver_that_breaks_off_says_so(run_dir, service, monkeypatch, no_cluster):
+    monkeypatch.setenv("D2FT_URL", service.url)
+    monkeypatch.setenv("D2FT_API_KEY", KEY)
+    monkeypatch.setattr(loop, "attempt", lambda context: 1 / 0)
+    assert loop.main(words(run_dir)) == 1
+    assert service.events[-1]["data"]["error"]["code"] == "driver_failed"
+
+
 def test_a_refused_key_ends_it_before_anything_is_done(run_dir, service, monkeypatch, capfd, no_cluster):
     service.answers = [401]
     monkeypatch.setenv("D2FT_URL", service.url)
