@@ -79,10 +79,10 @@ def reached(done: Callable[[], bool], seconds: float) -> None:
     until(lambda: time.sleep(0.3) or done(), seconds)  # type: ignore[func-returns-value]
 
 
-def last_word(out: Path) -> dict[str, object]:
-    *_, (_, event) = read_events(out / "events.jsonl", 0)
-    assert event["type"] == "outcome"
-    return event["data"]  # type: ignore[no-any-return]
+def outcomes(out: Path) -> list[str]:
+    """What the driver has said in the end; a worker may still have written a step behind it."""
+    events = (event for _, event in read_events(out / "events.jsonl", 0))
+    return [str(event["data"]["status"]) for event in events if event["type"] == "outcome"]
 
 
 def test_a_run_elsewhere_is_listed_watched_paused_gone_on_with_and_cancelled(
@@ -117,7 +117,7 @@ def test_a_run_elsewhere_is_listed_watched_paused_gone_on_with_and_cancelled(
         reached(lambda: client.get(job.id).status == "cancelled", 30)
         print(f"cancelled after {time.monotonic() - began:.1f} s")
         reached(lambda: user.ray_status(sent.stdout.strip()) == "FAILED", 30)
-        assert last_word(out)["status"] == "cancelled"
+        assert outcomes(out) == ["cancelled"]
 
         out = head.folder / "c"
         assert user.submit(LONG, out).returncode == 0
