@@ -39,6 +39,7 @@ class Usage(Wire):
 class Job(Wire):
     """One job as the API shows it; times are Unix seconds.
 
+    `metrics` are the newest step's, `best_loss` the lowest of all steps, `accuracy` the newest on test images.
     `queue_position` counts from 1 while it waits, as of the service's last look at the queue. A trial of a sweep has
     `sweep_id`, its `trial_key` and `setting` there, and where it is one of the two to compare with, `baseline`.
     """
@@ -61,6 +62,8 @@ class Job(Wire):
     spec: dict[str, Any] = Field(default_factory=dict)
     progress: Progress = Progress()
     metrics: dict[str, Any] = Field(default_factory=dict)
+    best_loss: float | None = None
+    accuracy: float | None = None
     usage: Usage = Usage()
     estimate: dict[str, Any] | None = None
     sweep_id: str | None = None
