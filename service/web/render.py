@@ -16,7 +16,7 @@ from typing import Any
 from fastapi import Request
 from fastapi.responses import HTMLResponse
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from service.lifecycle import FINAL, JobState
 
@@ -116,8 +116,15 @@ def as_json(value: Any) -> Markup:
     return Markup(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))
 
 
-def pretty(value: Any) -> str:
-    return json.dumps(value, indent=2, ensure_ascii=False)
+def pretty(value: Any) -> Markup:
+    """JSON to be read and copied: what `plain` would show otherwise stands there as JSON's own escapes."""
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    return escape("".join(char if char == "\n" or _shown(char) == char else json.dumps(char)[1:-1] for char in text))
+
+
+def lines(text: str) -> Markup:
+    """`plain`, but for the ends of lines."""
+    return escape("\n".join(map(plain, text.splitlines())))
 
 
 def look(state: str) -> tuple[str, str]:
@@ -135,6 +142,6 @@ ENVIRONMENT = Environment(
 )
 ENVIRONMENT.filters |= {
     "duration": duration, "size": size, "share": share, "figure": figure, "moment": moment, "json": as_json,
-    "pretty": pretty, "look": look,
+    "pretty": pretty, "lines": lines, "look": look,
 }  # fmt: skip
 ENVIRONMENT.globals |= {"FINAL": FINAL, "STATES": list(JobState)}

@@ -60,7 +60,7 @@ export function framed(parent, title, table) {
 
 export function tabled(names, rows) {
   const head = el("tr", {}, ...names.map((name) => el("th", { textContent: name })));
-  const body = rows.map((row) => el("tr", {}, ...row.map((cell) => el("td", { textContent: cell ?? "–", className: typeof cell === "number" ? "num" : "" }))));
+  const body = rows.map((row) => el("tr", {}, ...row.map((cell) => el("td", { className: typeof cell === "number" ? "num" : "" }, cell ?? "–"))));
   return el("table", { className: "rows" }, el("thead", {}, head), el("tbody", {}, ...body));
 }
 
@@ -89,13 +89,19 @@ export class Chart {
     new ResizeObserver(() => this.plot && this.plot.setSize(this.#size())).observe(plot);
   }
 
-  // lines: [{label, x: [], y: []}], x rising; a y of null or NaN is a gap, NaN marked. marks: [{x, text}].
+  // lines: [{label, x: [], y: []}], x rising; a y of null or NaN is a gap, NaN marked; `points` shows each. marks: [{x, text}].
   set(lines, marks = []) {
     const alike = this.plot && lines.length === this.lines.length && lines.every((line, i) => line.label === this.lines[i].label);
     Object.assign(this, { lines, marks });
     if (alike) this.plot.setData(this.#data(), this.#whole());
     else this.#redraw({});
     this.refill();
+  }
+
+  // The axis is another from now on; its numbers come with the next `set`.
+  along(x) {
+    this.plot?.destroy();
+    Object.assign(this, { x, plot: null });
   }
 
   #whole() {
@@ -122,7 +128,7 @@ export class Chart {
     const axis = { stroke: text, grid, ticks: grid, font: "12px system-ui" };
     const series = this.lines.flatMap((line, i) => {
       const stroke = colour(`--c${i % 8}`);
-      const shown = { stroke, width: 2, dash: DASHES[i % DASHES.length], spanGaps: false, points: { show: line.x.length < 3 } };
+      const shown = { stroke, width: 2, dash: DASHES[i % DASHES.length], spanGaps: false, points: { show: line.points ?? line.x.length < 3 } };
       return [
         { ...shown, label: line.label, value: (_, value) => this.format(value) },
         { stroke: `${stroke}55`, width: 1, show: this.smooth > 0, points: { show: false }, label: "" },
