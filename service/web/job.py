@@ -121,7 +121,7 @@ def _overview(asked: Asked) -> dict[str, Any]:
     error = asked.job.error
     return {
         "ledger": _document(asked, asked.records.ledger),
-        "method": dict(leaves({name: value for name, value in asked.job.method.items() if value not in (None, [], {})})),
+        "method": dict(leaves({name: value for name, value in asked.job.method.items() if value not in (None, False, [], {})})),
         "advice": advice(error) if error else None,
         "first": _first_accuracy(asked),
     }
@@ -204,8 +204,8 @@ def _config(asked: Asked) -> dict[str, Any]:
     spec = {key: value for key, value in asked.job.spec.items() if value is not None}
     usual = dict(leaves(JobSpec().model_dump(mode="json")))
     own = dict(leaves(asked.job.spec))
-    changed = {path: (own.get(path), usual.get(path)) for path in sorted({*own, *usual}) if own.get(path) != usual.get(path)}
-    return {"spec": spec, "changed": {path: pair for path, pair in changed.items() if pair[0] not in ({}, []) or pair[1]}}
+    pairs = {path: (own.get(path) or None, usual.get(path) or None) for path in sorted({*own, *usual})}
+    return {"spec": spec, "changed": {path: pair for path, pair in pairs.items() if pair[0] != pair[1]}}
 
 
 def _logs(asked: Asked) -> dict[str, Any]:

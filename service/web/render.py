@@ -122,6 +122,12 @@ def pretty(value: Any) -> Markup:
     return escape("".join(char if char == "\n" or _shown(char) == char else json.dumps(char)[1:-1] for char in text))
 
 
+def brief(data: dict[str, Any]) -> str:
+    """The first few plain values of an event's data, on one line."""
+    told = [(key, value) for key, value in data.items() if isinstance(value, str | int | float)]
+    return ", ".join(f"{key} {figure(value) if isinstance(value, float) else value}" for key, value in told[:4])
+
+
 def lines(text: str) -> Markup:
     """`plain`, but for the ends of lines."""
     return escape("\n".join(map(plain, text.splitlines())))
@@ -142,6 +148,6 @@ ENVIRONMENT = Environment(
 )
 ENVIRONMENT.filters |= {
     "duration": duration, "size": size, "share": share, "figure": figure, "moment": moment, "json": as_json,
-    "pretty": pretty, "lines": lines, "look": look,
+    "pretty": pretty, "lines": lines, "brief": brief, "look": look,
 }  # fmt: skip
 ENVIRONMENT.globals |= {"FINAL": FINAL, "STATES": list(JobState)}

@@ -10,7 +10,7 @@ import { colour, digits, el, framed } from "./chart.js";
 
 const LEFT = 34, TOP = 18, GAP = 2;
 const HEIGHTS = { F: 1, O: 0.5, S: 0.12 };
-const FILLS = { F: "--full", O: "--forward", S: "--skip" };
+const FILLS = { F: "--full", O: "--forward", S: "--line" };
 const NAMES = { F: "FULL", O: "FORWARD", S: "SKIP" };
 const COLOURS = [["op", "op"], ["worth", "worth"], ["time", "time"]];
 const UNKNOWN = "not known yet";
@@ -84,7 +84,7 @@ const FIELDS = { worth: "worth", time: "time_us" };
 
 function layout(plot, plan) {
   const ops = plan.cycle[0], down = ops.length, across = ops[0].length, many = ops[0][0].length;
-  const wide = Math.max(1.5 * many + 8, Math.min(150, (plot.clientWidth - LEFT - 2) / across));
+  const wide = Math.max(1.5 * many + 8, Math.min(200, (plot.clientWidth - LEFT - 2) / across));
   return { down, across, many, wide, high: down > 16 ? 20 : 28 };
 }
 
@@ -96,7 +96,7 @@ function span(plan, by) {
 function shade(plan, view) {
   if (view.colour === "op") return () => 1;
   const [low, high] = span(plan, view.colour), field = FIELDS[view.colour];
-  return (block, head) => 0.12 + 0.88 * (high > low ? Math.sqrt((about(plan, block, head)[field] - low) / (high - low)) : 1);
+  return (block, head) => 0.2 + 0.8 * (high > low ? Math.sqrt((about(plan, block, head)[field] - low) / (high - low)) : 1);
 }
 
 // Milliseconds that it took.
@@ -167,7 +167,7 @@ function counts(word) {
 
 function sums(ops) {
   const word = ops.flat().join("");
-  const shares = Object.keys(NAMES).map((op) => `${NAMES[op]} ${digits(100 * [...word].filter((each) => each === op).length / word.length)} %`);
+  const shares = Object.keys(NAMES).map((op) => `${NAMES[op]} ${digits(Math.round(1000 * [...word].filter((each) => each === op).length / word.length) / 10)} %`);
   return `Of the ${word.length} ops of this step: ${shares.join(", ")}.`;
 }
 
@@ -191,7 +191,7 @@ function key(plan, view) {
   parts.push(keyed(`${view.colour}: pale ${digits(low)}${unit}, dark ${digits(high)}${unit}`, (ctx) => {
     ctx.fillStyle = colour("--c0");
     for (let i = 0; i < 20; i++) {
-      ctx.globalAlpha = 0.12 + 0.88 * (i / 19);
+      ctx.globalAlpha = 0.2 + 0.8 * (i / 19);
       ctx.fillRect(1 + i, 1, 1, 12);
     }
   }));

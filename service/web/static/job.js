@@ -59,15 +59,15 @@ const NO_PLAN = "There is no plan yet. It is made once the workers have measured
 
 // Draws the plan, and again whenever there is another.
 async function planned(place, begin) {
-  let drawing = null;
+  let drawing = null, known = job().dataset.planned === "1";
   async function show() {
-    const plan = (await found("plan"))?.plan;
+    const plan = known && (await found("plan"))?.plan;
     if (!plan) return note(place, NO_PLAN);
     place.className = "";
     if (drawing) drawing.set(plan);
     else drawing = begin(plan);
   }
-  for (const type of PLANS) on[type] = () => show().catch(failed);
+  for (const type of PLANS) on[type] = () => ((known = true), show().catch(failed));
   await show();
 }
 

@@ -10,7 +10,7 @@ const SERIES = [
   { title: "Learning rate", lines: { learning_rate: "learning rate" } },
   { title: "Gradient norm", lines: { grad_norm: "gradient norm" } },
   { title: "Seconds per step", smooth: 0.4, lines: { step_seconds: "seconds" } },
-  { title: "Compute and bytes, of all-FULL", lines: { compute_fraction: "compute", bytes_fraction: "bytes" } },
+  { title: "Compute and bytes", lines: { compute_fraction: "compute, of all-FULL", bytes_fraction: "bytes, of all-FULL" } },
   { title: "Idle share", smooth: 0.4, lines: { idle_share: "idle" } },
 ];
 

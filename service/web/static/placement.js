@@ -3,7 +3,7 @@ import { owned, redrawn, sized } from "./canvas.js";
 import { digits, el, tabled } from "./chart.js";
 
 const UNKNOWN = "not known yet";
-const BINDS = { time: "⏱ time", memory: "▤ memory", link: "⇄ link", path: "… path", idle: "○ idle" };
+const BINDS = { time: "◷ time", memory: "▤ memory", link: "⇄ link", path: "… path", idle: "○ idle" };
 const POWERS = ["B", "kB", "MB", "GB", "TB"];
 
 export function bytes(count) {
@@ -59,14 +59,14 @@ function deviceTable(plan, measured) {
     return [
       worker,
       told.name ? named(told) : UNKNOWN,
-      el("span", {}, bar(count / all, `Worker ${worker}: share of the heads`), ` ${count} (${digits(100 * count / all)} %)`),
+      el("span", { className: "nowrap" }, bar(count / all, `Worker ${worker}: share of the heads`), ` ${count} (${Math.round(100 * count / all)} %)`),
       bytes(plan.memory_bytes?.[worker]),
       bytes(measured.measured_bytes?.[worker]),
       bytes(told.memory_limit_bytes),
-      el("span", {}, bar(busy / step, `Worker ${worker}: busy`), ` ${ms(busy)} (${digits(100 * busy / step)} %)`),
+      el("span", { className: "nowrap" }, bar(busy / step, `Worker ${worker}: busy`), ` ${ms(busy)} (${Math.round(100 * busy / step)} %)`),
       typeof seen === "number" ? ms(seen * 1e6) : "–",
       bytes(sent),
-      told.binding ? el("span", {}, el("strong", { textContent: BINDS[told.binding] ?? told.binding }), el("small", { className: "dim block", textContent: told.note ?? "" })) : UNKNOWN,
+      told.binding ? el("span", { className: "wide" }, el("strong", { textContent: BINDS[told.binding] ?? told.binding }), el("small", { className: "dim block", textContent: told.note ?? "" })) : UNKNOWN,
     ];
   });
   const table = tabled(names, rows);
@@ -121,11 +121,21 @@ function linkTable(plan) {
 
 function solverTable(plan) {
   const share = (value) => (typeof value === "number" ? `${digits(100 * value)} %` : "–");
-  const rows = [["Placement", plan.placement_report], ["Selection", plan.selection_report]].map(([name, report]) => [
-    name, report.method, report.status, digits(report.objective), digits(report.bound), share(report.gap), share(report.rounding_loss), `${digits(report.seconds)} s`, report.note || null,
-  ]);
-  const table = tabled(["", "By", "Status", "Found", "Bound", "Gap", "Rounding", "Took", "Note"], rows);
+  const told = {
+    "By": (report) => report.method,
+    "Status": (report) => report.status,
+    "Found": (report) => digits(report.objective),
+    "Bound": (report) => digits(report.bound),
+    "Gap": (report) => share(report.gap),
+    "Lost by rounding": (report) => share(report.rounding_loss),
+    "Took": (report) => `${digits(report.seconds)} s`,
+    "Note": (report) => report.note || "–",
+  };
+  const rows = Object.entries(told).map(([name, tell]) => [name, tell(plan.placement_report), tell(plan.selection_report)]);
+  const table = tabled(["", "Placement", "Selection"], rows);
   table.id = "solvers";
+  table.classList.add("keyed");
+  for (const cell of table.querySelectorAll(".num")) cell.className = "";
   return table;
 }
 
