@@ -204,7 +204,7 @@ def _config(asked: Asked) -> dict[str, Any]:
     spec = {key: value for key, value in asked.job.spec.items() if value is not None}
     usual = dict(leaves(JobSpec().model_dump(mode="json")))
     own = dict(leaves(asked.job.spec))
-    pairs = {path: (own.get(path) or None, usual.get(path) or None) for path in sorted({*own, *usual})}
+    pairs = {path: tuple(None if of.get(path) in ({}, []) else of.get(path) for of in (own, usual)) for path in sorted({*own, *usual})}
     return {"spec": spec, "changed": {path: pair for path, pair in pairs.items() if pair[0] != pair[1]}}
 
 

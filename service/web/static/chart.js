@@ -156,21 +156,21 @@ export class Chart {
     ctx.font = `${11 * ratio}px system-ui`;
     ctx.textAlign = "left";
     ctx.setLineDash([4 * ratio, 4 * ratio]);
-    for (const { x, text } of this.marks) {
+    for (const [i, { x, text }] of this.marks.entries()) {
       const at = plot.valToPos(x, "x", true);
       if (at < bbox.left || at > bbox.left + bbox.width) continue;
       ctx.beginPath();
       ctx.moveTo(at, bbox.top);
       ctx.lineTo(at, bbox.top + bbox.height);
       ctx.stroke();
-      ctx.fillText(text, at + 3 * ratio, bbox.top + 11 * ratio);
+      ctx.fillText(text, at + 3 * ratio, bbox.top + (11 + 12 * (i % 3)) * ratio);
     }
     for (const { x, y } of this.lines) {
       let written = -Infinity;
       y.forEach((value, i) => {
         if (value === null || Number.isFinite(value)) return;
         const at = plot.valToPos(x[i], "x", true), apart = at - written > 40 * ratio;
-        ctx.fillText(apart ? "▼ NaN" : "▼", at - 4 * ratio, bbox.top + 24 * ratio);
+        ctx.fillText(apart ? "▼ NaN" : "▼", at - 4 * ratio, bbox.top + 48 * ratio);
         if (apart) written = at;
       });
     }

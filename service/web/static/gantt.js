@@ -132,7 +132,7 @@ function paint(canvas, width, rows, view) {
   const text = colour("--text"), dim = colour("--dim"), soft = colour("--soft");
   const fills = Object.fromEntries(Object.entries(KINDS).map(([name, { fill }]) => [name, colour(fill)]));
   ctx.fillStyle = dim;
-  for (const at of ticks(view.from, view.to)) {
+  for (const at of ticks(view.from, view.to, (width - LEFT) / 90)) {
     const x = LEFT + (at - view.from) * scale;
     ctx.fillText(`${digits(at / 1000)} ms`, x + 3, TOP / 2);
     ctx.fillRect(x, TOP / 2 - 6, 1, 12);
@@ -183,8 +183,8 @@ function bars(ctx, spans, { y, view, scale, fills, text }) {
 
 const label = ([, , what, block, part, mb]) => [what, block >= 0 ? `b${block}${part ? `.${part}` : ""}` : part, mb >= 0 ? `m${mb}` : ""].filter(Boolean).join(" ");
 
-function ticks(from, to) {
-  const rough = (to - from) / 7, unit = 10 ** Math.floor(Math.log10(rough)), by = [1, 2, 5, 10].find((each) => each * unit >= rough) * unit;
+function ticks(from, to, most) {
+  const rough = (to - from) / Math.max(2, most), unit = 10 ** Math.floor(Math.log10(rough)), by = [1, 2, 5, 10].find((each) => each * unit >= rough) * unit;
   const found = [];
   for (let at = Math.ceil(from / by) * by; at < to - by / 3; at += by) found.push(at);
   return found;
@@ -231,12 +231,14 @@ function sumTable(pair) {
     const { compute, talk, wait, update, idle } = totals(spans, step);
     return [SIDES[side], worker, ...[compute, talk, wait, update, idle, step].map((us) => `${digits(us / 1000)} ms`)];
   });
-  return tabled(["", "Worker", "Compute", "Send, receive", "Wait", "Update", "Idle at the end", "Step"], rows);
+  const table = tabled(["Step", "Worker", "Compute", "Send, receive", "Wait", "Update", "Idle at the end", "In all"], rows);
+  table.classList.add("keyed");
+  return table;
 }
 
 function table(rows, view) {
   const seen = rows.flatMap(({ side, worker, spans }) => spans.filter((span) => span[1] >= view.from && span[0] <= view.to).map(([begin, end, what, block, part, mb]) => [SIDES[side], worker, begin, end - begin, what, block < 0 ? null : block, part, mb < 0 ? null : mb]));
-  const rest = seen.length - TABLE_ROWS, head = ["", "Worker", "From, µs", "Takes, µs", "What", "Block", "Part", "Micro-batch"];
+  const rest = seen.length - TABLE_ROWS, head = ["Step", "Worker", "From, µs", "Takes, µs", "What", "Block", "Part", "Micro-batch"];
   return [head, [...seen.slice(0, TABLE_ROWS), ...(rest > 0 ? [[`and ${rest} more: look closer to see them`]] : [])]];
 }
 

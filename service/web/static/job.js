@@ -92,7 +92,7 @@ const open = {
     };
     const read = async () => {
       const { forecast = null, measured = null } = (await found("timeline")) ?? {};
-      pair = { forecast, measured };
+      pair = { forecast, measured: measured ?? pair.measured };
       show();
     };
     on.timeline = (event) => ((pair = { ...pair, measured: event.data }), show());
@@ -113,7 +113,8 @@ const open = {
   },
   async logs() {
     const { Logs } = await import("./logs.js"), logs = new Logs(id);
-    on["job.status"] = (event) => event.data.to === "starting" && location.reload(); // another attempt, another log
+    const newest = document.querySelector("#log-attempt option")?.value ?? "0";
+    on["job.status"] = (event) => event.attempt > Number(newest) && location.reload(); // another attempt, another log
     await logs.open();
   },
 };

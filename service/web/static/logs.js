@@ -56,7 +56,10 @@ export class Logs {
       this.#toEnd();
       await this.#follow(end, reading.signal);
     } catch (error) {
-      if (error.name !== "AbortError") this.#note(error.message);
+      if (error.name === "AbortError") return;
+      this.#note(error.message);
+      const mayCome = document.getElementById("job").dataset.final === "0";
+      if (mayCome) setTimeout(() => reading.signal.aborted || this.open(), AGAIN_MS);
     }
   }
 
@@ -85,7 +88,7 @@ export class Logs {
           this.#add(decoder.decode(piece.value, { stream: true }));
           this.#note("");
         }
-        return; // the attempt has ended
+        return this.#note("The attempt has ended.");
       } catch (error) {
         if (signal.aborted || error.name === "AbortError") return;
         this.#note(`${error.message} Trying again …`);

@@ -132,7 +132,7 @@ function solverTable(plan) {
     "Note": (report) => report.note || "–",
   };
   const rows = Object.entries(told).map(([name, tell]) => [name, tell(plan.placement_report), tell(plan.selection_report)]);
-  const table = tabled(["", "Placement", "Selection"], rows);
+  const table = tabled(["Solver of", "Placement", "Selection"], rows);
   table.id = "solvers";
   table.classList.add("keyed");
   for (const cell of table.querySelectorAll(".num")) cell.className = "";
