@@ -83,7 +83,7 @@ async def tab_of(
     request: Request,
     world: InWorld,
     caller: ByCaller,
-    type: Some = [],  # noqa: B006: FastAPI copies it
+    type: Some = [],  # noqa: B006 - FastAPI copies it
     level: Some = [],  # noqa: B006
     before: Annotated[int | None, Query(ge=1, lt=2**31)] = None,
 ) -> Response:
@@ -121,7 +121,9 @@ def _overview(asked: Asked) -> dict[str, Any]:
     error = asked.job.error
     return {
         "ledger": _document(asked, asked.records.ledger),
-        "method": dict(leaves({name: value for name, value in asked.job.method.items() if value not in (None, False, [], {})})),
+        "method": dict(
+            leaves({name: value for name, value in asked.job.method.items() if value not in (None, False, [], {})})
+        ),
         "advice": advice(error) if error else None,
         "first": _first_accuracy(asked),
     }
@@ -142,9 +144,7 @@ def _charts(asked: Asked) -> dict[str, Any]:
     for event in reversed(seen):
         mark = {"type": event.type, "attempt": event.attempt, "data": event.data}
         if event.type == "attempt.lost":
-            last = asked.records.history(
-                asked.job.id, types=(STEPS,), before=event.seq, limit=1, owner=asked.reach
-            )
+            last = asked.records.history(asked.job.id, types=(STEPS,), before=event.seq, limit=1, owner=asked.reach)
             mark["step"] = last[0].data.get("step", 0) if last else 0
         marks.append(mark)
     return {"marks": marks}
@@ -204,7 +204,10 @@ def _config(asked: Asked) -> dict[str, Any]:
     spec = {key: value for key, value in asked.job.spec.items() if value is not None}
     usual = dict(leaves(JobSpec().model_dump(mode="json")))
     own = dict(leaves(asked.job.spec))
-    pairs = {path: tuple(None if of.get(path) in ({}, []) else of.get(path) for of in (own, usual)) for path in sorted({*own, *usual})}
+    pairs = {
+        path: tuple(None if of.get(path) in ({}, []) else of.get(path) for of in (own, usual))
+        for path in sorted({*own, *usual})
+    }
     return {"spec": spec, "changed": {path: pair for path, pair in pairs.items() if pair[0] != pair[1]}}
 
 

@@ -40,7 +40,7 @@ async def list_of_jobs(
     world: InWorld,
     caller: ByCaller,
     search: Text = "",
-    status: Annotated[list[str], Query(max_length=len(GROUPS))] = [],  # noqa: B006: FastAPI copies it
+    status: Annotated[list[str], Query(max_length=len(GROUPS))] = [],  # noqa: B006 - FastAPI copies it
     model: Text = "",
     owner: Text = "",
     sweep: Annotated[str, Query(max_length=80)] = "",

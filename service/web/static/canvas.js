@@ -1,4 +1,5 @@
-// What drawings on a canvas have in common: sharp pixels, a tip, keys, fields, and redrawing when the theme or the width changes.
+// What drawings on a canvas have in common: sharp pixels, a tip, a key, a cursor, and drawing again when the theme or
+// the width has changed.
 import { colour, el } from "./chart.js";
 
 export const DASHES = [[], [6, 3], [2, 2], [8, 2, 2, 2], [4, 4], [10, 3], [1, 3], [6, 2, 1, 2]];
@@ -32,11 +33,16 @@ export function hideTip() {
 }
 addEventListener("scroll", hideTip, true);
 
+for (const [source, type] of [[window, "d2ft:theme"], [matchMedia("(prefers-color-scheme: dark)"), "change"]]) {
+  source.addEventListener(type, () => document.querySelectorAll("canvas.swatch").forEach((swatch) => swatch.repaint()));
+}
+
 // One entry of a key: `paint` draws its sign into a box of 22 × 14.
 export function keyed(text, paint) {
   const canvas = el("canvas", { className: "swatch" });
   canvas.setAttribute("aria-hidden", "true");
-  paint(sized(canvas, 22, 14));
+  canvas.repaint = () => paint(sized(canvas, 22, 14));
+  canvas.repaint();
   return el("span", { className: "key" }, canvas, text);
 }
 

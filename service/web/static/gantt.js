@@ -15,17 +15,18 @@ const KINDS = {
 };
 const OF = { send: "talk", recv: "talk", wait: "wait", update: "update", step: "update" };
 const kind = (span) => OF[span[2]] ?? "compute";
-const SIDES = { forecast: "forecast", measured: "measured" };
+const SIDES = ["forecast", "measured"];
 const LACKS = {
   forecast: "The forecast of a step is not known yet.",
   measured: "No step has been measured so yet.",
 };
 
 // Draws {forecast, measured} into `place`, either null where it is not known; the answer's `set` shows others.
-export function gantt(place, pair, { title = "A step", lacks = LACKS } = {}) {
+// `lacks` has other words for what is missing, "" for none.
+export function gantt(place, pair, { title = "A step, worker by worker", lacks = {} } = {}) {
   const view = { from: 0, to: 0, row: 0, span: 0 };
   place.replaceChildren();
-  const { figure, plot, refill } = framed(place, title, () => table(rowsOf(pair), view));
+  const { head, plot, refill } = framed(place, title, () => table(rowsOf(pair), view));
   const canvas = el("canvas", { id: "gantt" }), note = el("p", { className: "dim" }), spoken = el("p", { className: "unseen", role: "status" });
   const sums = el("div", { className: "scroll", tabIndex: 0 });
   sums.setAttribute("role", "region");
@@ -56,10 +57,10 @@ export function gantt(place, pair, { title = "A step", lacks = LACKS } = {}) {
     });
   }
   function show(changed) {
-    const missing = Object.keys(SIDES).filter((side) => !pair[side]);
-    note.textContent = missing.map((side) => lacks[side]).filter(Boolean).join(" ");
-    const drawable = missing.length < 2;
-    figure.hidden = false;
+    const missing = SIDES.filter((side) => !pair[side]);
+    note.textContent = missing.map((side) => { ...LACKS, ...lacks }[side]).filter(Boolean).join(" ");
+    const drawable = missing.length < 2, { step, window } = pair.measured ?? {};
+    head.firstChild.textContent = step === undefined ? title : `${title}: measured step ${step} of window ${window}`;
     plot.hidden = !drawable;
     if (changed || view.to > whole()) Object.assign(view, { from: 0, to: whole() });
     draw();
@@ -115,7 +116,7 @@ export function gantt(place, pair, { title = "A step", lacks = LACKS } = {}) {
 function rowsOf(pair) {
   const rows = [];
   let y = TOP;
-  for (const side of Object.keys(SIDES)) {
+  for (const side of SIDES) {
     if (!pair[side]) continue;
     pair[side].workers.forEach((spans, worker) => {
       rows.push({ side, worker, spans, step_us: pair[side].step_us, y });
@@ -142,7 +143,7 @@ function paint(canvas, width, rows, view) {
   }
   for (const { side, worker, spans, step_us: end, y } of rows) {
     ctx.fillStyle = dim;
-    ctx.fillText(`${SIDES[side]} w${worker}`, 2, y + ROW / 2);
+    ctx.fillText(`${side} w${worker}`, 2, y + ROW / 2);
     bars(ctx, spans, { y, view, scale, fills, text });
     const x = LEFT + (end - view.from) * scale;
     ctx.fillStyle = text;
@@ -215,7 +216,7 @@ function moved(pressed, view, rows) {
 function told({ side, worker, spans }, at) {
   const [begin, end, what, block, part, mb] = spans[at];
   const where = [block >= 0 ? `block ${block}` : "", part, mb >= 0 ? `micro-batch ${mb}` : ""].filter(Boolean).join(", ");
-  return [`${SIDES[side]}, worker ${worker}: ${what === "wait" ? "waits" : what}`, where, `${micro(end - begin)}, from ${micro(begin)} on`].filter(Boolean).join("\n");
+  return [`${side}, worker ${worker}: ${what === "wait" ? "waits" : what}`, where, `${micro(end - begin)}, from ${micro(begin)} on`].filter(Boolean).join("\n");
 }
 
 const micro = (us) => `${Math.round(us).toLocaleString("en")} µs`;
@@ -229,7 +230,7 @@ function totals(spans, step) {
 function sumTable(pair) {
   const rows = rowsOf(pair).map(({ side, worker, spans, step_us: step }) => {
     const { compute, talk, wait, update, idle } = totals(spans, step);
-    return [SIDES[side], worker, ...[compute, talk, wait, update, idle, step].map((us) => `${digits(us / 1000)} ms`)];
+    return [side, worker, ...[compute, talk, wait, update, idle, step].map((us) => `${digits(us / 1000)} ms`)];
   });
   const table = tabled(["Step", "Worker", "Compute", "Send, receive", "Wait", "Update", "Idle at the end", "In all"], rows);
   table.classList.add("keyed");
@@ -237,7 +238,7 @@ function sumTable(pair) {
 }
 
 function table(rows, view) {
-  const seen = rows.flatMap(({ side, worker, spans }) => spans.filter((span) => span[1] >= view.from && span[0] <= view.to).map(([begin, end, what, block, part, mb]) => [SIDES[side], worker, begin, end - begin, what, block < 0 ? null : block, part, mb < 0 ? null : mb]));
+  const seen = rows.flatMap(({ side, worker, spans }) => spans.filter((span) => span[1] >= view.from && span[0] <= view.to).map(([begin, end, what, block, part, mb]) => [side, worker, begin, end - begin, what, block < 0 ? null : block, part, mb < 0 ? null : mb]));
   const rest = seen.length - TABLE_ROWS, head = ["Step", "Worker", "From, µs", "Takes, µs", "What", "Block", "Part", "Micro-batch"];
   return [head, [...seen.slice(0, TABLE_ROWS), ...(rest > 0 ? [[`and ${rest} more: look closer to see them`]] : [])]];
 }

@@ -3,6 +3,7 @@ import { ask, say } from "./api.js";
 import { live } from "./live.js";
 
 const REFRESH_MS = 1000;
+const QUIET = ["queued", "failed", "cancelled"]; // states in which no event of its own says what changes for it
 const job = () => document.getElementById("job");
 const { job: id, tab, after } = job().dataset;
 const on = {}; // by type of event, what the open tab does with it
@@ -84,11 +85,9 @@ const open = {
     const place = document.getElementById("timeline"), { gantt } = await import("./gantt.js");
     let drawing = null, pair = { forecast: null, measured: null };
     const show = () => {
-      const { step, window } = pair.measured ?? {};
-      place.dataset.measuredStep = step ?? "";
+      place.dataset.measuredStep = pair.measured?.step ?? "";
       if (drawing) drawing.set(pair);
-      else drawing = gantt(place, pair, { title: "A step, worker by worker" });
-      place.querySelector("figcaption").firstChild.textContent = step === undefined ? "A step, worker by worker" : `A step, worker by worker: measured step ${step} of window ${window}`;
+      else drawing = gantt(place, pair);
     };
     const read = async () => {
       const { forecast = null, measured = null } = (await found("timeline")) ?? {};
@@ -132,7 +131,7 @@ live({
       on[event.type]?.(event);
       refresh();
     },
-    jobs: () => job().dataset.status === "queued" && refresh(),
+    jobs: () => QUIET.includes(job().dataset.status) && refresh(),
   },
 });
 await open[tab]?.().catch(failed);
