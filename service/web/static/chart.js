@@ -65,7 +65,7 @@ const sideOf = (cell) => (typeof cell === "number" || NUMBER.test(cell) ? "num" 
 export function tabled(names, rows) {
   const sides = names.map((_, i) => sideOf(rows.find((row) => row[i] !== null && row[i] !== "–")?.[i]));
   const head = el("tr", {}, ...names.map((name, i) => el("th", { textContent: name, className: sides[i] })));
-  const body = rows.map((row) => el("tr", {}, ...row.map((cell, i) => el("td", { className: cell === "–" ? sides[i] : sideOf(cell) }, cell ?? "–"))));
+  const body = rows.map((row) => el("tr", {}, ...row.map((cell, i) => el("td", { className: cell === null || cell === "–" ? sides[i] : sideOf(cell) }, cell ?? "–"))));
   return el("table", { className: "rows" }, el("thead", {}, head), el("tbody", {}, ...body));
 }
 

@@ -34,7 +34,8 @@ export function gantt(place, pair, { title = "A step, worker by worker", lacks =
   canvas.setAttribute("role", "application");
   canvas.setAttribute("aria-label", `${title}: a row a worker, time to the right. Arrow keys move from bar to bar, plus and minus zoom.`);
   plot.append(canvas);
-  plot.before(el("div", { className: "tools" }, ...buttons(), ...legend()), note);
+  const tools = el("div", { className: "tools" }, ...buttons(), ...legend());
+  plot.before(tools, note);
   plot.after(spoken, sums);
 
   const whole = () => Math.max(1, ...rowsOf(pair).map((row) => row.step_us));
@@ -58,10 +59,10 @@ export function gantt(place, pair, { title = "A step, worker by worker", lacks =
   }
   function show(changed) {
     const missing = SIDES.filter((side) => !pair[side]);
-    note.textContent = missing.map((side) => { ...LACKS, ...lacks }[side]).filter(Boolean).join(" ");
+    note.textContent = missing.map((side) => lacks[side] ?? LACKS[side]).filter(Boolean).join(" ");
     const drawable = missing.length < 2, { step, window } = pair.measured ?? {};
     head.firstChild.textContent = step === undefined ? title : `${title}: measured step ${step} of window ${window}`;
-    plot.hidden = !drawable;
+    plot.hidden = tools.hidden = !drawable;
     if (changed || view.to > whole()) Object.assign(view, { from: 0, to: whole() });
     draw();
     sums.replaceChildren(...(drawable ? [sumTable(pair)] : []));
@@ -152,8 +153,8 @@ function paint(canvas, width, rows, view) {
   const here = rows[view.row], span = here?.spans[view.span];
   if (span && document.activeElement === canvas) {
     Object.assign(ctx, { strokeStyle: text, lineWidth: 2 });
-    const x = Math.max(LEFT, LEFT + (span[0] - view.from) * scale);
-    ctx.strokeRect(x - 1, here.y + 1, Math.max(3, (span[1] - span[0]) * scale + 2), ROW - 2);
+    const [x, end] = [span[0], span[1]].map((at) => Math.min(width - 3, Math.max(LEFT, LEFT + (at - view.from) * scale)));
+    ctx.strokeRect(x - 1, here.y + 1, Math.max(3, end - x + 2), ROW - 2);
   }
   return performance.now() - began;
 }
