@@ -8,14 +8,14 @@ from starlette.middleware.gzip import GZipMiddleware
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp
 
-from service.web import jobs, live, sign_in
+from service.web import job, jobs, live, sign_in
 from service.web.render import STATIC
 
 __all__ = ["routers", "statics"]
 
 
 def routers() -> list[APIRouter]:
-    return [sign_in.router, jobs.router, live.router]
+    return [sign_in.router, jobs.router, job.router, live.router]
 
 
 def statics() -> ASGIApp:

@@ -40,7 +40,7 @@ async def list_of_jobs(
     world: InWorld,
     caller: ByCaller,
     search: Text = "",
-    status: Annotated[list[str], Query(max_length=len(GROUPS))] = [],  # noqa: B006: FastAPI copies it
+    status: Annotated[list[str], Query(max_length=len(GROUPS))] = [],  # noqa: B006 - FastAPI copies it
     model: Text = "",
     owner: Text = "",
     sweep: Annotated[str, Query(max_length=80)] = "",
@@ -104,13 +104,13 @@ def address(asked: dict[str, object], **changes: object) -> str:
 
 def differences(jobs: list[Job]) -> dict[str, list[object]]:
     """The fields of the jobs' specs that are not alike, by path, with each job's value."""
-    flat = [dict(_leaves(job.spec)) for job in jobs]
+    flat = [dict(leaves(job.spec)) for job in jobs]
     paths = sorted({path for each in flat for path in each})
     rows = {path: [each.get(path) for each in flat] for path in paths}
     return {path: values for path, values in rows.items() if any(value != values[0] for value in values)}
 
 
-def _leaves(value: object, path: str = "") -> list[tuple[str, object]]:
+def leaves(value: object, path: str = "") -> list[tuple[str, object]]:
     if isinstance(value, dict) and value:
-        return [leaf for key, of in value.items() for leaf in _leaves(of, f"{path}.{key}" if path else str(key))]
+        return [leaf for key, of in value.items() for leaf in leaves(of, f"{path}.{key}" if path else str(key))]
     return [(path, value)]

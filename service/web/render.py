@@ -16,7 +16,7 @@ from typing import Any
 from fastapi import Request
 from fastapi.responses import HTMLResponse
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from service.lifecycle import FINAL, JobState
 
@@ -116,8 +116,21 @@ def as_json(value: Any) -> Markup:
     return Markup(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))
 
 
-def pretty(value: Any) -> str:
-    return json.dumps(value, indent=2, ensure_ascii=False)
+def pretty(value: Any) -> Markup:
+    """JSON to be read and copied: what `plain` would show otherwise stands there as JSON's own escapes."""
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    return escape("".join(char if char == "\n" or _shown(char) == char else json.dumps(char)[1:-1] for char in text))
+
+
+def brief(data: dict[str, Any]) -> str:
+    """The first few plain values of an event's data, on one line."""
+    told = [(key, value) for key, value in data.items() if isinstance(value, str | int | float)]
+    return ", ".join(f"{key} {figure(value) if isinstance(value, float) else value}" for key, value in told[:4])
+
+
+def lines(text: str) -> Markup:
+    """`plain`, but for the ends of lines."""
+    return escape("\n".join(map(plain, text.splitlines())))
 
 
 def look(state: str) -> tuple[str, str]:
@@ -135,6 +148,6 @@ ENVIRONMENT = Environment(
 )
 ENVIRONMENT.filters |= {
     "duration": duration, "size": size, "share": share, "figure": figure, "moment": moment, "json": as_json,
-    "pretty": pretty, "look": look,
+    "pretty": pretty, "lines": lines, "brief": brief, "look": look,
 }  # fmt: skip
 ENVIRONMENT.globals |= {"FINAL": FINAL, "STATES": list(JobState)}

@@ -58,9 +58,14 @@ export function framed(parent, title, table) {
   return { figure, head, plot, refill: () => data.hidden || fill() };
 }
 
+// Figures, with their units or without, stand to the right.
+const NUMBER = /^-?[\d.,]+(e[-+]?\d+)?( (%|µs|ms|s|B|kB|MB|GB|TB))?$/;
+const sideOf = (cell) => (typeof cell === "number" || NUMBER.test(cell) ? "num" : "");
+
 export function tabled(names, rows) {
-  const head = el("tr", {}, ...names.map((name) => el("th", { textContent: name })));
-  const body = rows.map((row) => el("tr", {}, ...row.map((cell) => el("td", { textContent: cell ?? "–", className: typeof cell === "number" ? "num" : "" }))));
+  const sides = names.map((_, i) => sideOf(rows.find((row) => row[i] !== null && row[i] !== "–")?.[i]));
+  const head = el("tr", {}, ...names.map((name, i) => el("th", { textContent: name, className: sides[i] })));
+  const body = rows.map((row) => el("tr", {}, ...row.map((cell, i) => el("td", { className: cell === null || cell === "–" ? sides[i] : sideOf(cell) }, cell ?? "–"))));
   return el("table", { className: "rows" }, el("thead", {}, head), el("tbody", {}, ...body));
 }
 
@@ -89,13 +94,19 @@ export class Chart {
     new ResizeObserver(() => this.plot && this.plot.setSize(this.#size())).observe(plot);
   }
 
-  // lines: [{label, x: [], y: []}], x rising; a y of null or NaN is a gap, NaN marked. marks: [{x, text}].
+  // lines: [{label, x: [], y: []}], x rising; a y of null or NaN is a gap, NaN marked; with `points` each is shown as it is. marks: [{x, text}].
   set(lines, marks = []) {
     const alike = this.plot && lines.length === this.lines.length && lines.every((line, i) => line.label === this.lines[i].label);
     Object.assign(this, { lines, marks });
     if (alike) this.plot.setData(this.#data(), this.#whole());
     else this.#redraw({});
     this.refill();
+  }
+
+  // The axis is another from now on; its numbers come with the next `set`.
+  along(x) {
+    this.plot?.destroy();
+    Object.assign(this, { x, plot: null });
   }
 
   #whole() {
@@ -106,9 +117,9 @@ export class Chart {
     return value !== null && Number.isFinite(value) && (!this.log || value > 0) ? value : null;
   }
   #data() {
-    const tables = this.lines.map(({ x, y }) => {
+    const tables = this.lines.map(({ x, y, points }) => {
       const known = y.map((value) => this.#finite(value));
-      return [x, smoothed(known, this.smooth), known];
+      return [x, points ? known : smoothed(known, this.smooth), known];
     });
     return tables.length ? uPlot.join(tables, tables.map(() => [0, 2, 2])) : [[]];
   }
@@ -122,7 +133,7 @@ export class Chart {
     const axis = { stroke: text, grid, ticks: grid, font: "12px system-ui" };
     const series = this.lines.flatMap((line, i) => {
       const stroke = colour(`--c${i % 8}`);
-      const shown = { stroke, width: 2, dash: DASHES[i % DASHES.length], spanGaps: false, points: { show: line.x.length < 3 } };
+      const shown = { stroke, width: 2, dash: DASHES[i % DASHES.length], spanGaps: false, points: { show: line.points ?? line.x.length < 3 } };
       return [
         { ...shown, label: line.label, value: (_, value) => this.format(value) },
         { stroke: `${stroke}55`, width: 1, show: this.smooth > 0, points: { show: false }, label: "" },
@@ -132,7 +143,7 @@ export class Chart {
       ...this.#size(),
       cursor: { sync: { key: sync.key, setSeries: false }, drag: { x: true, y: false } },
       scales: { x: { time: false }, y: { distr: this.log ? 3 : 1 } },
-      axes: [{ ...axis, label: this.x, labelSize: 18, size: 34, labelFont: "12px system-ui" }, { ...axis, size: 62, values: (_, ticks) => ticks.map((tick) => (tick === null ? "" : this.format(tick))) }],
+      axes: [{ ...axis, label: this.x, labelSize: 18, size: 34, labelFont: "12px system-ui" }, { ...axis, size: 70, values: (_, ticks) => ticks.map((tick) => (tick === null ? "" : this.format(tick))) }],
       series: [{ label: this.x }, ...series],
       legend: { markers: { width: 2 } },
       hooks: { draw: [(plot) => this.#mark(plot)], ready: [(plot) => hideRaw(plot)] },
@@ -143,19 +154,24 @@ export class Chart {
     ctx.save();
     ctx.strokeStyle = ctx.fillStyle = colour("--bad");
     ctx.font = `${11 * ratio}px system-ui`;
+    ctx.textAlign = "left";
     ctx.setLineDash([4 * ratio, 4 * ratio]);
-    for (const { x, text } of this.marks) {
+    for (const [i, { x, text }] of this.marks.entries()) {
       const at = plot.valToPos(x, "x", true);
       if (at < bbox.left || at > bbox.left + bbox.width) continue;
       ctx.beginPath();
       ctx.moveTo(at, bbox.top);
       ctx.lineTo(at, bbox.top + bbox.height);
       ctx.stroke();
-      ctx.fillText(text, at + 3 * ratio, bbox.top + 11 * ratio);
+      ctx.fillText(text, at + 3 * ratio, bbox.top + (11 + 12 * (i % 3)) * ratio);
     }
     for (const { x, y } of this.lines) {
+      let written = -Infinity;
       y.forEach((value, i) => {
-        if (value !== null && !Number.isFinite(value)) ctx.fillText("▼ NaN", plot.valToPos(x[i], "x", true), bbox.top + 24 * ratio);
+        if (value === null || Number.isFinite(value)) return;
+        const at = plot.valToPos(x[i], "x", true), apart = at - written > 40 * ratio;
+        ctx.fillText(apart ? "▼ NaN" : "▼", at - 4 * ratio, bbox.top + 48 * ratio);
+        if (apart) written = at;
       });
     }
     ctx.restore();
