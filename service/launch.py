@@ -26,7 +26,6 @@ class Launch:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._runs_url = f"{settings.public_url or settings.url}/v1/runs"
 
     def entrypoint(self, attempt: Attempt, context: Path) -> str:
         module = self._settings.sweep_module if attempt.kind == SWEEP else self._settings.driver_module
@@ -40,7 +39,7 @@ class Launch:
             spec=attempt.spec,
             storage_path=str(self._settings.storage),
             resume_from=str(self._settings.checkpoints_dir(attempt.job_id)) if resumes else None,
-            post_url=f"{self._runs_url}/events",
+            post_url=f"{self._settings.runs_url}/events",
         )
 
     def sweep_context(self, attempt: Attempt, have: Mapping[str, float]) -> SweepContext:
@@ -50,7 +49,7 @@ class Launch:
             **self._of(attempt, have),
             spec=attempt.sweep_spec,
             storage_path=str(self._settings.sweep_dir(attempt.job_id)),
-            post_url=self._runs_url,
+            post_url=self._settings.runs_url,
         )
 
     def _of(self, attempt: Attempt, have: Mapping[str, float]) -> dict[str, Any]:

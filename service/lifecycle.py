@@ -1,12 +1,14 @@
 """The states of a job and the moves between them.
 
     validating → queued → planning ⇄ starting → running → finalizing → succeeded
+        └── (a run outside) ──────────►┘
                    │          └───────┴────────────┴──────────┴──► failed
                    │                               ├─► recovering ─► planning, starting, running; queued
                    └──► cancelled ◄── cancelling ◄─┴─► pausing ─► paused ─► queued
 
 `planning` and `starting` follow each other in either order: a driver plans once its workers have measured
-themselves, and may plan again after a restart. A job is recovering while its driver brings its group up again, or for
+themselves, and may plan again after a restart. A run that the service has not ordered never waits: it is starting when
+it is first heard of. A job is recovering while its driver brings its group up again, or for
 the moment in which an attempt is lost and it is put into the queue for the next. Only succeeded, failed and cancelled
 are final, and final is frozen: a retry of what failed or was cancelled is not a move of the run that ended but the
 beginning of a new attempt.
@@ -49,7 +51,7 @@ _WAY_OUT = frozenset({_S.SUCCEEDED, _S.FAILED, _S.CANCELLING, _S.RECOVERING})
 _WORK = frozenset({_S.PLANNING, _S.STARTING, _S.RUNNING, _S.FINALIZING})
 
 TRANSITIONS: dict[JobState, frozenset[JobState]] = {
-    _S.VALIDATING: frozenset({_S.QUEUED, _S.FAILED}),
+    _S.VALIDATING: frozenset({_S.QUEUED, _S.STARTING, _S.FAILED}),
     _S.QUEUED: frozenset({_S.PLANNING, _S.PAUSED, _S.FAILED, _S.CANCELLED}),
     _S.PLANNING: _WAY_OUT | {_S.STARTING, _S.RUNNING, _S.FINALIZING, _S.PAUSING},
     _S.STARTING: _WAY_OUT | {_S.PLANNING, _S.RUNNING, _S.FINALIZING, _S.PAUSING},

@@ -20,6 +20,7 @@ def artifact_file(
     store: Store, settings: Settings, job_id: str, name: str, *, owner: str | None
 ) -> tuple[StoredArtifact, Path]:
     """A recorded artifact and where it lies, which is in the job's directory. Raises NotFoundError."""
+    store.outside.check_here(job_id, "files", owner=owner)
     artifact = store.records.artifact(job_id, name, owner=owner)
     path = _inside(settings, job_id, artifact)
     if not path.is_file():
@@ -49,10 +50,13 @@ def with_weights(spec: JobSpec, store: Store, settings: Settings, caller: Caller
         if status != JobState.SUCCEEDED:
             message = f"Job {job_id} is {status}, and only the result of one that has succeeded can be weights."
             raise _refused(f"{message} {_remedy(status)}", "weights_job_not_succeeded")
+        store.outside.check_here(job_id, "files", owner=caller.user_id)
         path = _inside(settings, job_id, store.records.artifact(job_id, WEIGHTS, owner=caller.user_id))
     except NotFoundError as error:
         message = f"You have no job '{job_id[:60]}' with a result. Take the id of one of yours: GET /v1/jobs."
-        if error.code != "job_not_found":
+        if error.code == "lies_outside":
+            message = f"{error.message} Copy the weights to a folder of this service, or take another job."
+        elif error.code != "job_not_found":
             message = f"Job {job_id} left no {WEIGHTS}. Take another job, or a file."
         raise _refused(message, "weights_job_not_found") from None
     return spec.model_copy(update={"weights": str(path)})

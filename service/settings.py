@@ -86,6 +86,8 @@ class Settings(BaseSettings):
     """How long a job runs at least before one of higher priority may have it paused; "null" switches that off."""
     max_faults: Annotated[int, Field(ge=0, le=1000)] = 3
     """How many attempts of a job may be lost to faults of the system before it fails; 0: the first one ends it."""
+    outside_silence_s: Annotated[float, Field(ge=10)] = 120.0
+    """How long a run that was started elsewhere may be silent before its job is given up; it posts every 5 seconds."""
     lease_s: Annotated[float, Field(gt=0)] = 5.0
     """Of several API processes on one store, how long the one that supervises may be silent before another does."""
     resources_per_worker: dict[str, float] | None = None
@@ -202,6 +204,11 @@ class Settings(BaseSettings):
         host = ANY.get(self.host, self.host)
         scheme = "https" if self.tls_cert else "http"
         return f"{scheme}://{f'[{host}]' if ':' in host else host}:{self.port}"
+
+    @property
+    def runs_url(self) -> str:
+        """Where runs find what is theirs."""
+        return f"{self.public_url or self.url}/v1/runs"
 
     @property
     def is_exposed(self) -> bool:

@@ -30,6 +30,7 @@ from service.logs import about
 from service.meters import Meters
 from service.ray_jobs import RayJob, RayJobs
 from service.settings import Settings
+from service.silence import Silence
 from service.store import Attempt, Store
 from service.store.actions import STOP
 from service.store.attempts import CREATED, ENDED
@@ -99,6 +100,7 @@ class Supervisor:
         self._nudged = asyncio.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._lead = Lead(store, LEASE, settings.lease_s)
+        self._silence = Silence(store, settings.outside_silence_s)
 
     def nudge(self) -> None:
         """Have the next look come soon, since a user has asked for something; from any thread."""
@@ -144,6 +146,7 @@ class Supervisor:
             with about(job_id=attempt.job_id, attempt=attempt.n):
                 await self._guard(self._follow(attempt), attempt.submission_id)
         await asyncio.to_thread(self._store.queue.expire)
+        await asyncio.to_thread(self._silence.look)
         await self._start_next()
         if self._settings.preempt_after_s is not None:
             await asyncio.to_thread(

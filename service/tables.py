@@ -4,7 +4,7 @@
 |---|---|---|
 | users, api_keys | who may come in, and the hash of one key | first start, administrators, users |
 | jobs, job_labels | one job or sweep, its place in the queue; one entry of its metadata | POST, supervisor, actions |
-| attempts | one run of a job; `token` fences its writes | the supervisor |
+| attempts | one run of a job; `token` fences its writes | the supervisor, POST of a run outside |
 | events | one line of a job's history; append-only, numbered from 1 within its job | whoever moves the job |
 | metrics, artifacts, checkpoints | one optimiser step, one file, one checkpoint of a run | the run's events |
 | datasets | one registered image folder | users |
@@ -76,7 +76,8 @@ class JobRow(Base):
     to. A sweep's `spec` is a `SweepSpec`, its `ledger` the result that its driver told.
 
     `live` are running sums over its steps. `plan` and `ledger` are large and read only when asked for. `search` is the
-    lower-case text that a search looks through. `want` is what its driver is asked: pause, or stop where nothing would
+    lower-case text that a search looks through. `outside` is true of a run that was not ordered here, `whereabouts` is
+    where it says it is. `want` is what its driver is asked: pause, or stop where nothing would
     be lost; `requeue` says that the job waits again once it is paused. `faults`, `stuck` and `lost_step` count its lost
     attempts (`service.faults`).
     """
@@ -110,6 +111,8 @@ class JobRow(Base):
     priority: Mapped[int] = mapped_column(Integer, default=0)
     queued_at: Mapped[float | None] = mapped_column(Float)
     queue_deadline: Mapped[float | None] = mapped_column(Float)
+    outside: Mapped[bool] = mapped_column(Boolean, default=False)
+    whereabouts: Mapped[dict[str, Any] | None]
     want: Mapped[str | None] = mapped_column(String(16))
     requeue: Mapped[bool] = mapped_column(Boolean, default=False)
     attempt: Mapped[int] = mapped_column(Integer, default=0)
@@ -139,7 +142,10 @@ class LabelRow(Base):
 
 
 class AttemptRow(Base):
-    """One run of a job. States: created, submitted, ended (the job is decided), settled (Ray has let go of it)."""
+    """One run of a job. States: created, submitted, ended (the job is decided), settled (Ray has let go of it).
+
+    `heard_at` is when a run outside last posted.
+    """
 
     __tablename__ = "attempts"
     __table_args__ = (Index("ix_attempts_state", "state"), Index("ix_attempts_token", "token"))
@@ -150,6 +156,7 @@ class AttemptRow(Base):
     submission_id: Mapped[str] = mapped_column(String(80), unique=True)
     state: Mapped[str] = mapped_column(String(16))
     events_offset: Mapped[int] = mapped_column(BigInteger, default=0)
+    heard_at: Mapped[float | None] = mapped_column(Float)
     created_at: Mapped[float] = mapped_column(Float)
     ended_at: Mapped[float | None] = mapped_column(Float)
 

@@ -14,6 +14,8 @@ import importlib
 import logging
 import os
 import shutil
+import signal
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +46,12 @@ _LOG = logging.getLogger(__name__)
 
 
 def join() -> None:
-    """Join the cluster that this process is told of, or start one of its own. Raises UserError where it is refused."""
+    """Join the cluster that this process is told of, or start one of its own. Raises UserError where it is refused.
+
+    Ray takes SIGTERM for itself, by which the process would exit without a word; it is given back.
+    """
     hook = {"worker_process_setup_hook": early.HOOK}
+    heeds = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(namespace=actor.NAMESPACE, log_to_driver=True, logging_level=logging.WARNING, runtime_env=hook)
     except (ConnectionError, ray.exceptions.AuthenticationError) as error:
@@ -55,6 +61,9 @@ def join() -> None:
             code="cluster_refused",
             remedy="Check the address, and that RAY_AUTH_MODE is token and RAY_AUTH_TOKEN_PATH the cluster's token.",
         ) from error
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, heeds)
 
 
 def leave() -> None:

@@ -265,8 +265,9 @@ class RunContext(DriverContext):
     `run_dir` holds its `events.jsonl` and, at the end, `result/`. `storage_path` is Ray Train's. `cores`
     pins the worker of each rank to a processor core; cores may be shared. With `resume_from`, a directory of
     checkpoints, the run goes on from the newest that is whole. Events are sent to `post_url` with `post_token`, too,
-    where the service gives them. `group` counts the groups of workers
-    that the attempt has had; `max_losses` of them may be lost by faults of the system.
+    where the service gives them. `group` counts the groups of workers that the attempt has had; `max_losses` of them
+    may be lost by faults of the system. Of a run that is `outside`, which no service has ordered, the driver alone
+    posts, so that no worker needs the token, and it prints what goes on.
     """
 
     job_id: str
@@ -275,6 +276,7 @@ class RunContext(DriverContext):
     resume_from: str | None = None
     group: Annotated[int, Field(ge=0)] = 0
     max_losses: Annotated[int, Field(ge=0)] = 8
+    outside: bool = False
 
     @property
     def worker_memory_bytes(self) -> int | None:

@@ -35,7 +35,7 @@ reads on from there, so an outage of the reader loses nothing.
 |  | {"compute", "bytes", "seconds"}: keys, "knee": key or null} |
 | sweep.undrawn | {}: the picture of the front could not be made, and the message says why |
 | outcome | {"status": "succeeded" / "paused" / "failed", "error": {code, fault, message, param} or null}: the last |
-|  | line |
+|  | line; "cancelled", too, of a run that no service has ordered: a step that was under way may follow |
 """
 
 from __future__ import annotations

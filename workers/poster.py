@@ -8,7 +8,8 @@ The file is written first and is the truth; a thread reads it, so that training 
 post brings no events and asks how far the server is: whoever died before, nothing is lost and nothing comes twice. What
 fails is tried again for as long as the run lives, unless the server says that this attempt no longer owns its job.
 
-Of wishes only "pause" is acted on here: to cancel a run, the service stops its Ray job.
+Of wishes only "pause" is acted on here: to cancel a run, the service stops its Ray job. One that it has not ordered it
+cannot stop: the driver of such a run, which posts by itself, is told to `end` by a SIGTERM to its own process.
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
-from workers.control import PAUSE, ask, asked
+from workers.control import CANCEL, PAUSE, ask, asked
 from workers.events import EVENTS_FILE, read_events
 
 MAX_EVENTS, MAX_BYTES = 500, 480_000  # of one post, with room for what it adds to the lines; a larger event goes alone
@@ -53,14 +54,19 @@ class Source(Protocol):
 
 
 @contextmanager
-def posting(context: Source, close_s: float = CLOSE_S) -> Iterator[None]:
-    """Send the run's events during the block, and what is left in the `close_s` behind it; nothing without a URL."""
+def posting(
+    context: Source, close_s: float = CLOSE_S, end: Callable[[], None] | None = None
+) -> Iterator[Poster | None]:
+    """Send the run's events during the block, and what is left in the `close_s` behind it; nothing without a URL.
+
+    `end` is called once, on another thread, where the run is to be cancelled and nobody else would do it.
+    """
     if context.post_url is None:
-        yield
+        yield None
         return
-    poster = Poster(context, context.post_url)
+    poster = Poster(context, context.post_url, end)
     try:
-        yield
+        yield poster
     finally:
         poster.close(close_s)
 
@@ -68,13 +74,14 @@ def posting(context: Source, close_s: float = CLOSE_S) -> Iterator[None]:
 class Poster:
     """A thread that follows the event file; `close` waits for the tail."""
 
-    def __init__(self, context: Source, url: str) -> None:
+    def __init__(self, context: Source, url: str, end: Callable[[], None] | None = None) -> None:
         self._run_dir, self._attempt, self._url = Path(context.run_dir), context.attempt, url
         self._headers = {"Authorization": f"Bearer {context.post_token}", "Content-Type": "application/json"}
         # No proxy: the service is on the cluster's own network. No redirect: the token is for that one address.
         self._http = urllib.request.build_opener(urllib.request.ProxyHandler({}), NoRedirects)
         self._offset: int | None = None  # what the server has; None before it has said
         self._failures = 0
+        self._end = end
         self._closing = threading.Event()
         self._deadline = float("inf")
         self._thread = threading.Thread(target=self._follow, name="poster", daemon=True)
@@ -117,8 +124,7 @@ class Poster:
             with self._http.open(request, timeout=REQUEST_S) as response:
                 answer = json.loads(response.read())
             self._offset = int(answer["offset"])
-            if answer.get("want") == PAUSE and asked(self._run_dir) != PAUSE:
-                ask(self._run_dir, PAUSE)
+            self._heed(answer.get("want"))
         except urllib.error.HTTPError as error:
             with error:
                 if error.code in OWNED_NO_MORE:
@@ -133,6 +139,14 @@ class Poster:
             else:
                 self._failures = 0
         return True
+
+    def _heed(self, want: str | None) -> None:
+        if want == PAUSE and asked(self._run_dir) != PAUSE:
+            ask(self._run_dir, PAUSE)
+        if want == CANCEL and self._end is not None:
+            ask(self._run_dir, CANCEL)
+            end, self._end = self._end, None
+            end()
 
     def _failed(self, why: str) -> None:
         self._failures += 1

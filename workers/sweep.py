@@ -24,7 +24,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from scheduler.errors import D2ftError, SystemFault
-from workers import control, logs
+from workers import control, logs, outside
 from workers.attempt import join, leave, outcome
 from workers.command import add_places, run_dir_of
 from workers.contract import JobSpec
@@ -44,6 +44,7 @@ _LOG = logging.getLogger(__name__)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    os.environ.pop(outside.KEY, None)  # no service lists a sweep, and nothing that is started here is to inherit a key
     context, path = read_context(argv)
     with logs.kept(logs.log_path(context.run_dir, "driver")) as say:
         driver = Driver(context, path, say)

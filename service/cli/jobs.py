@@ -7,7 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from service.cli import talk
+from service.cli import elsewhere, talk
+from service.cli.elsewhere import Out, RayAddress
 from service.cli.frame import (
     AnyId,
     Bytes,
@@ -95,13 +96,18 @@ def submit(
     queue_timeout: Annotated[float | None, typer.Option(help="Fail if not started after so many seconds.")] = None,
     idempotency_key: Annotated[str | None, typer.Option(help="Sent again with the same key: the same job.")] = None,
     spec: SpecFile = None,
+    ray_address: RayAddress = None,
+    out: Out = None,
     watch_: Annotated[bool, typer.Option("--watch", help="Follow it to its end.")] = False,
     url: Url = None,
     json_: Json = False,
 ) -> None:
-    """Put a job into the queue; prints its id."""
+    """Put a job into the queue, or onto a cluster of one's own; prints its id."""
     flags = {**locals(), "bytes": bytes_, "label": pairs(label, "--label")}
     body = job_body(flags)
+    if ray_address is not None:
+        raise typer.Exit(elsewhere.submit_job(body, flags))
+    elsewhere.refuse_out(flags)
     with connected(url) as client:
         job = _submitted(client, body, idempotency_key)
         if job.replayed:

@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from service.cli import fronts, talk
+from service.cli import elsewhere, fronts, talk
+from service.cli.elsewhere import Out
 from service.cli.exits import Exit
 from service.cli.frame import (
     ImagesPerClass,
@@ -77,12 +78,18 @@ def sweep(
     priority: Annotated[int | None, typer.Option(help="Of all its jobs.")] = None,
     idempotency_key: Annotated[str | None, typer.Option(help="Sent again with the same key: the same sweep.")] = None,
     spec: SpecFile = None,
+    ray_address: Annotated[str | None, typer.Option(help="As for submit; no service lists it.")] = None,
+    out: Out = None,
     watch_: Annotated[bool, typer.Option("--watch", help="Follow it to its end, and draw its front.")] = False,
     url: Url = None,
     json_: Json = False,
 ) -> None:
     """Try settings of a job, beside full fine-tuning: each value of flags that are given repeatedly."""
-    body = sweep_body({**locals(), "bytes": bytes_, "label": pairs(label, "--label")})
+    flags = {**locals(), "bytes": bytes_, "label": pairs(label, "--label")}
+    body = sweep_body(flags)
+    if ray_address is not None:
+        raise typer.Exit(elsewhere.submit_sweep(body, flags))
+    elsewhere.refuse_out(flags)
     with connected(url) as client:
         made = _submitted(client, body, idempotency_key)
         if watch_:

@@ -100,6 +100,9 @@ def put_job(job: Job) -> None:
         "dataset": job.dataset,
         "owner": job.owner or "",
         "attempt": str(job.attempt),
+        "outside": ", ".join(f"{key} {line(value)}" for key, value in (job.where or {}).items()) or "yes"
+        if job.outside
+        else "",
         "priority": str(job.priority) if job.priority else "",
         "queue": _queue_text(job),
         "labels": " ".join(f"{key}={line(value)}" for key, value in job.metadata.items()),
@@ -118,6 +121,8 @@ def put_jobs(jobs: list[Job]) -> None:
     table = make_table("id", "name", "status", "model", "progress", "age")
     for job in jobs:
         status, name = status_text(job.status), line(job.name or "")
+        if job.outside:
+            status.append(" (outside)", style="default")
         table.add_row(job.id, name, status, line(job.model), progress_text(job), age(job.created_at))
     put_table(table)
 

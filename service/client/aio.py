@@ -35,6 +35,8 @@ from service.schemas import (
     PredictionList,
     Preview,
     PreviewBody,
+    RunBegun,
+    RunPlace,
     SampleList,
     Sweep,
     User,
@@ -106,6 +108,16 @@ class AsyncClient:
 
     async def retry(self, job_id: str) -> Job:
         return await self._ask(calls.act(job_id, "retry"))
+
+    async def begin_run(
+        self,
+        spec: JobSpec | Mapping[str, Any],
+        where: RunPlace | Mapping[str, Any] | None = None,
+        *,
+        idempotency_key: str | None = None,
+    ) -> RunBegun:
+        """List a run that is started elsewhere; the answer has the token with which it posts its events."""
+        return await self._ask(calls.begin_run(spec, where, idempotency_key))
 
     async def submit_sweep(self, spec: SweepSpec | Mapping[str, Any], *, idempotency_key: str | None = None) -> Sweep:
         """Put a sweep into the queue; sent again with the same key, it is the same sweep."""

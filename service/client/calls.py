@@ -38,6 +38,8 @@ from service.schemas import (
     PredictionList,
     Preview,
     PreviewBody,
+    RunBegun,
+    RunPlace,
     SampleList,
     Sweep,
     User,
@@ -126,6 +128,17 @@ def act(job_id: str, action: str) -> Call[Job]:
     """Cancel, pause and resume are harmless when asked again; a second retry might begin a second attempt."""
     repeat = Repeat.UNSENT if action == "retry" else Repeat.ALWAYS
     return Call("POST", f"/v1/jobs/{quote(job_id, safe='')}/{action}", _as(Job), repeat=repeat)
+
+
+# Runs that the service has not ordered
+
+
+def begin_run(
+    spec: JobSpec | Mapping[str, Any], where: RunPlace | Mapping[str, Any] | None, idempotency_key: str | None
+) -> Call[RunBegun]:
+    body = {"spec": _body(spec), "where": {name: told for name, told in _body(where or {}).items() if told}}
+    headers = {"Idempotency-Key": idempotency_key or new_key()}
+    return Call("POST", "/v1/runs", _as(RunBegun), body=body, headers=headers)
 
 
 # Sweeps

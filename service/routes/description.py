@@ -58,6 +58,7 @@ FAILS: dict[str, tuple[int, ...]] = {
     "test_webhook": (409, 429),
     "post_events": (409,),
     "add_trial": (409, 429),
+    "begin_run": (429,),
 }
 HEADERS: dict[str, dict[str, dict[str, str]]] = {
     "create_job": {
@@ -69,6 +70,12 @@ HEADERS: dict[str, dict[str, dict[str, str]]] = {
     "create_sweep": {
         "201": {
             "Location": "Where the sweep is",
+            "Idempotency-Replayed": "true where the key was used before, and this is the answer of then",
+        }
+    },
+    "begin_run": {
+        "201": {
+            "Location": "Where the job is",
             "Idempotency-Replayed": "true where the key was used before, and this is the answer of then",
         }
     },

@@ -66,6 +66,7 @@ async def log_of(
 ) -> Response:
     """A part of a log of a job or a sweep, or a stream of it."""
     records = world.store.records
+    await asyncio.to_thread(lambda: world.store.outside.check_here(job_id, "logs", owner=caller.reach))
     number, submission_id = await asyncio.to_thread(lambda: records.submission_id(job_id, attempt, owner=caller.reach))
     path = log_path(world.settings.attempt_dir(job_id, number), DRIVER if rank is None else f"rank{rank}")
     if follow:

@@ -1,4 +1,4 @@
-"""What runs tell and ask, with the token of their attempt: lines of their own event file; a sweep's, for its trials.
+"""Runs that were not ordered here, listed with a key; and what all runs tell and ask, with the token of their attempt.
 
 A run writes its file first and posts afterwards, so an outage of this service costs nothing: the answer says how far
 the store has the file, and the run sends the rest. Where the service sees the file it reads it by itself, too; each
@@ -7,18 +7,38 @@ line is taken once, whoever brings it.
 
 from __future__ import annotations
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Response
 
 from service.errors import ConflictError, ForbiddenError, InvalidRequestError, Issue
 from service.lifecycle import SWEEP, JobState
-from service.routes.world import PROBLEM, ByRun, InWorld
-from service.schemas import RunAnswer, RunEvents, Trial, TrialBody, TrialList
+from service.routes.jobs import IdempotencyKey
+from service.routes.world import PROBLEM, ByCaller, ByRun, InWorld
+from service.schemas import RunAnswer, RunBegun, RunBody, RunEvents, Trial, TrialBody, TrialList
 from service.store import Attempt, Place
 from service.tail import readable
+from service.telemetry import current_trace
 
 _WANTS = {JobState.PAUSING: "pause", JobState.CANCELLING: "cancel"}
 
 router = APIRouter(tags=["runs"], responses=PROBLEM)
+
+
+@router.post("/runs", status_code=201, response_model=RunBegun)
+def begin_run(
+    body: RunBody, world: InWorld, caller: ByCaller, response: Response, idempotency_key: IdempotencyKey = None
+) -> RunBegun:
+    """List a run that was started elsewhere as a job under way; it tells of itself with the token in the answer.
+
+    Its model, data and weights are not looked for here.
+    """
+    attempt, fresh = world.store.outside.begin(
+        body.spec, body.where, owner=caller.user_id, idempotency_key=idempotency_key, trace=current_trace()
+    )
+    response.headers["Location"] = f"/v1/jobs/{attempt.job_id}"
+    if not fresh:
+        response.headers["Idempotency-Replayed"] = "true"
+    url = f"{world.settings.runs_url}/events"
+    return RunBegun(job_id=attempt.job_id, attempt=attempt.n, token=attempt.token, url=url)
 
 
 @router.post("/runs/events", response_model=RunAnswer)
@@ -32,6 +52,8 @@ def post_events(body: RunEvents, world: InWorld, attempt: ByRun) -> RunAnswer:
     fresh = [event for event in events if event["seq"] > attempt.events_offset]
     if fresh:
         attempt = world.store.attempts.absorb(attempt, fresh, max(event["seq"] for event in fresh))
+    elif attempt.outside:
+        world.store.outside.hear(attempt)
     return RunAnswer(offset=attempt.events_offset, want=_WANTS.get(attempt.job_state))
 
 

@@ -30,7 +30,10 @@ from service.schemas.jobs import (
     PlanView,
     Progress,
     RunAnswer,
+    RunBegun,
+    RunBody,
     RunEvents,
+    RunPlace,
     Usage,
 )
 from service.schemas.planning import (
@@ -95,7 +98,10 @@ __all__ = [
     "Problem",
     "Progress",
     "RunAnswer",
+    "RunBegun",
+    "RunBody",
     "RunEvents",
+    "RunPlace",
     "Sample",
     "SampleList",
     "Sweep",

@@ -7,7 +7,10 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field
 
 from service.schemas.base import Wire
+from workers.contract import JobSpec
 from workers.method import Frozen
+
+PlainText = Annotated[str, Field(max_length=4096)]
 
 
 class JobError(Wire):
@@ -36,12 +39,21 @@ class Usage(Wire):
     device_seconds: float | None = None
 
 
+class RunPlace(Frozen):
+    """Where a run outside says it is, for people to find it: nothing here is opened or called."""
+
+    submission_id: PlainText | None = None
+    run_dir: PlainText | None = None
+    ray_address: PlainText | None = None
+
+
 class Job(Wire):
     """One job as the API shows it; times are Unix seconds.
 
     `metrics` are the newest step's, `best_loss` the lowest of all steps, `accuracy` the newest on test images.
     `queue_position` counts from 1 while it waits, as of the service's last look at the queue. A trial of a sweep has
-    `sweep_id`, its `trial_key` and `setting` there, and where it is one of the two to compare with, `baseline`.
+    `sweep_id`, its `trial_key` and `setting` there, and where it is one of the two to compare with, `baseline`. A
+    run that the service has not ordered is `outside`, and says `where`.
     """
 
     id: str
@@ -70,6 +82,8 @@ class Job(Wire):
     trial_key: str | None = None
     setting: dict[str, Any] | None = None
     baseline: str | None = None
+    outside: bool = False
+    where: dict[str, str] | None = None
     error: JobError | None = None
     created_at: int
     started_at: int | None = None
@@ -138,6 +152,23 @@ class Checkpoint(Wire):
     bytes: int | None = None
     sha256: str | None = None
     created_at: int
+
+
+class RunBody(Frozen):
+    """A run that the service has not ordered, and that is to be listed."""
+
+    spec: JobSpec
+    where: RunPlace = RunPlace()
+
+
+class RunBegun(Wire):
+    """The job that stands for the run, and the token with which its events are posted to `url`, for this run alone."""
+
+    object: Literal["run"] = "run"
+    job_id: str
+    attempt: int
+    token: str
+    url: str
 
 
 class RunEvents(Frozen):

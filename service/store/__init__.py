@@ -17,6 +17,7 @@ from service.store.database import Database
 from service.store.datasets import DatasetQuery, Datasets
 from service.store.jobs import JobQuery, Jobs
 from service.store.leases import Leases
+from service.store.outside import Outside
 from service.store.queue import Queue
 from service.store.records import Records, StoredArtifact
 from service.store.sweeps import Sweeps
@@ -29,8 +30,8 @@ __all__ = ["Attempt", "Caller", "DatasetQuery", "JobQuery", "Place", "RunEvent",
 class Store:
     """Shelves over one database.
 
-    For those who ask: `jobs`, `sweeps`, `actions`, `records`, `access`, `datasets`, `webhooks`. For the supervisor:
-    `queue`, `attempts`, `leases`. For who watches the service: `census`.
+    For those who ask: `jobs`, `sweeps`, `actions`, `outside`, `records`, `access`, `datasets`, `webhooks`. For the
+    supervisor: `queue`, `attempts`, `leases`. For who watches the service: `census`.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class Store:
         self.jobs = Jobs(self._database, max_queued)
         self.sweeps = Sweeps(self._database, max_queued)
         self.actions = Actions(self._database)
+        self.outside = Outside(self._database, max_queued)
         self.records = Records(self._database)
         self.access = Access(self._database)
         self.webhooks = Webhooks(self._database)

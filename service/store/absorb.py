@@ -64,7 +64,7 @@ class _Error(_Data):
 
 
 class _Outcome(_Data):
-    status: Literal["succeeded", "failed", "paused"]
+    status: Literal["succeeded", "failed", "paused", "cancelled"]
     error: _Error | None = None
     why: Annotated[str, Field(max_length=80)] | None = None
 
@@ -212,6 +212,8 @@ def _absorb_outcome(session: Session, job: JobRow, event: RunEvent, max_faults: 
     told: dict[str, Any] = {"message": event.get("message") or None, "run_seq": event["seq"], "at": event.get("at")}
     if said is None:
         return False
+    if job.outside:
+        return _end_outside(session, job, said, told)
     if said.status == "succeeded" and may_move(JobState(job.state), JobState.SUCCEEDED):
         move(session, job, JobState.SUCCEEDED, **told)
         return True
@@ -228,6 +230,26 @@ def _absorb_outcome(session: Session, job: JobRow, event: RunEvent, max_faults: 
     error = (said.error or _Error()).model_dump()
     lose(session, job, error, max_faults, run_seq=event["seq"], at=event.get("at"))
     return True
+
+
+def _end_outside(session: Session, job: JobRow, said: _Outcome, told: dict[str, Any]) -> bool:
+    """The last word of a run outside decides: nobody here starts it again, whatever it was that ended it."""
+    if said.status == "succeeded":
+        move(session, job, JobState.SUCCEEDED, **told)
+    elif said.status == "cancelled" or job.state == JobState.CANCELLING:
+        _end_by_way_of(session, job, JobState.CANCELLING, JobState.CANCELLED, told)
+    elif said.status == "paused" and job.state != JobState.FINALIZING:
+        _end_by_way_of(session, job, JobState.PAUSING, JobState.PAUSED, told)
+    else:
+        error = said.error or _Error(code="run_ended", message=f"the run says that it is {said.status}")
+        move(session, job, JobState.FAILED, error=error.model_dump(), run_seq=told["run_seq"], at=told["at"])
+    return True
+
+
+def _end_by_way_of(session: Session, job: JobRow, via: JobState, end: JobState, told: dict[str, Any]) -> None:
+    if job.state != via:
+        move(session, job, via, message="not asked for here", at=told["at"])
+    move(session, job, end, **told)
 
 
 def _estimate(plan: dict[str, Any]) -> dict[str, Any]:

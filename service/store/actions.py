@@ -55,8 +55,10 @@ class Actions:
             return _view(session, row)
 
     def resume(self, job_id: str, *, owner: str | None = None) -> Job:
-        """Put a paused job into the queue again. Raises ConflictError unless it is paused, or waits or runs already."""
+        """Put a paused job into the queue again. Raises ConflictError unless it is paused, or waits or runs already,
+        and for a run outside."""
         with self._held(job_id, owner) as (session, row, state):
+            _check_ours(row)
             if state is JobState.PAUSED:
                 requeue(session, row, "resumed")
             elif state is JobState.PAUSING:
@@ -68,9 +70,10 @@ class Actions:
     def retry(self, job_id: str, *, owner: str | None = None) -> Job:
         """Give a job that failed or was cancelled another attempt, under the same id, from its newest checkpoint.
 
-        Raises ConflictError when it has succeeded, or has not ended.
+        Raises ConflictError when it has succeeded, or has not ended, and for a run outside.
         """
         with self._held(job_id, owner) as (session, row, state):
+            _check_ours(row)
             if state not in RETRIED:
                 message = f"Job {job_id} is {state}; only what failed or was cancelled can be retried."
                 raise ConflictError(message, code="job_not_retryable")
@@ -100,6 +103,16 @@ def end(session: Session, row: JobRow) -> None:
         move(session, row, JobState.CANCELLING, message="cancel was asked for")
 
 
+def _check_ours(row: JobRow) -> None:
+    """Raise ConflictError for a run that the service has not started, so that it cannot start it again."""
+    if row.outside:
+        out = (row.whereabouts or {}).get("run_dir") or "DIRECTORY"
+        message = f"Job {row.id} runs outside of this service, which cannot start it again."
+        how = f"python -m workers.loop … --out {out}, or d2ft submit --ray-address … --out {out}"
+        remedy = f"Start it again as before ({how}): it goes on from its newest checkpoint, as another job."
+        raise ConflictError(message, code="runs_outside", remedy=remedy)
+
+
 def begin_anew(session: Session, row: JobRow) -> None:
     """Have a job or sweep that has ended wait for another attempt; what it lost before counts for nothing."""
     row.error, row.finished_at = None, None
@@ -109,7 +122,7 @@ def begin_anew(session: Session, row: JobRow) -> None:
 
 def begin_pause(session: Session, row: JobRow, message: str, *, requeue: bool = False) -> None:
     """Ask a job's driver to stop where it can go on; one that has not begun to train loses nothing by a plain end."""
-    row.want = PAUSE if row.state == JobState.RUNNING else STOP
+    row.want = PAUSE if row.state == JobState.RUNNING or row.outside else STOP  # nobody here can stop what is outside
     row.requeue = requeue
     move(session, row, JobState.PAUSING, message=message)
 

@@ -109,11 +109,11 @@ def submit_all(session: Session, asked: Sequence[Submit], max_queued: int) -> li
     `max_queued` is for users without a limit of their own. A key that was used within 24 hours gives what it made then,
     however many wait; with another body it is refused.
     """
-    keyed = _keyed(session, asked)
-    stale = [row.id for row in keyed.values() if _is_stale(row)]
+    used = keyed(session, asked)
+    stale = [row.id for row in used.values() if is_stale(row)]
     if stale:
         session.execute(update(_JOBS).where(_JOBS.c.id.in_(stale)).values(idempotency_key=None))
-    known = {place: row for place, row in keyed.items() if row.id not in stale}
+    known = {place: row for place, row in used.items() if row.id not in stale}
     owners = _owners(session, {submit.owner for submit in asked}, max_queued)
     fresh: list[tuple[dict[str, Any], JobSpec | SweepSpec]] = []
     outcomes: list[Placed | Exception] = []
@@ -127,7 +127,7 @@ def submit_all(session: Session, asked: Sequence[Submit], max_queued: int) -> li
         except (InvalidRequestError, TooManyError) as error:
             outcomes.append(error)
             continue
-        values = _values(submit)
+        values = values_of(submit)
         row = JobRow(**values)
         fresh.append((values, submit.spec))
         known[place] = row
@@ -138,8 +138,8 @@ def submit_all(session: Session, asked: Sequence[Submit], max_queued: int) -> li
 
 def replay(session: Session, submit: Submit) -> Placed | None:
     """What the key made before, if anything. Raises InvalidRequestError on another body."""
-    row = _keyed(session, [submit]).get((submit.owner, submit.key))
-    if row is None or _is_stale(row):
+    row = keyed(session, [submit]).get((submit.owner, submit.key))
+    if row is None or is_stale(row):
         return None
     user = session.get(UserRow, submit.owner)
     return _replayed(row, submit.spec, user.name if user else None)
@@ -179,7 +179,7 @@ def _owners(session: Session, ids: set[str], max_queued: int) -> dict[str, _Owne
     }
 
 
-def _keyed(session: Session, asked: Sequence[Submit]) -> Mapping[tuple[str, str | None], JobRow]:
+def keyed(session: Session, asked: Sequence[Submit]) -> Mapping[tuple[str, str | None], JobRow]:
     """What the keys of these requests have made, by owner and key."""
     keys = sorted({submit.key for submit in asked if submit.key is not None})
     if not keys:
@@ -189,14 +189,14 @@ def _keyed(session: Session, asked: Sequence[Submit]) -> Mapping[tuple[str, str 
     return {(row.owner, row.idempotency_key): row for row in rows}
 
 
-def _is_stale(row: JobRow) -> bool:
+def is_stale(row: JobRow) -> bool:
     """Whether the key of this job may be used anew."""
     return time.time() - row.created_at > IDEMPOTENCY_S
 
 
 def _replayed(row: JobRow, spec: JobSpec | SweepSpec, owner: str | None) -> Placed:
     """The first answer again: the job as it was when it was made, whatever became of it."""
-    if row.fingerprint != _fingerprint(spec.model_dump(mode="json")):
+    if row.fingerprint != fingerprint_of(spec.model_dump(mode="json")):
         message = "This Idempotency-Key was used with another body; take a new key for a new job."
         raise InvalidRequestError([Issue("", message, "idempotency_key_reused")])
     fresh = JobRow(
@@ -206,7 +206,7 @@ def _replayed(row: JobRow, spec: JobSpec | SweepSpec, owner: str | None) -> Plac
     return Placed(fresh, owner, False)
 
 
-def _values(submit: Submit) -> dict[str, Any]:
+def values_of(submit: Submit) -> dict[str, Any]:
     """The columns of a new job or sweep."""
     spec, job, place = submit.spec, job_of(submit.spec), submit.place
     now, told = time.time(), spec.model_dump(mode="json")
@@ -221,7 +221,7 @@ def _values(submit: Submit) -> dict[str, Any]:
         "setting": place and place.setting,
         "baseline": place and place.baseline,
         "idempotency_key": submit.key,
-        "fingerprint": _fingerprint(told),
+        "fingerprint": fingerprint_of(told),
         "spec": told,
         "model": job.model,
         "search": "\n".join(part.lower() for part in said if part),
@@ -237,7 +237,7 @@ def _values(submit: Submit) -> dict[str, Any]:
     }
 
 
-def _fingerprint(told: dict[str, Any]) -> str:
+def fingerprint_of(told: dict[str, Any]) -> str:
     """What tells one spec, as JSON has it, from another."""
     canonical = json.dumps(told, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""Attempts as the supervisor sees them: followed, ended, settled. They are opened by `queue.claim`.
+"""Attempts as the supervisor sees them: followed, ended, settled. Opened by `queue.claim` and `outside.begin`.
 
 Every write names the attempt's token: when the row has another, or the attempt has ended, the writer has lost its job
 and stands down.
@@ -7,6 +7,7 @@ and stands down.
 from __future__ import annotations
 
 import hmac
+import secrets
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -47,6 +48,7 @@ class Attempt:
     status_reason: str | None
     want: str | None
     told: dict[str, Any]
+    outside: bool
     trace: str | None
     created_at: float
     ended_at: float | None
@@ -74,9 +76,10 @@ class Attempts:
         self._max_faults = max_faults
 
     def open(self) -> list[Attempt]:
-        """The attempts that are not settled, oldest first."""
+        """The attempts on the cluster that are not settled, oldest first."""
         with self._database.read() as session:
-            wanted = select(AttemptRow, JobRow).join(JobRow).where(AttemptRow.state != SETTLED)
+            wanted = select(AttemptRow, JobRow).join(JobRow)
+            wanted = wanted.where(AttemptRow.state != SETTLED, JobRow.outside.is_(False))
             rows = session.execute(wanted.order_by(AttemptRow.created_at)).all()
             return [attempt_view(row, job) for row, job in rows]
 
@@ -109,7 +112,8 @@ class Attempts:
             fresh = (event for event in events if event["seq"] not in known)
             absorb_events(session, job, fresh, _is_over, self._max_faults)
             row.events_offset = max(offset, row.events_offset)
-            _close_if_over(session, row, job)
+            row.heard_at = time.time() if job.outside else None
+            close_if_over(session, row, job)
             return attempt_view(row, job)
 
     def finish(
@@ -119,14 +123,14 @@ class Attempts:
         with failpoints.passing("supervisor.finish"), self._database.write() as session:
             row, job = own(session, attempt)
             move(session, job, state, error=error, message=message)
-            _close_if_over(session, row, job)
+            close_if_over(session, row, job)
 
     def lose(self, attempt: Attempt, error: dict[str, Any]) -> None:
         """End an attempt that a fault took before it said a last word; the job gets another, or fails."""
         with failpoints.passing("supervisor.finish"), self._database.write() as session:
             row, job = own(session, attempt)
             lose(session, job, error, self._max_faults)
-            _close_if_over(session, row, job)
+            close_if_over(session, row, job)
 
     def settle(self, attempt: Attempt) -> None:
         """Ray has let go of the attempt: its devices are free, and what it used counts for its user."""
@@ -150,6 +154,23 @@ class Attempts:
             return state is not None and state != SETTLED
 
 
+def next_attempt(session: Session, job: JobRow, state: str) -> AttemptRow:
+    """A job's next attempt, with a token of its own."""
+    job.attempt += 1
+    job.started_at = job.started_at or time.time()
+    row = AttemptRow(
+        job_id=job.id,
+        n=job.attempt,
+        token=f"run_{secrets.token_urlsafe(24)}",
+        submission_id=f"job-{job.id}-a{job.attempt}",
+        state=state,
+        events_offset=0,
+        created_at=time.time(),
+    )
+    session.add(row)
+    return row
+
+
 def attempt_view(row: AttemptRow, job: JobRow) -> Attempt:
     return Attempt(
         job_id=row.job_id,
@@ -163,6 +184,7 @@ def attempt_view(row: AttemptRow, job: JobRow) -> Attempt:
         status_reason=job.status_reason,
         want=job.want,
         told=job.spec,
+        outside=job.outside,
         trace=job.trace,
         created_at=row.created_at,
         ended_at=row.ended_at,
@@ -195,10 +217,11 @@ def _is_over(job: JobRow) -> bool:
     return JobState(job.state).is_final or job.state in (JobState.PAUSED, JobState.QUEUED)
 
 
-def _close_if_over(session: Session, row: AttemptRow, job: JobRow) -> None:
+def close_if_over(session: Session, row: AttemptRow, job: JobRow) -> None:
+    """End the attempt with its job. One outside holds no devices that could be waited for."""
     if not _is_over(job):
         return
-    row.state = ENDED
+    row.state = SETTLED if job.outside else ENDED
     row.ended_at = time.time()
     job.want = None
     if job.state == JobState.PAUSED and job.requeue:

@@ -42,7 +42,8 @@ class Census:
             )
             jobs = dict.fromkeys(JobState, 0) | {JobState(state): count for state, count in counted}
             waiting = select(func.min(JobRow.queued_at)).where(JobRow.state == JobState.QUEUED, JobRow.kind == JOB)
-            attempts = select(func.count()).where(AttemptRow.state != SETTLED)
+            attempts = select(func.count()).select_from(AttemptRow).join(JobRow)
+            attempts = attempts.where(AttemptRow.state != SETTLED, JobRow.outside.is_(False))
             deliveries = select(func.count()).where(DeliveryRow.state == PENDING)
             return Counts(
                 jobs=jobs,

@@ -108,7 +108,7 @@ class Jobs:
         """The plans of the jobs that hold the cluster, by job."""
         with self._database.read() as session:
             wanted = select(JobRow.id, JobRow.plan).where(JobRow.state.in_(HOLDING), JobRow.plan.is_not(None))
-            wanted = wanted.where(JobRow.kind == JOB)
+            wanted = wanted.where(JobRow.kind == JOB, JobRow.outside.is_(False))
             return {row.id: row.plan for row in session.execute(wanted)}
 
     def of_owner(self, owner: str, job_ids: set[str]) -> set[str]:

@@ -2,11 +2,11 @@
 
 Sweeps stand in a line of their own: one that runs holds no devices, and never the place of a job, so the trials that it
 waits for can always start. These are jobs of its owner, who has no more of the cluster by a sweep than without one.
+Runs outside hold nothing here either.
 """
 
 from __future__ import annotations
 
-import secrets
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -26,7 +26,7 @@ from service.queueing import (
     to_preempt,
 )
 from service.store.actions import begin_pause, queue_timeout_s
-from service.store.attempts import CREATED, SETTLED, Attempt, attempt_view
+from service.store.attempts import CREATED, SETTLED, Attempt, attempt_view, next_attempt
 from service.store.database import Database
 from service.store.journal import explain, move
 from service.store.views import Standing, eta_seconds
@@ -150,7 +150,7 @@ class Queue:
     def _loads(self, session: Session, kind: str) -> dict[str, Load]:
         """What every user has of the cluster; of sweeps, as many of a user as there may be at all."""
         holding = select(JobRow.owner, func.count()).where(JobRow.state.in_(HOLDING), JobRow.kind == kind)
-        holding = holding.group_by(JobRow.owner)
+        holding = holding.where(JobRow.outside.is_(False)).group_by(JobRow.owner)
         running = {owner: count for owner, count in session.execute(holding)}  # noqa: C416 - rows are no pairs to a type checker
         now = time.time()
         return {
@@ -180,7 +180,7 @@ def _waiting(session: Session, kind: str) -> list[Waiting]:
 
 def _running(session: Session) -> list[Running]:
     wanted = select(JobRow, AttemptRow.created_at).join(AttemptRow)
-    wanted = wanted.where(AttemptRow.state != SETTLED, JobRow.kind == JOB)
+    wanted = wanted.where(AttemptRow.state != SETTLED, JobRow.kind == JOB, JobRow.outside.is_(False))
     return [
         Running(job.id, job.priority, since, job.state == JobState.RUNNING, eta_seconds(job.live or {}))
         for job, since in session.execute(wanted)
@@ -189,7 +189,7 @@ def _running(session: Session) -> list[Running]:
 
 def _typical_seconds(session: Session) -> float:
     wanted = select(JobRow.finished_at - JobRow.started_at)
-    wanted = wanted.where(JobRow.state == JobState.SUCCEEDED, JobRow.kind == JOB)
+    wanted = wanted.where(JobRow.state == JobState.SUCCEEDED, JobRow.kind == JOB, JobRow.outside.is_(False))
     found = session.scalars(wanted.order_by(JobRow.created_at.desc()).limit(NUM_RECENT))
     seconds = [each for each in found if each is not None]
     return statistics.median(seconds) if seconds else DEFAULT_JOB_S
@@ -198,22 +198,11 @@ def _typical_seconds(session: Session) -> float:
 def _open(session: Session, kind: str) -> set[str]:
     """What has an attempt that has not let go."""
     wanted = select(AttemptRow.job_id).join(JobRow).where(AttemptRow.state != SETTLED, JobRow.kind == kind)
-    return set(session.scalars(wanted))
+    return set(session.scalars(wanted.where(JobRow.outside.is_(False))))
 
 
 def _open_attempt(session: Session, job: JobRow) -> Attempt:
-    job.attempt += 1
-    job.started_at = job.started_at or time.time()
-    row = AttemptRow(
-        job_id=job.id,
-        n=job.attempt,
-        token=f"run_{secrets.token_urlsafe(24)}",
-        submission_id=f"job-{job.id}-a{job.attempt}",
-        state=CREATED,
-        events_offset=0,
-        created_at=time.time(),
-    )
-    session.add(row)
+    row = next_attempt(session, job, CREATED)
     move(session, job, JobState.PLANNING, message=f"attempt {job.attempt} begins")
     session.flush()
     return attempt_view(row, job)

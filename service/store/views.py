@@ -55,6 +55,8 @@ def job_view(row: JobRow, owner: str | None, standing: Standing | None) -> Job:
         trial_key=row.trial_key,
         setting=row.setting,
         baseline=row.baseline,
+        outside=bool(row.outside),
+        where=row.whereabouts,
     )
 
 

@@ -11,6 +11,7 @@ from tests.chaos.runs import EVERY, Run, ray_here
 
 
 @pytest.mark.timeout(300)
+@pytest.mark.slow
 def test_a_killed_worker_costs_seconds_and_no_bit() -> None:
     with ray_here() as ray:
         calm = Run(ray, "calm", steps=20).ended()

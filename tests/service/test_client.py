@@ -16,7 +16,7 @@ from typing import Any
 import httpx2
 import pytest
 
-from scheduler.errors import UserError
+from scheduler.errors import SystemFault, UserError
 from service.client import (
     ApiAuthError,
     ApiConflictError,
@@ -35,6 +35,7 @@ from service.settings import Settings
 from tests.service.both import blocking_client
 from tests.service.conftest import free_port
 from tests.service.proxy import Cut, Proxy
+from workers import outside
 from workers.contract import JobSpec
 
 Connect = Callable[..., Any]
@@ -202,6 +203,16 @@ def shaky(request: pytest.FixtureRequest, connect: Connect, through: Any, key: s
     proxy = through(lambda n: request.param)
     with connect(proxy.url, key) as client:
         yield client, proxy
+
+
+def test_a_run_of_ones_own_is_listed_and_its_token_tells_of_it(client: Any, server: str) -> None:
+    begun = client.begin_run(JobSpec(steps=3), {"run_dir": "/out", "submission_id": None}, idempotency_key="k")
+    assert begun == client.begin_run(JobSpec(steps=3), {"run_dir": "/out"}, idempotency_key="k")
+    job = client.get(begun.job_id)
+    assert (job.status, job.outside, job.where) == ("starting", True, {"run_dir": "/out"})
+    assert begun.url == f"{server}/v1/runs/events" and begun.attempt == 1 and begun.token.startswith("run_")
+    outside.give_up(begun.url, begun.token, begun.attempt, SystemFault("gone", code="not_submitted"))
+    assert client.get(begun.job_id).error.code == "not_submitted"
 
 
 def test_events_and_waiting_go_on_over_broken_connections(client: Any, shaky: tuple[Any, Proxy]) -> None:

@@ -10,14 +10,14 @@ import pytest
 from sqlalchemy import create_engine
 
 from scheduler.errors import SystemFault
-from service.schemas import UserBody
+from service.schemas import RunPlace, UserBody
 from service.store import JobQuery, Place, Store
 from service.store.access import FIRST_USER
 from workers.contract import JobSpec
 from workers.sweeps.contract import SweepSpec
 
 DATA = Path(__file__).parent / "data"
-OLD, SECOND, THIRD = (DATA / f"store_000{n}.sql" for n in (1, 2, 3))
+OLD, SECOND, THIRD, FOURTH = (DATA / f"store_000{n}.sql" for n in (1, 2, 3, 4))
 OLD_KEY = "d2ft_old_key"  # its hash is in that file
 
 
@@ -37,6 +37,12 @@ def second_url(home: Path) -> str:
 def third_url(home: Path) -> str:
     """A database as the third version left it, which knew no sweeps: jobs that are done, run and wait."""
     return loaded(home, THIRD)
+
+
+@pytest.fixture
+def fourth_url(home: Path) -> str:
+    """A database as the fourth version left it, which had ordered all its runs: done, running, waiting; a sweep."""
+    return loaded(home, FOURTH)
 
 
 def loaded(home: Path, dump: Path) -> str:
@@ -109,6 +115,21 @@ def test_what_was_there_before_sweeps_are_plain_jobs_beside_them(third_url: str)
     attempt = store.attempts.absorb(attempt, [{"seq": 99, "type": "outcome", "data": {"status": "succeeded"}}], 99)
     store.attempts.settle(attempt)
     assert [getattr(store.queue.claim(3), "job_id", None) for _ in range(3)] == [waiting.id, trial.job_id, None]
+    store.close()
+
+
+def test_what_was_there_before_runs_outside_is_all_our_own(fourth_url: str) -> None:
+    store = Store(fourth_url)
+    waiting, running, done = store.jobs.list(JobQuery(owner=FIRST_USER)).data
+    assert [job.status for job in (waiting, running, done)] == ["queued", "running", "succeeded"]
+    assert not any(job.outside or job.where for job in (waiting, running, done))
+    attempt, _ = store.outside.begin(JobSpec(), RunPlace(run_dir="/out"), owner=FIRST_USER)
+    assert store.jobs.get(attempt.job_id).outside and store.outside.end_silent(0) == []
+    (ours,) = store.attempts.open()
+    store.attempts.absorb(ours, [{"seq": 99, "type": "outcome", "data": {"status": "succeeded"}}], 99)
+    store.attempts.settle(ours)
+    claimed = store.queue.claim(1)
+    assert ours.job_id == running.id and claimed and claimed.job_id == waiting.id
     store.close()
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import pickle
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -17,8 +19,8 @@ from sqlalchemy import create_engine
 
 from service.errors import ConflictError, InvalidRequestError, Issue, LostAttemptError, NotFoundError
 from service.lifecycle import HOLDING, JobState, may_move
-from service.schemas import UserBody
-from service.store import JobQuery, Store
+from service.schemas import RunPlace, UserBody
+from service.store import Attempt, JobQuery, Store
 from service.store.access import FIRST_USER
 from service.tables import Base
 from workers.contract import JobSpec
@@ -380,3 +382,21 @@ class StoreMachine(RuleBasedStateMachine):
 
 TestStoreMachine = StoreMachine.TestCase
 TestStoreMachine.settings = hypothesis_settings(max_examples=25, stateful_step_count=15, deadline=None)
+
+
+def test_runs_outside_begin_once_and_end_in_silence(store: Store) -> None:
+    """The same key at the same time on many threads is one run; of two that are silent one speaks in time."""
+
+    def begin(key: str) -> Attempt:
+        return store.outside.begin(JobSpec(), RunPlace(run_dir="/o"), owner=FIRST_USER, idempotency_key=key)[0]
+
+    with ThreadPoolExecutor(4) as pool:
+        begun = {attempt.job_id for attempt in pool.map(begin, ["same"] * 8)}
+    assert len(begun) == 1
+    first, second = begin("same"), begin("other")
+    now = time.time()
+    time.sleep(0.01)
+    store.outside.hear(second)
+    assert store.outside.end_silent(now) == [first.job_id] and store.outside.end_silent(now) == []
+    assert store.attempts.by_token(first.token) is None and store.attempts.by_token(second.token)
+    assert store.queue.claim(5) is None and store.attempts.open() == []

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import itertools
-import json
 import logging
 import threading
 import time
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
 from tests.waiting import until
+from tests.workers.taker import taking
 from workers import control, poster
 from workers.contract import JobSpec, RunContext
 from workers.events import EventLog, read_events
@@ -20,55 +19,10 @@ from workers.events import EventLog, read_events
 TOKEN = "a-secret-of-this-attempt"
 
 
-class Service:
-    """Takes events as the real one does; `answers` are statuses or bodies to give first, instead."""
-
-    def __init__(self):
-        self.posts, self.events, self.answers, self.want = [], [], [], None
-        self.offset = 0
-        self.lock = threading.Lock()
-
-    def take(self, headers, body):
-        with self.lock:
-            self.posts.append((time.monotonic(), headers, body))
-            if self.answers:
-                answer = self.answers.pop(0)
-                return (answer, {}) if isinstance(answer, int) else (200, answer)
-            for event in body["events"]:
-                assert event["seq"] > self.offset, "twice or out of order"
-                self.events.append(event)
-                self.offset = event["seq"]
-            return 200, {"offset": self.offset, "want": self.want}
-
-
 @pytest.fixture
 def service():
-    taker = Service()
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self):
-            body = self.rfile.read(int(self.headers["Content-Length"]))
-            assert len(body) < 700_000
-            status, answer = taker.take(dict(self.headers), json.loads(body))
-            content = json.dumps(answer).encode() if isinstance(answer, dict) else answer
-            self.send_response(status)
-            if status == 302:
-                self.send_header("Location", f"http://127.0.0.1:{taker.port}/elsewhere")
-            self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            self.wfile.write(content)
-
-        def log_message(self, *_):
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    taker.port = server.server_address[1]
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield taker
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    with taking() as taker:
+        yield taker
 
 
 @pytest.fixture(autouse=True)
@@ -169,6 +123,19 @@ def test_a_pause_that_the_service_wants_is_left_in_the_run_directory(tmp_path, s
         service.want = "pause"
         log.emit("metrics")
         until(lambda: control.asked(tmp_path) == "pause")
+
+
+def test_a_cancel_ends_a_run_that_nobody_else_would_end_and_asks_once(tmp_path, service, monkeypatch):
+    monkeypatch.setattr(poster, "SILENCE_S", 0.05)
+    ended = []
+    service.want = "cancel"
+    with a_run(tmp_path, service):
+        until(lambda: len(service.posts) > 2)
+        assert control.asked(tmp_path) is None, "the service stops what it has ordered"
+    with poster.posting(context_of(tmp_path, service), end=lambda: ended.append(control.asked(tmp_path))):
+        seen = len(service.posts)
+        until(lambda: len(service.posts) > seen + 2)
+    assert ended == ["cancel"]
 
 
 def test_wishes_are_heard_in_silence_too(tmp_path, service, monkeypatch):
