@@ -60,7 +60,7 @@ export function framed(parent, title, table) {
 
 export function tabled(names, rows) {
   const head = el("tr", {}, ...names.map((name) => el("th", { textContent: name })));
-  const body = rows.map((row) => el("tr", {}, ...row.map((cell) => el("td", { textContent: cell ?? "–", className: typeof cell === "number" ? "num" : "" }))));
+  const body = rows.map((row) => el("tr", {}, ...row.map((cell) => el("td", { className: typeof cell === "number" ? "num" : "" }, cell ?? "–"))));
   return el("table", { className: "rows" }, el("thead", {}, head), el("tbody", {}, ...body));
 }
 
