@@ -68,8 +68,8 @@ export function clear(form, summary) {
   for (const note of form.querySelectorAll("p.wrong")) note.remove();
 }
 
-// What the API says of a body: at each field, and summed up in `summary`, which gets the focus.
-export function refuse(form, summary, title, error) {
+// What the API says of a body: at each field, and summed up in `summary`, which gets the focus unless it is told not to.
+export function refuse(form, summary, title, error, { focus = true } = {}) {
   clear(form, summary);
   const said = error.problem?.errors ?? [];
   const lines = (said.length ? said : [{ pointer: "", message: error.message }]).map(({ pointer, message }) => {
@@ -83,21 +83,22 @@ export function refuse(form, summary, title, error) {
   summary.querySelector("h2").textContent = title;
   summary.querySelector("ul").replaceChildren(...lines);
   summary.hidden = false;
-  summary.focus();
+  if (focus) summary.focus();
 }
-// The field whose place begins the path, the longest; what no field holds may stand in the JSON of the others.
+// The field whose place begins the path, the longest; what no field holds may stand in the JSON of the others. A field
+// of which the body is made otherwise has its place as `data-at`.
+const placeOf = ({ dataset }) => dataset.at ?? dataset.path;
 function holder(form, path) {
-  const fits = [...form.querySelectorAll("[data-path]")].filter(({ dataset }) => dataset.path && (path === dataset.path || path.startsWith(`${dataset.path}.`)));
-  return fits.sort((a, b) => b.dataset.path.length - a.dataset.path.length)[0] ?? form.querySelector('[data-path=""]');
+  const fits = [...form.querySelectorAll("[data-path], [data-at]")].filter((field) => placeOf(field) && `${path}.`.startsWith(`${placeOf(field)}.`));
+  return fits.sort((a, b) => placeOf(b).length - placeOf(a).length)[0] ?? form.querySelector('[data-path=""]');
 }
 function mark(place, message, path) {
   const id = `${place.id}-wrong`;
   for (let box = place.closest("details"); box; box = box.parentElement.closest("details")) box.open = true;
   place.hidden = false;
-  if (!isThere(id)) {
-    const note = el("p", { id, className: "wrong error", textContent: message, dir: "auto" });
-    (place.closest(".combo") ?? place)[place.matches("fieldset, div") ? "append" : "after"](note);
-  }
+  const told = path === placeOf(place) || place.dataset.at ? message : `${path}: ${message}`, before = document.getElementById(id);
+  if (before) before.append(el("br"), told);
+  else (place.closest(".combo") ?? place)[place.matches("fieldset, div") ? "append" : "after"](el("p", { id, className: "wrong error", textContent: told, dir: "auto" }));
   if (place.matches("input, select, textarea")) {
     place.dataset.described ??= place.getAttribute("aria-describedby") ?? "";
     place.setAttribute("aria-describedby", `${place.dataset.described} ${id}`.trim());
@@ -110,4 +111,3 @@ function mark(place, message, path) {
   });
   return el("strong", {}, link, ": ");
 }
-const isThere = (id) => document.getElementById(id) !== null;

@@ -5,7 +5,8 @@ import { count, size } from "./units.js";
 
 const weighs = (model) => `${count(model.params)} parameters, ${model.blocks} × ${model.heads} heads, ${size(model.memory_bytes)}`;
 
-export function modelField(input, facts) {
+// `changed()` hears of a model that is chosen; while one is looked for, `searching` is true.
+export function modelField(input, facts, changed) {
   let asking = null;
   async function tell() {
     asking?.abort();
@@ -26,8 +27,10 @@ export function modelField(input, facts) {
       const found = await ask(`/v1/models?${new URLSearchParams({ search: text, limit: 30 })}`, { signal });
       return found.data.map((model) => ({ value: model.id, note: weighs(model) }));
     },
-    chosen: tell,
+    chosen() {
+      tell();
+      changed();
+    },
   });
-  tell();
-  return { tell };
+  return { tell, get searching() { return input.getAttribute("aria-expanded") === "true"; } };
 }

@@ -20,7 +20,7 @@ const HEADS = { "": true, hull: true, cpsat: true, two_stage: true };
 const usual = (path) => pick(known.usual, path);
 const number = (path) => Number(field(path).value) || usual(path);
 const work = shares(at("share"), () => {});
-const models = modelField(at("model"), at("model-facts"));
+const models = modelField(at("model"), at("model-facts"), update);
 const data = datasetField(at("dataset"), at("dataset-facts"), { digits: known.digits, changed: update });
 const forecast = planView(at("forecast"), { steps });
 let key = null, sent = null;
@@ -78,6 +78,7 @@ function settle() {
   field("optimiser.learning_rate").placeholder = added ? rates.added : at("model").value === known.usual.model ? rates.digits : rates.other;
   const invented = at("devices").value === "invented";
   at("fleet-field").hidden = !invented;
+  at("fleet-note").textContent = invented || known.measured === number("workers") ? "" : `The job asks for ${number("workers")} workers; the forecast is for the ${known.measured} measured devices.`;
   at("fleet").placeholder = `${number("workers")}x fast`;
 }
 function fleet() {
@@ -98,7 +99,7 @@ function update() {
   at("curl").textContent = curlCommand(made);
   const planned = Object.fromEntries(PLANNED.filter((name) => name in made).map((name) => [name, made[name]]));
   forecast.show();
-  forecast.ask({ ...planned, num_classes: data.known?.classes ?? 10, devices: fleet() });
+  if (!models.searching) forecast.ask({ ...planned, num_classes: data.known?.classes ?? 10, devices: fleet() });
   sessionStorage.setItem(DRAFT, JSON.stringify({ job: kept(form), devices: at("devices").value, fleet: at("fleet").value }));
 }
 

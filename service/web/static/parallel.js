@@ -1,6 +1,6 @@
 // Parallel coordinates: every trial a line over its settings and what came of them; ranges narrow what is shown.
 import { digits, el, framed } from "./chart.js";
-import { resized, svg, text } from "./pareto.js";
+import { resized, scrolls, svg, text } from "./pareto.js";
 import { percent } from "./units.js";
 
 const EACH = 96, HIGH = 300, TOP = 34, BOTTOM = 22, EDGE = 46; // an axis needs so much
@@ -13,7 +13,7 @@ export function parallel(place, { narrowed, pointed }) {
   const { plot, refill } = framed(place, "Settings and results", () => [["Trial", ...view.axes.map((axis) => axis.name)], view.rows.filter(inside).map((row) => [row.key, ...view.axes.map((axis) => axis.write(row.values[axis.name]))])]);
   const brushes = el("div", { className: "brushes" });
   plot.after(brushes);
-  plot.classList.add("scroll");
+  scrolls(plot, "Settings and results");
   plot.addEventListener("pointerover", (event) => pointed(event.target.dataset.key ?? null));
   plot.addEventListener("pointerleave", () => pointed(null));
 

@@ -21,6 +21,12 @@ export function svg(tag, attributes = {}, ...children) {
 }
 export const text = (x, y, words, attributes = {}) => svg("text", { x, y, ...attributes }, words);
 
+export function scrolls(place, title) {
+  place.classList.add("scroll");
+  place.tabIndex = 0;
+  place.setAttribute("role", "region");
+  place.setAttribute("aria-label", title);
+}
 // Calls `draw` when the place has become wider or narrower.
 export function resized(place, draw) {
   let wide = place.clientWidth;
@@ -43,7 +49,7 @@ export function pareto(place, { against, chose, pointed }) {
     show();
   });
   head.insertBefore(choice, head.querySelector("button"));
-  plot.classList.add("scroll");
+  scrolls(plot, "Accuracy against cost");
   const told = (event) => pointed(event.target.closest?.("[data-key]")?.dataset.key ?? null);
   for (const kind of ["pointerover", "focusin"]) plot.addEventListener(kind, told);
   for (const kind of ["pointerleave", "focusout"]) plot.addEventListener(kind, () => pointed(null));
@@ -125,7 +131,7 @@ function mark(point, sweep, cost, labels, onFront, [x, y]) {
 }
 // Beside its point where nothing else is, or nowhere.
 function label(words, x, y, most, taken) {
-  const wide = 6.4 * words.length, high = 13;
+  const wide = 6.6 * words.length + 8, high = 13;
   const spots = [[x - 9, y - 10, "end"], [x + 10, y + 19, "start"], [x, y - 13, "middle"], [x + 12, y + 4, "start"], [x - 12, y + 4, "end"], [x + 9, y - 10, "start"], [x, y + 23, "middle"]];
   for (const [left, foot, anchor] of spots) {
     const from = anchor === "start" ? left : anchor === "end" ? left - wide : left - wide / 2;

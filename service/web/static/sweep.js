@@ -29,7 +29,7 @@ const lines = parallel(at("parallel"), {
   pointed: point,
   narrowed(keys, all) {
     view.within = keys.size < all ? keys : null;
-    for (const row of document.querySelectorAll("#trials tr[data-key]")) row.classList.toggle("off", view.within !== null && !keys.has(row.dataset.key));
+    for (const row of document.querySelectorAll("#trials tr[data-key]")) row.hidden = view.within !== null && !keys.has(row.dataset.key);
     at("within").textContent = view.within ? `${keys.size} of ${all} trials are within the ranges.` : "";
   },
 });
@@ -64,7 +64,7 @@ function rowOf(trial) {
     cancel.addEventListener("click", () => act(`/v1/jobs/${trial.job_id}/cancel`, "It is being cancelled."));
     end.append(cancel);
   }
-  const row = el("tr", { tabIndex: -1, className: view.within && !view.within.has(trial.key) ? "off" : "" }, el("td", {}, link, el("small", { className: "dim block", textContent: [trial.key, marks].filter(Boolean).join(" · ") })), state, ...cells, end);
+  const row = el("tr", { tabIndex: -1, hidden: view.within !== null && !view.within.has(trial.key) }, el("td", {}, link, el("small", { className: "dim block", textContent: [trial.key, marks].filter(Boolean).join(" · ") })), state, ...cells, end);
   Object.assign(row.dataset, { key: trial.key, href: `/ui/jobs/${trial.job_id}` });
   return row;
 }

@@ -14,8 +14,14 @@ const USUAL_FLEET = ["2x fast:24GB@node1", "slow"];
 const SPEC = /^\s*(?:(\d+)\s*[x×]\s*)?([^:@\s]+)(?:\s*:\s*([^@\s]+))?(?:\s*@\s*(\S+))?\s*$/;
 
 const work = shares(at("share"), () => {});
-const models = modelField(at("model"), at("model-facts"));
-const view = planView(at("forecast"), { details: true, heard: (error) => (error?.problem?.errors?.length ? refused(error) : clear(form, problems)) });
+const models = modelField(at("model"), at("model-facts"), update);
+const view = planView(at("forecast"), { details: true, heard });
+
+// It comes while somebody types, whose focus stays.
+function heard(error) {
+  if (error?.problem?.errors?.length) refuse(form, problems, "There is no such plan", error, { focus: false });
+  else clear(form, problems);
+}
 
 // --- the fleet ------------------------------------------------------------------------------------------------------
 let numRows = 0;
@@ -42,7 +48,8 @@ function addRow(text) {
   return row;
 }
 function fleet() {
-  return [...rows.children].map((row) => {
+  return [...rows.children].map((row, i) => {
+    row.querySelector('[data-part="kind"]').dataset.at = `devices.${i}`;
     const { count, kind, memory, node } = Object.fromEntries([...row.querySelectorAll("input")].map((input) => [input.dataset.part, input.value.trim()]));
     return `${Number(count) > 1 ? `${count}x ` : ""}${kind}${memory && `:${memory}`}${node && `@${node}`}`;
   });
@@ -85,14 +92,10 @@ function update() {
   history.replaceState(null, "", `${location.pathname}?${asked}`);
   at("add").disabled = rows.children.length >= 64;
   if (!made.devices.length) return;
-  const draft = JSON.stringify({ ...made, devices: undefined, link: undefined, num_classes: undefined });
+  const workers = made.devices.reduce((sum, each) => sum + Number(SPEC.exec(each)?.[1] ?? 1), 0);
+  const draft = JSON.stringify({ ...made, workers, devices: undefined, link: undefined, num_classes: undefined });
   at("as-job").href = `/ui/new?${new URLSearchParams({ spec: draft, fleet: made.devices.join(", ") })}`;
-  view.ask(made);
-}
-function refused(error) {
-  const had = document.activeElement;
-  refuse(form, problems, "There is no such plan", error);
-  had?.focus(); // it comes while somebody types
+  if (!models.searching) view.ask(made);
 }
 
 form.addEventListener("input", update);
