@@ -98,7 +98,7 @@ function mark(place, message, path) {
   place.hidden = false;
   const told = path === placeOf(place) || place.dataset.at ? message : `${path}: ${message}`, before = document.getElementById(id);
   if (before) before.append(el("br"), told);
-  else (place.closest(".combo") ?? place)[place.matches("fieldset, div") ? "append" : "after"](el("p", { id, className: "wrong error", textContent: told, dir: "auto" }));
+  else (place.closest(".combo, .fleet-row") ?? place)[place.matches("fieldset, div") ? "append" : "after"](el("p", { id, className: "wrong error", textContent: told, dir: "auto" }));
   if (place.matches("input, select, textarea")) {
     place.dataset.described ??= place.getAttribute("aria-describedby") ?? "";
     place.setAttribute("aria-describedby", `${place.dataset.described} ${id}`.trim());

@@ -107,7 +107,8 @@ function drawn(points, { sweep, cost, labels }, wide) {
   const first = (point) => (point.key === sweep.knee ? 0 : trialOf(sweep, point.key)?.baseline ? 1 : front.includes(point) ? 2 : 3);
   for (const point of [...points].sort((a, b) => first(b) - first(a))) picture.append(mark(point, sweep, cost, labels, front.includes(point), [x, y]));
   for (const point of [...points].filter((each) => first(each) < 3).sort((a, b) => first(a) - first(b))) {
-    const name = label(labelOf(point, sweep, labels), x(point[cost]), y(point.accuracy), wide, taken);
+    const spot = [x(point[cost]), y(point.accuracy), wide, taken];
+    const name = label(labelOf(point, sweep, labels), ...spot) ?? (point.key === sweep.knee ? label("knee", ...spot) : null);
     if (name) names.push(name);
   }
   picture.append(...names);
