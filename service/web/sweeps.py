@@ -26,7 +26,7 @@ async def list_of_sweeps(
     world: InWorld,
     caller: ByCaller,
     search: Text = "",
-    status: Annotated[list[str], Query(max_length=len(GROUPS))] = [],  # noqa: B006: FastAPI copies it
+    status: Annotated[list[str], Query(max_length=len(GROUPS))] = [],  # noqa: B006 – FastAPI copies it
     owner: Text = "",
     order: Annotated[str, Query(pattern="^(asc|desc)$")] = "desc",
     after: Annotated[str, Query(max_length=80)] = "",
