@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from typing import Annotated
 from urllib.parse import urlencode
 
@@ -40,7 +41,7 @@ async def list_of_jobs(
     world: InWorld,
     caller: ByCaller,
     search: Text = "",
-    status: Annotated[list[str], Query(max_length=len(GROUPS))] = [],  # noqa: B006: FastAPI copies it
+    status: Annotated[list[str], Query(max_length=len(GROUPS))] = [],  # noqa: B006 – FastAPI copies it
     model: Text = "",
     owner: Text = "",
     sweep: Annotated[str, Query(max_length=80)] = "",
@@ -96,7 +97,7 @@ async def compare(
 _USUAL = (("sort", "created"), ("order", "desc"))
 
 
-def address(asked: dict[str, object], path: str = "/", /, **changes: object) -> str:
+def address(asked: Mapping[str, object], path: str = "/", /, **changes: object) -> str:
     """A list's address with these changes."""
     pairs = {name: value for name, value in {**asked, **changes}.items() if value}
     return f"{path}?{urlencode(pairs, doseq=True)}" if pairs else path

@@ -58,7 +58,8 @@ def test_names_are_text_in_the_list_and_on_their_page(visitor: TestClient) -> No
 def test_a_page_says_what_is_tried_and_from_where_its_script_goes_on(visitor: TestClient) -> None:
     sweep_id = make(visitor)
     text = visitor.get(f"/ui/sweeps/{sweep_id}").text
-    assert f'data-id="{sweep_id}"' in text and 'data-after="1"' in text and 'data-page="sweep"' in text
+    newest, _ = store_of(visitor).records.end(sweep_id)
+    assert f'data-id="{sweep_id}"' in text and f'data-after="{newest}"' in text and 'data-page="sweep"' in text
     assert "0 of 5 trials are over" in text and "by random" in text
 
 
