@@ -50,7 +50,7 @@ def question(body: PreviewBody, entry: Entry, live: Sequence[DeviceRecord]) -> d
     step = asdict(step_shape(body.micro_batches, body.micro_batch_size, precision, bf16=precision.compute == "bf16"))
     if precision.compute == "auto":
         del step["compute_itemsize"]  # the devices', which the planner knows
-    fleet: dict[str, Any] = {"records": [record.to_dict() for record in live]}
+    fleet: dict[str, Any] = {"records": [{**record.to_dict(), "history": ()} for record in live]}
     if body.devices != "live":
         fleet = {"devices": [_spec(device) for device in body.devices]}
     link = body.link if body.link is None or isinstance(body.link, str) else body.link.model_dump()
@@ -98,6 +98,7 @@ def _device(record: DeviceRecord, users: list[str], now: float) -> Device:
         measured_at=record.measured_at,
         age_s=None if age_s is None else round(age_s, 1),
         samples=record.samples,
+        history=list(record.history),
         stale=age_s is None or age_s > STALE_S,
         used_by=users,
     )

@@ -8,14 +8,15 @@ from starlette.middleware.gzip import GZipMiddleware
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp
 
-from service.web import job, jobs, live, sign_in
+from service.web import devices, job, jobs, live, new_job, sign_in, sweeps, what_if
 from service.web.render import STATIC
 
 __all__ = ["routers", "statics"]
 
 
 def routers() -> list[APIRouter]:
-    return [sign_in.router, jobs.router, job.router, live.router]
+    rooms = sign_in, jobs, job, new_job, sweeps, devices, what_if, live
+    return [room.router for room in rooms]
 
 
 def statics() -> ASGIApp:

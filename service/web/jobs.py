@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from typing import Annotated
 from urllib.parse import urlencode
 
@@ -96,10 +97,10 @@ async def compare(
 _USUAL = (("sort", "created"), ("order", "desc"))
 
 
-def address(asked: dict[str, object], **changes: object) -> str:
-    """The list's address with these changes."""
+def address(asked: Mapping[str, object], path: str = "/", /, **changes: object) -> str:
+    """A list's address with these changes."""
     pairs = {name: value for name, value in {**asked, **changes}.items() if value}
-    return f"/?{urlencode(pairs, doseq=True)}" if pairs else "/"
+    return f"{path}?{urlencode(pairs, doseq=True)}" if pairs else path
 
 
 def differences(jobs: list[Job]) -> dict[str, list[object]]:

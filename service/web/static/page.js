@@ -4,7 +4,7 @@ import { live } from "./live.js";
 
 const root = document.documentElement;
 const GO = { j: "/", n: "/ui/new", s: "/ui/sweeps", d: "/ui/devices", w: "/ui/what-if" };
-const MODULES = { compare: "./compare.js", job: "./job.js", new: "./new.js", sweep: "./sweep.js", devices: "./devices.js", "what-if": "./what_if.js" };
+const MODULES = { compare: "./compare.js", job: "./job.js", new: "./new.js", sweep: "./sweep.js", "what-if": "./what_if.js" };
 
 const doing = {
   theme() {
@@ -121,5 +121,5 @@ document.addEventListener("htmx:after:swap", settle);
 
 // --- the page -------------------------------------------------------------------------------------------------------
 const name = document.body.dataset.page;
-if (document.querySelector('[data-live="jobs"]') && name !== "job") live({ on: { jobs: refresh } });
+if (document.querySelector('[data-live="jobs"]') && !["job", "sweep"].includes(name)) live({ on: { jobs: refresh } });
 if (MODULES[name]) import(MODULES[name]);
