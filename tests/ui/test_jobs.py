@@ -44,7 +44,8 @@ def test_names_are_text(visit: Visit, client: Client) -> None:
 
 def test_filters_are_in_the_address_and_come_back_with_it(visit: Visit, client: Client) -> None:
     for name in ("cat", "dog"):
-        client.submit({"name": name, "steps": 1, "metadata": {"outcome": "failed"} if name == "dog" else {}}).wait(timeout_s=20)
+        outcome = {"outcome": "failed"} if name == "dog" else {}
+        client.submit({"name": name, "steps": 1, "metadata": outcome}).wait(timeout_s=20)
     visit.go("/")
     page = visit.page
     page.fill("#search", "dog")

@@ -85,6 +85,7 @@ def test_every_page_forbids_what_it_does_not_need(visitor: TestClient, settings:
 
 
 def test_figures_are_short() -> None:
-    assert [duration(s) for s in (None, 5, 300, 5 * 3600 + 720, 4 * 86400)] == ["–", "5 s", "5 min", "5 h 12 min", "4 d"]
+    spans = (None, 5, 300, 5 * 3600 + 720, 4 * 86400)
+    assert [duration(s) for s in spans] == ["–", "5 s", "5 min", "5 h 12 min", "4 d"]
     assert [size(n) for n in (None, 0, 999, 1_500_000, 2e18)] == ["–", "0 B", "999 B", "1.5 MB", "2e+03 PB"]
     assert plain("a\tb\u2066c") == "a b⟨2066⟩c"
