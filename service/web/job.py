@@ -21,7 +21,7 @@ from service.schemas import Job, JobError
 from service.store.records import Records
 from service.web.errors import PageRoute
 from service.web.jobs import leaves
-from service.web.render import page
+from service.web.render import number, page
 from workers.contract import JobSpec
 
 TABS = {
@@ -120,13 +120,33 @@ def advice(error: JobError) -> str:
 def _overview(asked: Asked) -> dict[str, Any]:
     error = asked.job.error
     return {
-        "ledger": _document(asked, asked.records.ledger),
+        "ledger": ledger_of(_document(asked, asked.records.ledger)),
         "method": dict(
             leaves({name: value for name, value in asked.job.method.items() if value not in (None, False, [], {})})
         ),
         "advice": advice(error) if error else None,
         "first": _first_accuracy(asked),
     }
+
+
+def ledger_of(told: dict[str, Any] | None) -> dict[str, Any] | None:
+    """What a page shows of a ledger; of one that is not as ours are, what can be shown."""
+    if told is None:
+        return None
+    rows = [row for row in told.get("rows") or [] if isinstance(row, dict)] if isinstance(told.get("rows"), list) else []
+    moves = told.get("migrations")
+    return {
+        "rows": [{name: row.get(name) for name in ("name", "unit", "predicted", "measured", "all_full")} for row in rows],
+        "accuracy": {when: _mapping(told, "accuracy").get(when) for when in ("before", "after")},
+        "steps": number(told.get("steps")),
+        "phases": _mapping(told, "phases"),
+        "migrations": moves if isinstance(moves, list) else [],
+    }
+
+
+def _mapping(of: dict[str, Any] | None, name: str) -> dict[str, Any]:
+    found = (of or {}).get(name)
+    return found if isinstance(found, dict) else {}
 
 
 def _first_accuracy(asked: Asked) -> float | None:
@@ -153,8 +173,7 @@ def _charts(asked: Asked) -> dict[str, Any]:
 def _placement(asked: Asked) -> dict[str, Any]:
     """What a plan does not say: memory and busy time as they were measured."""
     windows = asked.records.history(asked.job.id, types=("window",), limit=1, owner=asked.reach)
-    ledger = _document(asked, asked.records.ledger) or {}
-    memory = ledger.get("memory") or {}
+    memory = _mapping(_document(asked, asked.records.ledger), "memory")
     return {"measured": {"busy": windows[0].data.get("busy") if windows else None, **memory}}
 
 

@@ -72,8 +72,15 @@ def _shown(char: str) -> str:
     return f"⟨{ord(char):04X}⟩" if kind in ("Cc", "Cf", "Cs", "Co") else char
 
 
-def duration(seconds: float | None) -> str:
+def number(value: Any) -> float | None:
+    """A finite number; None of anything else, since what a run tells of itself may be anything."""
+    is_one = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return value if is_one else None
+
+
+def duration(seconds: Any) -> str:
     """ "12 s", "3 min", "5 h 12 min", "4 d"."""
+    seconds = number(seconds)
     if seconds is None:
         return "–"
     seconds = max(0.0, seconds)
@@ -85,19 +92,22 @@ def duration(seconds: float | None) -> str:
     return f"{hours} h {minutes % 60} min" if hours < 48 else f"{hours // 24} d"
 
 
-def size(count: float | None) -> str:
+def size(count: Any) -> str:
     """ "1.5 MB", in steps of 1000."""
+    count = number(count)
     if count is None:
         return "–"
     power = min(len(_UNITS) - 1, int(math.log(count, 1000))) if count >= 1 else 0
     return f"{count / 1000**power:.3g} {_UNITS[power]}" if power else f"{count:.0f} B"
 
 
-def share(fraction: float | None) -> str:
+def share(fraction: Any) -> str:
+    fraction = number(fraction)
     return "–" if fraction is None else f"{100 * fraction:.1f} %"
 
 
-def figure(value: float | None, digits: int = 4) -> str:
+def figure(value: Any, digits: int = 4) -> str:
+    value = number(value)
     return "–" if value is None else f"{value:.{digits}g}"
 
 

@@ -21,7 +21,9 @@ _FLAGS = (
 SERIOUS = ("serious", "critical")
 _VIOLATIONS = """
     window.violations = [];
-    document.addEventListener("securitypolicyviolation", (event) => window.violations.push(event.violatedDirective + " " + event.blockedURI));
+    document.addEventListener("securitypolicyviolation", (event) => {
+        window.violations.push(`${event.violatedDirective} ${event.blockedURI}`);
+    });
 """
 
 

@@ -1,4 +1,4 @@
-"""From signing in to a file on one's own disk, by mouse and by keyboard alone: a real service, a real Ray, real jobs."""
+"""From signing in to a file on one's own disk, by mouse and by keyboard alone, with a real Ray and real jobs."""
 
 from __future__ import annotations
 

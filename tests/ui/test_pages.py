@@ -1,4 +1,4 @@
-"""Every page, light, dark and on a phone: nothing serious for axe, nothing from elsewhere, no error, no way sideways."""
+"""Every page, light, dark and on a phone: nothing serious for axe, nothing from elsewhere, no error."""
 
 from __future__ import annotations
 
