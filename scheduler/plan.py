@@ -120,13 +120,13 @@ def _candidates(
     limits: Limits,
     current: Placement | None,
 ) -> Iterator[list[Candidate]]:
-    """The mode's best placements; then, where "auto" offers none that can keep the bytes, those of split blocks.
+    """The mode's best placements; then, where it allows others and none keeps the bytes, those of split blocks.
 
     Whole blocks send little, and nearly all of that whatever is selected, so that no fraction of it can be saved.
     """
     static = static_part(asked, costs, scores)
     modes = [request.placement]
-    if request.placement == "auto" and costs.num_workers > 1 and asked.max_bytes < 1:
+    if request.placement in ("auto", "unmixed") and costs.num_workers > 1 and asked.max_bytes < 1:
         modes.append("split")
     for mode in modes:
         yield propose(costs, mode, static=static, scores=scores, limits=limits, current=current)

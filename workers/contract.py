@@ -137,7 +137,7 @@ class JobSpec(Frozen):
     epochs: Annotated[float, Field(gt=0, le=10_000)] = 3.0
     steps: Annotated[int, Field(ge=1, le=10_000_000)] | None = None
     window: Annotated[int, Field(ge=1, le=100_000)] = 100
-    placement: Literal["auto", "split", "whole"] = "auto"
+    placement: Literal["auto", "unmixed", "split", "whole"] = "auto"
     worker_memory_bytes: Annotated[int, Field(ge=1 << 20, le=1 << 50)] | None = None
     train_embed: bool = True
     checkpoint: Checkpoints = Field(default_factory=Checkpoints)

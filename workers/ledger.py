@@ -11,7 +11,7 @@ import statistics
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from scheduler.domain import Plan
+from scheduler.domain import Placement, Plan
 
 
 @dataclass
@@ -93,7 +93,8 @@ class Ledger:
 
     `rehearsal` has one all-FULL step for every training step, measured under that step's placement. `windows` begin
     with the rehearsal, `migrations` are {heads, bytes, seconds}. `peak_bytes` is the most memory that each worker's
-    process held, `planned_bytes` what the plans said of it.
+    process held, `planned_bytes` what the plans said of it. `placements` are the kinds of placement in use
+    (`kind_of`), in the order of their steps.
     """
 
     rehearsal: Measured = field(default_factory=Measured)
@@ -107,6 +108,7 @@ class Ledger:
     checkpoint: str | None = None
     planned_bytes: list[int] = field(default_factory=list)
     peak_bytes: list[int] = field(default_factory=list)
+    placements: list[str] = field(default_factory=list)
 
     def planned(self, plan: Plan, flops: int, sent_bytes: int) -> None:
         """A step ran under `plan`: FLOPs and bytes of its own op table, times as the mean over the plan's cycle."""
@@ -119,6 +121,8 @@ class Ledger:
         told.step_s += step.step_us / 1e6
         told.busy_s += sum(step.busy_us) / 1e6
         told.idle_share += step.idle_share
+        if (kind := kind_of(plan.placement)) not in self.placements[-1:]:
+            self.placements.append(kind)
         before = self.planned_bytes if len(self.planned_bytes) == len(plan.memory_bytes) else plan.memory_bytes
         self.planned_bytes = [max(pair) for pair in zip(before, plan.memory_bytes, strict=True)]
 
@@ -179,6 +183,7 @@ class Ledger:
             "phases": self.phases,
             "steps": self.training.steps,
             "migrations": self.migrations,
+            "placement": ", ".join(self.placements) or None,
             "memory": {"predicted_bytes": self.planned_bytes, "measured_bytes": self.peak_bytes},
             "checkpoint": self.checkpoint,
         }
@@ -197,6 +202,16 @@ class Ledger:
             "windows": [WindowSeen(**seen) for seen in sums["windows"]],
         }
         return cls(**{**sums, **told})
+
+
+def kind_of(placement: Placement) -> str:
+    """Where blocks lie: "whole" each on one worker, "split" over the same ones, or "mixed"; "single" on one in all."""
+    teams = {placement.holders(block) for block in range(len(placement.owner_LH))}
+    if placement.num_workers == 1:
+        return "single"
+    if all(len(team) == 1 for team in teams):
+        return "whole"
+    return "split" if len(teams) == 1 else "mixed"
 
 
 def _over(above: float, below: float) -> float | None:

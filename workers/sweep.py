@@ -32,6 +32,7 @@ from workers.disk import leave as leave_file
 from workers.disk import sha256_of
 from workers.events import EventLog
 from workers.poster import posting
+from workers.sweeps.alike import placed, placement_of, told
 from workers.sweeps.children import FULL, SHORT, STOPPED, SUCCEEDED, Child, Children, follow
 from workers.sweeps.contract import SweepContext, SweepSpec
 from workers.sweeps.drawing import draw
@@ -113,8 +114,9 @@ class Driver:
             log.emit(type, message, level=level, **data)
 
     def _baseline(self, key: str, spec: JobSpec) -> Child:
-        started = self.children.start(key, {}, spec, baseline=key)
-        child = follow(self.children, started, poll_of(self.context))
+        placement = placement_of(self.context.spec, self.children.all())
+        started = self.children.start(key, {}, placed(spec, placement), baseline=key)
+        child = told(follow(self.children, started, poll_of(self.context)), placement)
         self._tell(child)
         return child
 

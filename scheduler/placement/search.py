@@ -25,7 +25,7 @@ from scheduler.placement.model import PROVED_WITHIN, Answer, Limits, solve_chain
 from scheduler.placement.relaxation import Pool, Relaxed, relax
 from scheduler.placement.worth import Losses, full_heads, losses_of, worthiest
 
-MODES = {"auto": KINDS, "split": ("split",), "whole": ("whole",)}
+MODES = {"auto": KINDS, "unmixed": ("split", "whole"), "split": ("split",), "whole": ("whole",)}
 CHAINS = 48  # in which the least lacking memory is sought
 HOPELESS = 1.15  # a kind whose bound is above this times the best answer is not worth simulating
 PROVED_STATIC = 0.005  # as PROVED_WITHIN, with FULL and FORWARD heads: bounds are dear
@@ -85,7 +85,8 @@ def propose(
     limits: Limits | None = None,
     current: Placement | None = None,
 ) -> list[Candidate]:
-    """Candidate placements of a mode, the best by proxy first; "auto" offers split, whole and mixed ones.
+    """Candidate placements of a mode, the best by proxy first; "auto" offers split, whole and mixed ones,
+    "unmixed" no mixed ones.
 
     With a `static` part the same model decides which heads are FULL. `current` is the placement in use: no answer is
     worse, an equally good one keeps it, and heads that can stay stay. Raises InfeasibleError when the model does not

@@ -129,7 +129,7 @@ Compute = Annotated[float | None, typer.Option(help="Compute budget as a fractio
 Bytes = Annotated[float | None, typer.Option("--bytes", help="Bytes budget as a fraction of all-FULL.")]
 MicroBatches = Annotated[int | None, typer.Option(help="Micro-batches of a step.")]
 MicroBatchSize = Annotated[int | None, typer.Option(help="Images of a micro-batch.")]
-PlacementMode = Annotated[str | None, typer.Option(help="auto, split or whole.")]
+PlacementMode = Annotated[str | None, typer.Option(help="auto, unmixed, split or whole.")]
 Precision = Annotated[str | None, typer.Option(help="What is computed in: auto, fp32 or bf16.")]
 Wire = Annotated[str | None, typer.Option(help="What workers send each other in: fp32 or bf16.")]
 Recompute = Annotated[

@@ -62,7 +62,7 @@ class PreviewBody(Frozen):
     precision: Precision = Field(default_factory=Precision)
     micro_batches: int = 5
     micro_batch_size: int = 16
-    placement: Literal["auto", "split", "whole"] = "auto"
+    placement: Literal["auto", "unmixed", "split", "whole"] = "auto"
     train_embed: bool = True
     seed: int = 0
     devices: Literal["live"] | Annotated[list[str | DeviceBody], Field(min_length=1, max_length=MAX_DEVICES)]

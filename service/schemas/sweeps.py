@@ -15,13 +15,14 @@ TRIAL_KEY = r"^[\w.-]{1,80}$"
 
 
 class Figures(Wire):
-    """What a trial cost in all, and the accuracy of its model at the end."""
+    """What a trial cost in all, and the accuracy of its model at the end; `placement` is how its blocks were placed."""
 
     accuracy: float
     gflop: float
     mb: float
     seconds: float
     steps: int
+    placement: str | None = None
 
 
 class Trial(Wire):

@@ -82,6 +82,30 @@ def test_the_schema_refuses_what_is_misspelt() -> None:
             check({**cluster, "spec": {**cluster["spec"], **broken}}, VERSIONS[-1])
 
 
+def test_the_schema_refuses_what_the_operator_refuses() -> None:
+    cluster = next(each for _, each in OURS if each["kind"] == "RayCluster")
+    job = next(each for _, each in OURS if each["kind"] == "RayJob")
+    head, (group, *_) = cluster["spec"]["headGroupSpec"], cluster["spec"]["workerGroupSpecs"]
+    check({**cluster, "spec": {**cluster["spec"], "upgradeStrategy": {"type": "Recreate"}}}, VERSIONS[-1])  # RUNBOOK.md
+    for owner, change in (
+        (cluster, {"gcsFaultToleranceOptions": {"externalStorageNamespace": "x"}}),
+        (cluster, {"authOptions": {"mode": "disabled", "enableK8sTokenAuth": True}}),
+        (cluster, {"headGroupSpec": {**head, "resources": {"CPU": "1"}}}),  # num-cpus is in rayStartParams
+        (cluster, {"headGroupSpec": {**head, "rayStartParams": {"labels": "a=b"}}}),
+        (cluster, {"workerGroupSpecs": [{**group, "labels": {"d2ft/kind": "a b"}}]}),
+        (cluster, {"workerGroupSpecs": [{name: group[name] for name in group if name != "minReplicas"}]}),
+        (job, {"shutdownAfterJobFinishes": False}),  # with ttlSecondsAfterFinished
+        (job, {"clusterSelector": {"ray.io/cluster": "d2ft"}}),
+        (job, {"rayClusterSpec": {**job["spec"]["rayClusterSpec"], "upgradeStrategy": {"type": "Recreate"}}}),
+    ):
+        with pytest.raises(jsonschema.ValidationError):
+            check({**owner, "spec": {**owner["spec"], **change}}, VERSIONS[-1])
+    without = {name: value for name, value in cluster["spec"].items() if name != "rayVersion"}
+    for broken in ({**cluster, "spec": without}, {**cluster, "metadata": {"name": "1st"}}):
+        with pytest.raises(jsonschema.ValidationError):
+            check(broken, VERSIONS[-1])
+
+
 @pytest.mark.parametrize("name", KUSTOMIZED)
 def test_pods_have_no_rights_they_do_not_need(name: str) -> None:
     for owner, template in pods(list(built(name))):

@@ -63,6 +63,7 @@ def test_a_sweep_without_a_service_trains_its_children_itself(tmp_path: Path) ->
     result = json.loads((tmp_path / "run" / "result" / "sweep.json").read_text())
     points = {point["key"]: point for point in result["points"]}
     assert [point["status"] for point in points.values()] == [SUCCEEDED] * 4 and result["of"] == "full"
+    assert {point["placement"] for point in points.values()} in ({"split"}, {"whole"})
     assert points["t-000"]["compute"] == pytest.approx(0.6, abs=0.05) and result["knee"] in points
     assert points["stopped"]["figures"]["steps"] == round(6 * points[result["knee"]]["compute"]) or (
         points[result["knee"]]["baseline"] is not None

@@ -170,6 +170,29 @@ def test_asha_ends_what_does_poorly_and_nothing_half_made_becomes_a_result(
 
 
 @pytest.mark.slow
+def test_after_a_killed_driver_asha_knows_what_the_trials_before_had_reached(
+    head: Head, service: FakeService, tmp_path: Path
+) -> None:
+    service.steps = 12
+    values = {"values": [[4, 0, 1], [1, 0, 4]]}  # the poor one comes when the good one is over
+    spec = {
+        "space": {"method.ratios": values}, "asha": {"grace_steps": 2, "reduction": 4}, "objectives": {"loss": "min"},
+        "baselines": False,
+    }  # fmt: skip
+    driver = start(head, context_of(tmp_path, service, spec))
+    until(lambda: service.jobs.get("t-000", {}).get("status") == "succeeded", 120)
+    driver.kill()
+    driver.wait()
+    service.offset = 0
+    second = context_of(tmp_path, service, spec, attempt=2)
+    done = run(head, "workers.sweep", "--context", str(second))
+    assert done.returncode == 0, done.stderr
+    points = {point["key"]: point["status"] for point in of_type(second, "sweep.result")[0]["data"]["points"]}
+    assert points == {"t-000": "succeeded", "t-001": "stopped"}
+    assert service.jobs["t-001"]["step"] < 8  # at its first rung: the next, where t-000 reports again, is at 8
+
+
+@pytest.mark.slow
 def test_a_front_of_two_objectives_is_looked_for_by_optuna(head: Head, service: FakeService, tmp_path: Path) -> None:
     spec = {
         "space": {"method.ratios": RATIOS, "optimiser.learning_rate": {"low": 1e-4, "high": 1e-2, "log": True}},

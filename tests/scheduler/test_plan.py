@@ -58,9 +58,9 @@ def test_auto_takes_the_placement_that_is_fastest_as_simulated() -> None:
     costs, scores = setting((2.0, 1.0), blocks=12, dim=384)
     steps = {
         mode: make_plan(PlanRequest(placement=mode), costs, scores).forecast.step_us
-        for mode in ("auto", "split", "whole")
+        for mode in ("auto", "unmixed", "split", "whole")
     }
-    assert steps["auto"] <= min(steps["split"], steps["whole"])
+    assert steps["auto"] <= steps["unmixed"] <= min(steps["split"], steps["whole"])
 
 
 def test_slow_links_lead_to_whole_blocks_and_fast_ones_to_split_blocks() -> None:

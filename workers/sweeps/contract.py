@@ -162,7 +162,7 @@ class SweepSpec(Frozen):
 
     @model_validator(mode="after")
     def _jobs_that_can_be(self) -> SweepSpec:
-        for setting in self._tried():
+        for setting in self._settings_tried():
             try:
                 self.trial(setting)
             except ValidationError as error:
@@ -219,7 +219,11 @@ class SweepSpec(Frozen):
             body[length] = of if length == "epochs" else max(1, round(of))
         return JobSpec.model_validate(body)
 
-    def _tried(self) -> Iterator[dict[str, Any]]:
+    def tried(self) -> Iterator[JobSpec]:
+        """The jobs of the space: all of a grid, of an endless space some as it is drawn from."""
+        return (self.trial(setting) for setting in self._settings_tried())
+
+    def _settings_tried(self) -> Iterator[dict[str, Any]]:
         if all(isinstance(of, Choice) for of in self.space.values()):
             yield from itertools.islice(self.grid(), MOST_TRIALS)
             return

@@ -13,7 +13,7 @@ from typing import Any
 
 from workers.sweeps.front import knee, pareto
 
-Figures = Mapping[str, float]  # accuracy, gflop, mb, seconds, steps
+Figures = Mapping[str, Any]  # accuracy, gflop, mb, seconds, steps, and if known placement
 COSTS = {"compute": "gflop", "bytes": "mb", "seconds": "seconds"}  # a point's cost, and the figure behind it
 _PER_STEP = {"gflop": "compute per step", "mb": "traffic per step"}
 
@@ -32,7 +32,7 @@ class Front:
     against: str = "largest"
 
 
-def figures_of(ledger: Mapping[str, Any]) -> dict[str, float] | None:
+def figures_of(ledger: Mapping[str, Any]) -> dict[str, Any] | None:
     """What a run cost in all and how well its model does; None where its ledger does not say."""
     measured = {row.get("name"): row.get("measured") for row in _items(ledger.get("rows")) if isinstance(row, dict)}
     accuracy, phases = ledger.get("accuracy"), ledger.get("phases")
@@ -44,7 +44,9 @@ def figures_of(ledger: Mapping[str, Any]) -> dict[str, float] | None:
     per_step = {name: measured.get(row) for name, row in _PER_STEP.items()}
     if not all(map(_is_number, (*found.values(), *per_step.values()))):
         return None
-    return {**found, **{name: value * found["steps"] for name, value in per_step.items()}}  # type: ignore[dict-item, operator]
+    sums = {name: value * found["steps"] for name, value in per_step.items()}  # type: ignore[operator]
+    placement = ledger.get("placement")
+    return {**found, **sums, **({"placement": placement} if placement else {})}
 
 
 def front_of(trials: Mapping[str, Figures], full: str) -> Front:

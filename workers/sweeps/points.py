@@ -4,6 +4,7 @@
     compute   GFLOP of all training steps together \\
     bytes     sent by all workers together          | as fractions of the full baseline's
     seconds   of training                          /
+    placement whole, split, mixed: how blocks lay on the workers; all points alike, if nobody asks for something else
 
 Without baselines they are fractions of the largest of the sweep. The front of each is of the points that no other beats
 in both accuracy and that cost; "the" knee is that of compute.
@@ -21,7 +22,7 @@ from workers.sweeps.contract import words
 from workers.sweeps.outcome import COSTS, Figures, front_of
 
 BASELINE_WORDS = {FULL: "full fine-tuning", "stopped": "full fine-tuning, stopped at the knee's compute"}
-HEADER = ("", "setting", "accuracy", "compute", "bytes", "seconds", "")
+HEADER = ("", "setting", "accuracy", "compute", "bytes", "seconds", "placed", "")
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class Point:
     compute: float | None
     bytes: float | None
     seconds: float | None
+    placement: str | None
     figures: Figures | None
     error: Mapping[str, Any] | None
 
@@ -66,6 +68,8 @@ class Points:
         told = aligned([(row[0], row[1].ljust(width), *row[2:-1]) for row in rows])
         costs = "full fine-tuning" if self.of == FULL else "the largest of the sweep"
         lines = [f"{line}  {row[-1]}".rstrip() for line, row in zip(told, rows, strict=True)]
+        if len({point.placement for point in self.points if point.placement}) > 1:
+            lines.append("not all are placed alike: what they sent and how long they took differs by that, too")
         return [*lines, f"* on the front of accuracy against compute; costs are fractions of {costs}"]
 
     def _row(self, point: Point) -> tuple[str, ...]:
@@ -74,7 +78,7 @@ class Points:
         if point.status != SUCCEEDED:
             said = (point.error or {}).get("message")
             mark = f"{point.status}: {said}" if said else point.status
-        return (point.key, point.label, *figures, mark)
+        return (point.key, point.label, *figures, point.placement or "–", mark)
 
 
 def points_of(children: Iterable[Child]) -> Points:
@@ -118,6 +122,7 @@ def settled(heard: Iterable[Child], known: Iterable[Child]) -> list[Child]:
 
 
 def _point(child: Child, reached: Mapping[str, float | None]) -> Point:
+    figures = (child.figures if child.status == SUCCEEDED else None) or {}
     return Point(
         key=child.key,
         setting=child.setting,
@@ -128,7 +133,8 @@ def _point(child: Child, reached: Mapping[str, float | None]) -> Point:
         compute=reached.get("compute"),
         bytes=reached.get("bytes"),
         seconds=reached.get("seconds"),
-        figures=child.figures if child.status == SUCCEEDED else None,
+        placement=figures.get("placement"),
+        figures=figures or None,
         error=child.error,
     )
 

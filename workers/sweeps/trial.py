@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from ray import tune
 
 from scheduler.errors import UserError
+from workers.sweeps.alike import placed, placement_of, told
 from workers.sweeps.children import FAILED, SUCCEEDED, Child, Children, follow
 from workers.sweeps.contract import Choice, SweepContext, SweepSpec
 from workers.sweeps.direct import Direct
@@ -73,8 +74,9 @@ def run_trial(
     """
     setting = setting_of(spec, config)
     try:
-        child = children.start(key, setting, spec.trial(setting))
-        follow(children, child, poll_s, lambda child: report(result_of(spec, child)))
+        placement = placement_of(spec, children.all())
+        child = children.start(key, setting, placed(spec.trial(setting), placement))
+        follow(children, child, poll_s, lambda child: report(result_of(spec, told(child, placement))))
     except (UserError, ValidationError) as error:
         report(result_of(spec, Child(key, setting, status=FAILED, error=_told(error))))
 

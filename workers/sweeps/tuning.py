@@ -19,11 +19,11 @@ import ray
 from ray import tune
 from ray.tune.execution.placement_groups import PlacementGroupFactory
 from ray.tune.experiment import Trial
-from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 
 from scheduler.errors import UserError
 from workers.sweeps.children import FAILED, Child
 from workers.sweeps.contract import Choice, Span, SweepContext, SweepSpec
+from workers.sweeps.halving import Halving
 from workers.sweeps.trial import PLACE, key_of, setting_of, trial_of
 
 SWEEPS_DIR = "sweeps"  # in the storage path
@@ -39,13 +39,25 @@ _LOG = logging.getLogger(__name__)
 
 
 class Teller(tune.Callback):
-    """Tells the driver of each trial that has ended. Tune writes it down with all else, so it goes there empty."""
+    """Tells the driver of each trial that has ended. Tune writes it down with all else, so it goes there empty.
 
-    def __init__(self, spec: SweepSpec | None = None, ended: Ended | None = None) -> None:
-        self._spec, self._ended = spec, ended
+    Its state, which Tune keeps with that of the trials, is what ASHA has seen: Tune itself forgets that.
+    """
+
+    def __init__(
+        self, spec: SweepSpec | None = None, ended: Ended | None = None, halving: Halving | None = None
+    ) -> None:
+        self._spec, self._ended, self._halving = spec, ended, halving
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_spec": None, "_ended": None}
+        return {"_spec": None, "_ended": None, "_halving": None}
+
+    def get_state(self) -> dict[str, Any] | None:
+        return None if self._halving is None else self._halving.seen()
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        if self._halving is not None:
+            self._halving.remember(state)
 
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         self._tell(trial)
@@ -71,13 +83,15 @@ def run_tuner(context: SweepContext, context_path: Path, ended: Ended) -> list[C
         _need_optuna()
     trial = tune.with_resources(trial_of(context_path), _beside_the_driver())
     kept = Path(context.storage_path).absolute() / SWEEPS_DIR
-    teller = Teller(spec, ended)
+    scheduler = _scheduler(spec)
+    teller = Teller(spec, ended, scheduler)
     if tune.Tuner.can_restore(str(kept / context.sweep_id)):
         _LOG.info("the sweep goes on where an earlier driver has left it")
         tuner = tune.Tuner.restore(
             str(kept / context.sweep_id), trial, restart_errored=True, param_space=_param_space(spec)
         )
         _inner(tuner).get_run_config().callbacks = [teller]  # the one that was written down is silent
+        _inner(tuner)._tune_config.scheduler = scheduler  # and this one is empty
     else:
         tuner = tune.Tuner(
             trial,
@@ -85,7 +99,7 @@ def run_tuner(context: SweepContext, context_path: Path, ended: Ended) -> list[C
             tune_config=tune.TuneConfig(
                 num_samples=spec.search.samples if spec.search.type == "optuna" else 1,
                 search_alg=_optuna(spec) if spec.search.type == "optuna" else None,
-                scheduler=_scheduler(spec),
+                scheduler=scheduler,
                 max_concurrent_trials=spec.at_once,
                 # A stopped child that its trial's own process trains ends with that process alone.
                 reuse_actors=context.post_url is not None or spec.asha is None,
@@ -144,11 +158,11 @@ def _domain(of: Choice | Span) -> Any:
     return tune.loguniform(of.low, of.high) if of.log else tune.uniform(of.low, of.high)
 
 
-def _scheduler(spec: SweepSpec) -> TrialScheduler | None:
+def _scheduler(spec: SweepSpec) -> Halving | None:
     if spec.asha is None:
         return None
     metric, mode = next(iter(spec.objectives.items()))
-    return ASHAScheduler(
+    return Halving(
         time_attr="step",
         metric=metric,
         mode=mode,

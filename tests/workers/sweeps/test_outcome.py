@@ -19,6 +19,7 @@ figures = st.fixed_dictionaries(
 
 def test_figures_are_what_the_run_took_in_all() -> None:
     assert figures_of(ledger(4, "x")) == {"accuracy": 0.87, "gflop": 5.0, "mb": 140.0, "seconds": 1.5, "steps": 4}
+    assert (figures_of({**ledger(4, "x"), "placement": "split"}) or {})["placement"] == "split"
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,21 @@ def test_costs_are_fractions_of_full_fine_tuning() -> None:
     assert points.knee == "b" and share_of_knee(points) == pytest.approx(0.4)
 
 
+def test_the_table_says_how_points_are_placed_and_if_not_alike() -> None:
+    def placed(key: str, kind: str | None) -> Child:
+        child = done(key, 0.9, 10)
+        return replace(child, figures={**(child.figures or {}), "placement": kind})
+
+    alike = points_of([placed("a", "whole"), placed("b", "whole"), placed("c", None), Child("d", status=FAILED)])
+    assert (
+        [point.placement for point in alike.points]
+        == ["whole", "whole", None, None]
+        == [point["placement"] for point in alike.to_dict()["points"]]
+    )
+    assert "whole" in alike.table()[1] and not any("alike" in line for line in alike.table())
+    assert "not all are placed alike" in points_of([placed("a", "whole"), placed("b", "split")]).table()[-2]
+
+
 def test_without_baselines_they_are_fractions_of_the_largest() -> None:
     points = points_of(SWEEP[1:4])
     assert points.of == "largest" and [point.compute for point in points.points] == pytest.approx([1 / 3, 2 / 3, 1.0])

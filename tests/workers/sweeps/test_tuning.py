@@ -10,6 +10,8 @@ from typing import Any
 
 import optuna
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from ray.tune.experiment import Trial
 from ray.tune.utils import flatten_dict
 
@@ -25,6 +27,7 @@ SPACE: dict[str, Any] = {
     "optimiser.learning_rate": {"low": 1e-4, "high": 1e-2, "log": True},
     "steps": {"low": 5, "high": 9, "whole": True},
 }
+SPACE_OF_SEEDS: dict[str, Any] = {"space": {"seed": {"values": [4, 5, 6]}}}
 SPEC = SweepSpec.model_validate({"space": SPACE, "search": {"type": "optuna", "seed": 3}})
 FIGURES = {"accuracy": 0.9, "gflop": 5.0, "mb": 1.0, "seconds": 2.0, "steps": 4.0}
 
@@ -38,7 +41,7 @@ def test_a_choice_is_searched_by_place_and_a_span_within_its_ends() -> None:
 
 
 def test_a_list_is_searched_by_place() -> None:
-    spec = SweepSpec.model_validate({"space": {"seed": {"values": [4, 5, 6]}}})
+    spec = SweepSpec.model_validate(SPACE_OF_SEEDS)
     assert tuning._param_space(spec) == {"place": {"grid_search": [0, 1, 2]}}
 
 
@@ -71,6 +74,68 @@ def test_optuna_goes_by_what_has_ended_well() -> None:
     ]  # fmt: skip
     two = study_of({"accuracy": "max", "bytes": "min"}, ENDED)
     assert [state for state, _ in two] == ["COMPLETE", "FAIL", "PRUNED", "PRUNED", "FAIL"] and two[0][1] == [0.9, 1.0]
+
+
+ASHA = SweepSpec.model_validate({**SPACE_OF_SEEDS, "objectives": {"loss": "min"}, "asha": {"grace_steps": 2}})
+REPORTS = st.lists(st.tuples(st.integers(0, 5), st.integers(1, 4), st.floats(0, 1)), max_size=40)
+
+
+class Rungs:
+    """Six trials before the real scheduler; what it has stopped reports no more."""
+
+    def __init__(self) -> None:
+        self.steps: dict[str, int] = {}
+        self.stopped: set[str] = set()
+        self.begin()
+
+    def begin(self) -> None:
+        """A driver begins, of an empty scheduler; the trials that are stopped are over for Tune."""
+        self.scheduler = tuning._scheduler(ASHA)
+        assert self.scheduler is not None
+        for number in range(6):
+            self.scheduler.on_trial_add(None, self.trial(number))
+
+    def trial(self, number: int) -> Any:
+        return SimpleNamespace(trial_id=str(number))
+
+    def report(self, number: int, further: int, loss: float) -> str | None:
+        trial = self.trial(number)
+        if trial.trial_id in self.stopped:
+            return None
+        self.steps[trial.trial_id] = self.steps.get(trial.trial_id, 0) + further
+        result = {"step": self.steps[trial.trial_id], "loss": loss}
+        assert self.scheduler is not None
+        said = self.scheduler.on_trial_result(None, trial, result)
+        if said == "STOP":
+            self.stopped.add(trial.trial_id)
+        return said
+
+    def restored(self) -> None:
+        """Another driver, which Tune gives what it kept of the one before."""
+        kept = pickle.loads(pickle.dumps(tuning.Teller(ASHA, None, self.scheduler).get_state()))
+        self.begin()
+        tuning.Teller(ASHA, None, self.scheduler).set_state(kept)
+
+
+@given(before=REPORTS, after=REPORTS)
+def test_asha_decides_after_a_lost_driver_as_it_would_have(before: list[Any], after: list[Any]) -> None:
+    calm, struck = Rungs(), Rungs()
+    for report in before:
+        assert calm.report(*report) == struck.report(*report)
+    struck.restored()
+    assert [calm.report(*report) for report in after] == [struck.report(*report) for report in after]
+
+
+def test_what_asha_was_stopping_when_the_driver_died_is_stopped() -> None:
+    rungs = Rungs()
+    assert [rungs.report(0, 2, 0.1), rungs.report(1, 2, 0.9)] == ["CONTINUE", "STOP"]
+    rungs.stopped.clear()  # Tune has not done it yet
+    rungs.restored()
+    assert [rungs.report(1, 1, 0.9), rungs.report(2, 2, 0.8), rungs.report(3, 2, 0.05)] == ["STOP", "STOP", "CONTINUE"]
+
+
+def test_without_asha_there_is_nothing_to_remember() -> None:
+    assert tuning._scheduler(SPEC) is None and tuning.Teller(SPEC).get_state() is None
 
 
 def test_without_optuna_the_field_and_the_remedy_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
