@@ -44,13 +44,11 @@ from service.telemetry import header_secrets, start_tracing
 from service.thumbnails import Thumbnails
 from service.watch import Watch, measure_lag
 from service.web import routers as web_routers
-from service.web import statics
 from service.webhooks import Sender, Signer
 
 GRACE_S = 3
 # FastAPI's own would send what stands in URLs and in errors, secrets among it; `watch` makes the spans.
 NO_TELEMETRY: TelemetryConfig = {"tracing": False, "metrics": False, "logs": False, "auto_configure": False}
-STATIC_PATH = "/ui/static"
 NO_RAY = "http://127.0.0.1:9"  # the discard port: nothing answers, and jobs stay queued
 
 
@@ -118,7 +116,6 @@ def create_app(
         app.include_router(router, prefix=prefix, include_in_schema=in_schema)
     for pages in web_routers():
         app.include_router(pages, include_in_schema=False)
-    app.mount(STATIC_PATH, statics())
     app.add_middleware(Door, settings=settings, store=store, sessions=sessions)
     app.add_middleware(Watch, meters=meters, tracing=tracing)  # the one added last is the outermost
     problems.install(app)

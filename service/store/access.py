@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Row, select, update
+from sqlalchemy import select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 from ulid import ULID
@@ -100,7 +100,7 @@ class Access:
             row = session.execute(_CALLER.where(ApiKeyRow.id == key_id)).first()
         return None if row is None else self._admitted(row, time.time())
 
-    def _admitted(self, row: Row[Any], now: float) -> Caller | None:
+    def _admitted(self, row: Any, now: float) -> Caller | None:
         is_over = row.revoked_at is not None or (row.expires_at is not None and row.expires_at <= now)
         if is_over or row.disabled_at is not None:
             return None

@@ -4,21 +4,12 @@ They ask nothing of other hosts: scripts and styles lie in `static/`, those from
 """
 
 from fastapi import APIRouter
-from starlette.middleware.gzip import GZipMiddleware
-from starlette.staticfiles import StaticFiles
-from starlette.types import ASGIApp
 
-from service.web import devices, job, jobs, live, new_job, sign_in, sweeps, what_if
-from service.web.render import STATIC
+from service.web import devices, job, jobs, live, new_job, sign_in, static_files, sweeps, what_if
 
-__all__ = ["routers", "statics"]
+__all__ = ["routers"]
 
 
 def routers() -> list[APIRouter]:
-    rooms = sign_in, jobs, job, new_job, sweeps, devices, what_if, live
+    rooms = sign_in, jobs, job, new_job, sweeps, devices, what_if, live, static_files
     return [room.router for room in rooms]
-
-
-def statics() -> ASGIApp:
-    """Scripts and styles, compressed; browsers ask each time whether theirs is still the newest."""
-    return GZipMiddleware(StaticFiles(directory=STATIC), minimum_size=500)

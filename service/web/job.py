@@ -133,10 +133,14 @@ def ledger_of(told: dict[str, Any] | None) -> dict[str, Any] | None:
     """What a page shows of a ledger; of one that is not as ours are, what can be shown."""
     if told is None:
         return None
-    rows = [row for row in told.get("rows") or [] if isinstance(row, dict)] if isinstance(told.get("rows"), list) else []
+    rows = (
+        [row for row in told.get("rows") or [] if isinstance(row, dict)] if isinstance(told.get("rows"), list) else []
+    )
     moves = told.get("migrations")
     return {
-        "rows": [{name: row.get(name) for name in ("name", "unit", "predicted", "measured", "all_full")} for row in rows],
+        "rows": [
+            {name: row.get(name) for name in ("name", "unit", "predicted", "measured", "all_full")} for row in rows
+        ],
         "accuracy": {when: _mapping(told, "accuracy").get(when) for when in ("before", "after")},
         "steps": number(told.get("steps")),
         "phases": _mapping(told, "phases"),

@@ -9,6 +9,8 @@ from html import unescape
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from markupsafe import Markup
 from starlette.testclient import TestClient
 
@@ -273,3 +275,39 @@ def test_the_page_follows_from_the_event_that_it_has_seen(
     say("note", "one")
     newest = visitor.get(f"/v1/jobs/{attempt.job_id}/events").json()["data"][-1]["seq"]
     assert f'data-after="{newest}"' in page_of(visitor, attempt.job_id)
+
+
+_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.floats() | st.text(max_size=12),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=8,
+)
+_KINDS = st.sampled_from(["metrics", "plan.created", "ledger", "window", "evaluation", "phase", "timeline", "outcome"])
+_NUMBERS = ["memory", "steps", "busy", "loss", "step", "total_steps", "epoch", "step_seconds", "compute_fraction"]
+_PARTS = ["rows", "accuracy", "phases", "migrations", "placement", "forecast", "cycle", "heads", "devices", "when"]
+_FIELDS = st.sampled_from([*_NUMBERS, *_PARTS, "error"])
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(told=st.lists(st.tuples(_KINDS, st.dictionaries(_FIELDS, _VALUES, max_size=5)), max_size=3))
+def test_whatever_a_run_tells_of_itself_is_a_page(
+    visitor: TestClient, store: Store, told: list[tuple[str, dict[str, Any]]]
+) -> None:
+    job_id = visitor.post("/v1/jobs", json={"steps": 3}, headers=OURS).json()["id"]
+    attempt = store.queue.claim(10_000)
+    assert attempt and attempt.job_id == job_id
+    lines = [
+        {"seq": number, "at": 1.0, "type": kind, "level": "info", "message": "", "data": json_of(data)}
+        for number, (kind, data) in enumerate(told, 1)
+    ]
+    store.attempts.absorb(attempt, lines, len(lines))
+    for tab in TABS:
+        assert visitor.get(f"/ui/jobs/{job_id}/{tab}").status_code == 200, (tab, told)
+    assert visitor.get("/").status_code == 200
+    assert visitor.get(f"/ui/compare?job={job_id}").status_code == 200
+
+
+def json_of(data: dict[str, Any]) -> dict[str, Any]:
+    """As a line of a file would have it."""
+    found: dict[str, Any] = json.loads(json.dumps(data).replace("\\\\u0000", ""))
+    return found
