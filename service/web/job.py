@@ -87,13 +87,14 @@ async def tab_of(
     level: Some = [],  # noqa: B006
     before: Annotated[int | None, Query(ge=1, lt=2**31)] = None,
 ) -> Response:
-    if tab not in TABS:
-        raise NotFoundError(f"A job has no tab {tab}.", code="tab_not_found", remedy=f"There are {', '.join(TABS)}.")
     records, reach = world.store.records, caller.reach
 
     def read() -> dict[str, Any]:
         after, _ = records.end(job_id, owner=reach)  # first, so that what comes while this is read is heard live
         job = world.store.jobs.get(job_id, owner=reach, standings=world.standings.now)
+        if tab not in TABS:
+            remedy = f"There are {', '.join(TABS)}."
+            raise NotFoundError(f"A job has no tab {tab}.", code="tab_not_found", remedy=remedy)
         asked = Asked(job, records, reach, type, [each for each in level if each in LEVELS], before)
         return {"job": job, "after": after, **_CONTENT[tab](asked)}
 
