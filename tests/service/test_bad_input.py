@@ -22,7 +22,7 @@ from starlette.testclient import TestClient
 from service.auth import RUN_PREFIX
 from service.bodies import MAX_DEPTH
 from service.lifecycle import JobState
-from service.schemas import DatasetBody, KeyBody, PreviewBody, UserBody, UserChange, WebhookBody
+from service.schemas import DatasetBody, KeyBody, PreviewBody, RunBody, UserBody, UserChange, WebhookBody
 from service.settings import Settings
 from tests.service.test_routes import problem
 from tests.service.walk import UNSAFE, Found, store_of, walk
@@ -39,6 +39,7 @@ BODIES: dict[tuple[str, str], tuple[type[BaseModel], dict[str, Any]]] = {
     ("POST", "/v1/users"): (UserBody, {"name": "ann"}),
     ("PATCH", "/v1/users/{user_id}"): (UserChange, {}),
     ("POST", "/v1/datasets"): (DatasetBody, {"name": "x", "uri": "folder:///x"}),
+    ("POST", "/v1/runs"): (RunBody, {"spec": {}}),
     ("POST", "/v1/webhooks"): (WebhookBody, {"url": "https://x.example"}),
 }
 BY_RUNS = {("POST", "/v1/runs/events"), ("POST", "/v1/runs/trials")}
