@@ -108,9 +108,15 @@ async def tab_of(
         written=tab in WRITTEN,
         drawn=tab in DRAWN,
         here=request.url.path + (f"?{request.url.query}" if request.url.query else ""),
-        actions=[action for action, states in ACTIONS.items() if job.status in states],
+        actions=actions_of(job),
         **shown,
     )
+
+
+def actions_of(job: Job) -> list[str]:
+    """What may be asked of a job now; one that runs outside is not started again from here."""
+    here = [action for action, states in ACTIONS.items() if job.status in states]
+    return [action for action in here if not (job.outside and action in ("resume", "retry"))]
 
 
 def advice(error: JobError) -> str:

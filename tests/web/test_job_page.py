@@ -311,3 +311,14 @@ def json_of(data: dict[str, Any]) -> dict[str, Any]:
     """As a line of a file would have it."""
     found: dict[str, Any] = json.loads(json.dumps(data).replace("\\\\u0000", ""))
     return found
+
+
+def test_a_run_outside_says_where_it_is_and_is_not_started_again_from_here(visitor: TestClient) -> None:
+    where = {"run_dir": "/shared/<b>run1", "submission_id": "raysubmit_1"}
+    body = {"spec": {"steps": 3}, "where": where}
+    job_id = visitor.post("/v1/runs", json=body, headers=OURS).json()["job_id"]
+    text = page_of(visitor, job_id)
+    assert "outside" in text and "/shared/&lt;b&gt;run1" in text and "raysubmit_1" in text and "<b>run1" not in text
+    assert visitor.post(f"/v1/jobs/{job_id}/pause", headers=OURS).status_code == 200
+    assert 'data-act="resume"' not in page_of(visitor, job_id)
+    assert "/shared/&lt;b&gt;run1/result" in page_of(visitor, job_id, "files")

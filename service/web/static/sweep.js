@@ -47,6 +47,7 @@ const COLUMNS = {
   compute: ["Compute", (trial) => trial.point?.compute, percent],
   bytes: ["Bytes", (trial) => trial.point?.bytes, percent],
   seconds: ["Seconds", (trial) => trial.figures?.seconds, took],
+  placed: ["Placed", (trial) => trial.figures?.placement, (value) => value ?? "–"],
   loss: ["Loss", (trial) => trial.loss, digits],
 };
 
