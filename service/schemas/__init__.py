@@ -31,6 +31,7 @@ from service.schemas.jobs import (
     Progress,
     RunAnswer,
     RunEvents,
+    TimelineView,
     Usage,
 )
 from service.schemas.planning import (
@@ -100,6 +101,7 @@ __all__ = [
     "SampleList",
     "Sweep",
     "SweepProgress",
+    "TimelineView",
     "Trial",
     "TrialBody",
     "TrialList",
