@@ -24,7 +24,7 @@ class Planned:
     told: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def from_answer(cls, answer: Mapping[str, Any]) -> Planned:
+    def from_answer(cls, answer: dict[str, Any]) -> Planned:
         """From the scheduler actor's answer, or from what a checkpoint says of the plan that it was trained under."""
         profiles = [DeviceProfile.from_dict(profile) for profile in answer["profiles"]]
         plan = Plan.from_dict(answer.get("plan") or answer)

@@ -82,7 +82,8 @@ def step_rows(rounds):
                 "step": f"{name}, w{rank}", "instructions": len(programs[rank].instructions), "wall s": wall[1],
                 "traced wall": wall[0] / wall[1],
                 "traced cpu": sum(r.cpu_s for r in traced) / sum(r.cpu_s for r in plain),
-                "work / busy": statistics.median(work), "least": min(work), "most": max(work), "last span / wall": min(ends),
+                "work / busy": statistics.median(work), "least": min(work), "most": max(work),
+                "last span / wall": min(ends),
             }  # fmt: skip
 
 
