@@ -97,4 +97,4 @@ class ScriptedPlanner:
         seen = [simulate(compile_step(placement, ops, costs), costs) for ops in (*cycle, full)]
         forecast = mean_forecast(seen[:-1])
         plan = Plan(window + 1, window, placement, cycle, forecast, seen[-1], REPORT, REPORT, policy={"window": window})
-        return Planned(plan, self.profiles, {"reason": "so it is written"})
+        return Planned(plan, self.profiles, {"reason": "so it is written"}, {"heads": f"of window {window}"})
