@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from scheduler.book import read_book
+from scheduler.book import book_ids, read_book
 from scheduler.devices import DeviceRecord
 from service.errors import ConflictError
 from service.schemas import Device, DeviceList, PreviewBody
@@ -80,11 +80,12 @@ def _spec(device: Any) -> Any:
 
 
 def _users(plans: Mapping[str, dict[str, Any]]) -> dict[str, list[str]]:
-    """Device → the jobs that use it: a plan of the workers' own says by `devices` which one each rank has."""
+    """Device → the jobs that use it: a job's plan says by `devices` which one each rank has."""
     users: dict[str, list[str]] = {}
     for job_id, plan in plans.items():
-        named = plan.get("devices")
-        for device_id in dict.fromkeys(map(str, named if isinstance(named, list) else ())):
+        told = plan.get("devices")
+        named = [str(each.get("name")) for each in told if isinstance(each, dict)] if isinstance(told, list) else []
+        for device_id in book_ids(named):
             users.setdefault(device_id, []).append(job_id)
     return users
 

@@ -134,6 +134,19 @@ class PlanView(Wire):
     plan: dict[str, Any]
 
 
+class TimelineView(Wire):
+    """A step of a job: what every worker does when, as the newest plan forecasts it and as it was measured last.
+
+    Both are charts: `fields`, `step_us`, and per worker rows in the order of the fields; measured with the `step` and
+    its `window`. Null where none was made: of too many spans, or not yet.
+    """
+
+    object: Literal["timeline"] = "timeline"
+    job_id: str
+    forecast: dict[str, Any] | None = None
+    measured: dict[str, Any] | None = None
+
+
 class LedgerView(Wire):
     """The ledger of a job: predicted beside measured."""
 

@@ -87,7 +87,7 @@ class Preview(Wire):
     """A plan that nobody runs, with its reasons; beside the fields here whatever the planner says of it.
 
     `plan` is as a job's: placement, op tables, forecast, solver reports with bound and gap. `devices` says per worker
-    what it has and what binds it, `heads` per [block][head] owner, ops, worth and reason.
+    what it has and what binds it, `heads` per [block][head] owner, ops, worth, time_us and reason.
     """
 
     model_config = ConfigDict(extra="allow", frozen=True)

@@ -113,6 +113,14 @@ class Records:
     def plan(self, job_id: str, *, owner: str | None = None) -> dict[str, Any]:
         return self._document(job_id, owner, "plan", "It appears once the workers have measured themselves.")
 
+    def timeline(self, job_id: str, *, owner: str | None = None) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+        """(a step as the newest plan forecasts it, one as it was measured last); each may not be there."""
+        plan = self.plan(job_id, owner=owner)
+        with self._database.read() as session:
+            measured = session.scalar(select(JobRow.timeline).where(JobRow.id == job_id))
+        forecast = plan.get("gantt")
+        return forecast if isinstance(forecast, dict) else None, measured
+
     def ledger(self, job_id: str, *, owner: str | None = None) -> dict[str, Any]:
         return self._document(job_id, owner, "ledger", "It appears when the job ends.")
 

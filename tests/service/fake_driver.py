@@ -127,7 +127,21 @@ def plan() -> dict[str, object]:
         "forecast": {"step_us": 52_000, "idle_share": 0.08},
         "compute_fraction": 0.6,
         "bytes_fraction": 0.48,
+        "heads": [[{"owner": 0, "ops": "FFS", "worth": 1.0, "time_us": 9, "reason": "It is fast; FULL."}] * 3] * 2,
+        "devices": [{"rank": rank, "name": f"box-{rank}", "binding": "time"} for rank in range(2)],
+        "gantt": chart(),
     }
+
+
+def chart() -> dict[str, object]:
+    """A step of two workers, as `scheduler.gantt` has it."""
+    rows = [
+        [0, 40_000, "fwd", 0, "attn", 0],
+        [40_000, 50_000, "wait", 1, "attn", 0],
+        [50_000, 52_000, "update", -1, "", -1],
+    ]
+    fields = ["begin_us", "end_us", "what", "block", "part", "mb"]
+    return {"fields": fields, "step_us": 52_000, "workers": [rows, rows[:2]]}
 
 
 def ledger(steps: int, checkpoint: str) -> dict[str, object]:

@@ -18,6 +18,7 @@ from service.settings import Settings
 from service.store import Attempt
 from service.webhooks import Sender
 from tests.service.conftest import write_book
+from tests.service.fake_driver import chart
 from tests.service.test_auth import METHODS
 from tests.service.walk import Found, key_for, store_of, walk
 
@@ -93,7 +94,8 @@ def _run(api: TestClient, attempt: Attempt, settings: Settings) -> None:
     (directory / "result" / "x").write_text(MARK)
     artifact = {"name": f"{MARK}.bin", "path": str(directory / "result" / "x"), "bytes": 7, "sha256": "0" * 64}
     said: list[tuple[str, dict[str, Any]]] = [
-        ("plan.created", {"version": 1, "devices": ["gpu-0"], "mark": MARK}),
+        ("plan.created", {"version": 1, "devices": [{"name": "gpu-0"}], "mark": MARK}),
+        ("timeline", {**chart(), "step": 3, "window": 1, "fields": [MARK]}),
         ("metrics", {"step": 1, MARK: 1.0}),
         ("checkpoint.saved", {**artifact, "name": MARK, "step": 1}),
         ("artifact.ready", artifact),
