@@ -55,7 +55,7 @@ def test_only_the_callers_jobs_are_named(visitor: TestClient, settings: Settings
     store = store_of(visitor)
     attempt = store.queue.claim(1)
     assert attempt
-    line_ = {"seq": 1, "type": "plan.created", "data": {"version": 1, "devices": ["gpu-0"]}}
+    line_ = {"seq": 1, "type": "plan.created", "data": {"version": 1, "devices": [{"name": "gpu-0"}]}}
     store.attempts.absorb(attempt, [line_], 10)
     text = visitor.get("/ui/devices").text
     assert f'href="/ui/jobs/{job_id}"' in text and "mine &lt;b&gt;" in text
