@@ -83,19 +83,19 @@ const open = {
   },
   async timeline() {
     const place = document.getElementById("timeline"), { gantt } = await import("./gantt.js");
-    let drawing = null, pair = { forecast: null, measured: null };
+    let drawing = null, pair = { forecast: null, measured: null }, known = job().dataset.planned === "1";
     const show = () => {
       place.dataset.measuredStep = pair.measured?.step ?? "";
       if (drawing) drawing.set(pair);
       else drawing = gantt(place, pair);
     };
     const read = async () => {
-      const { forecast = null, measured = null } = (await found("timeline")) ?? {};
+      const { forecast = null, measured = null } = (known && (await found("timeline"))) || {};
       pair = { forecast, measured: measured ?? pair.measured };
       show();
     };
     on.timeline = (event) => ((pair = { ...pair, measured: event.data }), show());
-    for (const type of PLANS) on[type] = () => read().catch(failed);
+    for (const type of PLANS) on[type] = () => ((known = true), read().catch(failed));
     await read();
   },
   async placement() {
@@ -120,7 +120,8 @@ const open = {
 function failed(error) {
   say(error.message);
   const place = document.getElementById(tab);
-  if (place && !place.querySelector("canvas, table")) note(place, error.message);
+  const text = error.status ? error.message : `This cannot be drawn: it is not as the planner writes it (${error.message}).`;
+  if (place && !place.querySelector("canvas, table")) note(place, text);
 }
 
 live({
