@@ -157,6 +157,7 @@ if (draft) {
   if (!asked.has("spec") && !asked.has("from")) work.set({ ratios: { full: 3, forward: 0, skip: 2 } });
   if (asked.has("fleet")) Object.assign(at("devices"), { value: "invented" }) && (at("fleet").value = asked.get("fleet"));
 }
+at("whole").disabled = false;
 models.tell();
 data.tell();
 update();
