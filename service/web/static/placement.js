@@ -75,8 +75,8 @@ function deviceTable(plan, measured) {
 }
 
 function named({ name, node }) {
-  const shown = el("span", { textContent: name, dir: "auto" });
-  if (node) shown.append(el("small", { className: "dim block", textContent: node, dir: "auto" }));
+  const shown = el("span", { className: "wide", textContent: name, dir: "auto" });
+  if (node) shown.append(el("small", { className: "dim block", textContent: node.length > 16 ? `${node.slice(0, 12)}…` : node, title: node, dir: "auto" }));
   return shown;
 }
 
