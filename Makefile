@@ -7,7 +7,7 @@ STAMP := $(VENV)/.ready
 # One thread per process: the suites start several processes on few cores.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-slow test-cluster fuzz chaos lint bench-engine bench-planner bench-unlike bench-accuracy bench-precision bench-peers bench-service bench-sweep bench-large clean
+.PHONY: demo test test-slow test-cluster test-ui fuzz chaos lint bench-engine bench-planner bench-unlike bench-accuracy bench-precision bench-peers bench-service bench-sweep bench-large clean
 
 demo: $(STAMP)
 	deploy/demo.sh $(BIN)
@@ -21,6 +21,11 @@ test-slow: $(STAMP)
 # Three hosts in network namespaces of this machine; needs root, ip and tc.
 test-cluster: $(STAMP)
 	$(BIN)/python -m tests.cluster
+
+# The pages in chromium (Debian's package); pictures go to .bench/ui.
+test-ui: $(STAMP)
+	D2FT_SHOTS=1 $(BIN)/python -m pytest tests/ui
+	$(BIN)/python -m tests.bench.ui
 
 # The whole API by generated requests, for FUZZ_SECONDS.
 fuzz: $(STAMP)

@@ -28,6 +28,7 @@ from scheduler.book import FILE, Book, book_ids
 from scheduler.cost import Costs
 from scheduler.domain import DeviceProfile, FloatArray, ModelShape, Placement, Scores, StepShape
 from scheduler.errors import D2ftError, SystemFault, UserError
+from scheduler.explain import Explanation
 from scheduler.plan import make_plan
 from scheduler.profiles import check_fleet, check_profile, read_profile
 from scheduler.replan import change_of, first_plan, next_plan
@@ -139,10 +140,11 @@ class Scheduler:
         """The plan of a window as a dict, `{"waiting": n}` for n ranks that have not announced, or `{"error": {...}}`.
 
         The first caller of a window has it solved, the others get the same. It carries the `profiles` it rests on, in
-        rank order, and the `change`. Windows after the first bring a `report`, the same from every rank: `profiles`
-        {rank: profile as folded}, `worth` {"backward": [L][H]} and `worth_TLHM` (or None), `progress` 0 to 1,
-        `steps_left`, `measured`, `placement` in use and the last plan's `policy`. A caller that gives its `rank` is
-        told `unknown_attempt` when it has to announce.
+        rank order, the `change`, and what is `told` to people (`Explanation.told`), None where the last plan was alike.
+        Windows after the first bring a `report`, the same from every rank: `profiles` {rank: profile as folded},
+        `worth` {"backward": [L][H]} and `worth_TLHM` (or None), `progress` 0 to 1, `steps_left`, `measured`,
+        `placement` in use and the last plan's `policy`. A caller that gives its `rank` is told `unknown_attempt` when
+        it has to announce.
         """
         failpoints.hit("scheduler.plan")
         found = self._attempts.get((job, attempt))
@@ -153,7 +155,7 @@ class Scheduler:
             return {"waiting": waiting}
         with found.lock:
             if window not in found.answers:
-                found.answers[window] = answer = _answer(_in_order(found), window, report, not found.answers)
+                found.answers[window] = answer = _answer(_in_order(found), window, report, found.answers)
                 found.answers.pop(window - KEPT_ANSWERS, None)
                 if report is not None and "profiles" in answer:
                     profiles = [DeviceProfile.from_dict(profile) for profile in answer["profiles"]]
@@ -209,16 +211,17 @@ def _named(found: _Attempt) -> list[tuple[str, Announcement]]:
     return list(zip(book_ids([h.profile.device_id for h in heard]), heard, strict=True))
 
 
-def _answer(heard: list[Announcement], window: int, report: dict[str, Any] | None, is_first: bool) -> Answer:
+def _answer(heard: list[Announcement], window: int, report: dict[str, Any] | None, given: dict[int, Answer]) -> Answer:
+    """The answer for a window after those that were `given`."""
     try:
-        return _solve(heard, window, report or {}, is_first)
+        return _solve(heard, window, report or {}, given)
     except D2ftError as error:
         return {"error": error.to_dict()}
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         return {"error": SystemFault(f"Bad report: {error!r}.", code="bad_report").to_dict()}
 
 
-def _solve(heard: list[Announcement], window: int, report: dict[str, Any], is_first: bool) -> Answer:
+def _solve(heard: list[Announcement], window: int, report: dict[str, Any], given: dict[int, Answer]) -> Answer:
     """The plan with the profiles that it was made for: all ranks compile their programs from the same ones."""
     first = heard[0]
     if any((other.shape, other.step, other.request) != (first.shape, first.step, first.request) for other in heard):
@@ -233,13 +236,16 @@ def _solve(heard: list[Announcement], window: int, report: dict[str, Any], is_fi
     else:
         left, memory = int(report.get("steps_left", 0)), report.get("policy")
         plan, change = next_plan(request, costs, scores, current, window=window, steps_left=left, memory=memory)
-    if is_first and (told := _told(heard, current, plan.placement)):
-        again = make_plan(request, costs, scores, version=plan.version, window=window, placement=told)
+    if not given and (other := _told(heard, current, plan.placement)):
+        again = make_plan(request, costs, scores, version=plan.version, window=window, placement=other)
         plan = replace(again, policy=plan.policy)
         if current is not None and change is not None:
             reason = "as other workers were told before the scheduler restarted"
             change = change_of(None, current, plan, change["cause"], reason)
-    return {**plan.to_dict(), "profiles": [asdict(profile) for profile in costs.profiles], "change": change}
+    answer = {**plan.to_dict(), "profiles": [asdict(profile) for profile in costs.profiles], "change": change}
+    if (last := given.get(window - 1)) and all(last.get(key) == answer[key] for key in ("placement", "cycle")):
+        return {**answer, "told": None}  # as told before: a fleet of sixteen takes as long to explain as to plan again
+    return {**answer, "told": Explanation(plan, costs, scores).told(embed_grad=request.embed_grad)}
 
 
 def _told(heard: list[Announcement], current: Placement | None, solved: Placement) -> Placement | None:

@@ -22,6 +22,8 @@ from scheduler.errors import UserError
 FILE = "devices.json"
 FORMAT = 1
 MAX_RECORDS = 1000  # the longest unseen are dropped
+MAX_HISTORY = 64  # points of a device's history: the newest
+HISTORY_S = 60.0  # between two of them at least, the newest apart
 
 
 class Book:
@@ -41,7 +43,7 @@ class Book:
                 if known is None or known.measured_at <= profile.measured_at:
                     found = record_of(replace(profile, device_id=name), shape, step, ids)
                     links = {**(known.links if known else {}), **found.links}
-                    self._records[name] = replace(found, links=links)
+                    self._records[name] = replace(found, links=links, history=_longer(known, found))
             while len(self._records) > MAX_RECORDS:
                 del self._records[min(self._records.values(), key=lambda record: record.measured_at).id]
             if self._path is not None:
@@ -61,6 +63,14 @@ def book_ids(device_ids: Sequence[str]) -> list[str]:
         name if (before := device_ids[:rank].count(name)) == 0 else f"{name}#{before + 1}"
         for rank, name in enumerate(device_ids)
     ]
+
+
+def _longer(known: DeviceRecord | None, found: DeviceRecord) -> tuple[tuple[float, int], ...]:
+    """The history with the newest measurement; the one before it goes where it lies close to its own."""
+    before = [point for point in (known.history if known else ()) if point[0] < found.measured_at]
+    if len(before) > 1 and before[-1][0] - before[-2][0] < HISTORY_S:
+        before.pop()
+    return (*before, (found.measured_at, found.training_flops_per_s))[-MAX_HISTORY:]
 
 
 def read_book(path: Path | str) -> list[DeviceRecord]:

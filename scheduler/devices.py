@@ -39,7 +39,8 @@ class DeviceRecord:
     """Rates and sizes of one device; `links` by the peer's id.
 
     `call_us` is the fixed time of one part's forward pass. `trunk_flops_per_s` is for the embedding and the classifier,
-    `update_params_per_s` for the optimiser. `send_bytes_per_s`/`recv_bytes_per_s` say how fast the transport takes and
+    `update_params_per_s` for the optimiser. `history` has what the training rate was: (when measured, FLOPs/s), oldest
+    first, kept by the device book. `send_bytes_per_s`/`recv_bytes_per_s` say how fast the transport takes and
     hands out messages while the worker waits (0: in no time); `unit_us` is the time to pack or add one trunk unit's
     gradients, `end_us` that of a step's end whatever was trained. `samples` counts the measurements behind the rates;
     an invented device has none and was measured at 0.
@@ -64,6 +65,13 @@ class DeviceRecord:
     facts: dict[str, Any] = field(default_factory=dict)
     measured_at: float = 0.0
     samples: int = 0
+    history: tuple[tuple[float, int], ...] = ()
+
+    @property
+    def training_flops_per_s(self) -> int:
+        """The rate at which one forward and its backward pass run, their fixed times apart."""
+        seconds_per_flop = 1 / self.forward_flops_per_s + BACKWARD_WORK / self.backward_flops_per_s
+        return round((1 + BACKWARD_WORK) / seconds_per_flop)
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON."""
@@ -78,7 +86,8 @@ class DeviceRecord:
         if unknown := sorted(set(data) - {f.name for f in fields(cls)}):
             raise _bad(f"{param}.{unknown[0]}", "is no field of a device record")
         links = {peer: link_of(link, f"{param}.links.{peer}") for peer, link in dict(data.get("links") or {}).items()}
-        record = cls(**{**data, "links": links})
+        history = _history(data.get("history") or (), f"{param}.history")
+        record = cls(**{**data, "links": links, "history": history})
         check_record(record, param)
         return record
 
@@ -96,6 +105,19 @@ def check_record(record: DeviceRecord, param: str = "records") -> None:
         checked_number(getattr(record, name), f"{param}.{name}", 0, MOST_US)
     checked_number(record.memory_bytes, f"{param}.memory_bytes", 1, MOST_BYTES)
     checked_number(record.attn_slowdown, f"{param}.attn_slowdown", 0.001, 1000)
+
+
+def _history(points: Any, param: str) -> tuple[tuple[float, int], ...]:
+    """Points from their JSON; a UserError names the one that is none."""
+    if not isinstance(points, list | tuple):
+        raise _bad(param, "is no list of points")
+    found = []
+    for i, point in enumerate(points):
+        if not isinstance(point, list | tuple) or len(point) != 2:
+            raise _bad(f"{param}.{i}", "is no point: a time and a rate")
+        at = checked_number(point[0], f"{param}.{i}.0", 0, MOST_PER_S)
+        found.append((float(at), round(checked_number(point[1], f"{param}.{i}.1", 1, MOST_PER_S))))
+    return tuple(found)
 
 
 def link_of(data: Mapping[str, Any], param: str) -> LinkProfile:

@@ -1,4 +1,4 @@
-"""Says why: a reason per head, and what binds every worker.
+"""Says why: a reason and a price per head, and what binds every worker.
 
 The reasons are read off the plan, so they hold for any solver: where a head stands by worth, where the cut between
 FULL and FORWARD lies, how fast its owner is, and what share of the step each worker computes, waits and sends.
@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from scheduler import gantt
 from scheduler.cost import Costs
-from scheduler.domain import SUBLAYERS, Op, Placement, Plan, Scores, op_rows
+from scheduler.domain import SUBLAYERS, FloatArray, Op, Placement, Plan, Scores, op_rows
 from scheduler.placement import memory_bytes_of
 
 BINDINGS = ("time", "memory", "link", "path", "idle")
@@ -31,9 +32,15 @@ class Explanation:
     costs: Costs
     scores: Scores
 
+    def told(self, *, embed_grad: bool) -> dict[str, Any]:
+        """What goes with a plan: `heads`, `devices`, and `gantt`, None where it has too many spans to be shown."""
+        spans = gantt.of_plan(self.plan, self.costs, embed_grad=embed_grad)
+        chart = gantt.to_dict(spans) if len(spans) <= gantt.MOST_SPANS else None
+        return {"heads": self.heads(), "devices": self.workers(), "gantt": chart}
+
     def heads(self) -> list[list[dict[str, Any]]]:
-        """[L][H]: owner, ops of the cycle's first step as a word, worth, and a sentence that says why."""
-        words = op_rows(self.plan.cycle[0])
+        """[L][H]: owner, ops of the cycle's first step as a word, worth, µs in a mean step, and a sentence with why."""
+        words, time_us_LH = op_rows(self.plan.cycle[0]), self.time_us()
         owner_LH, worth_LH = self.plan.placement.owner_LH, self.scores.backward_LH
         return [
             [
@@ -41,12 +48,31 @@ class Explanation:
                     "owner": int(owner_LH[b, h]),
                     "ops": words[b][h],
                     "worth": round(float(worth_LH[b, h]), 4),
+                    "time_us": round(float(time_us_LH[b, h])),
                     "reason": f"{self._why_owner(b, h)}; {self._why_op(b, h)}.",
                 }
                 for h in range(owner_LH.shape[1])
             ]
             for b in range(owner_LH.shape[0])
         ]
+
+    def time_us(self) -> FloatArray:
+        """[L, H]: what every head costs its owner in a mean step; heads that run in one call share its time alike."""
+        owner_LH, cycle = self.plan.placement.owner_LH, np.stack(self.plan.cycle)
+        time_us_LH = np.zeros(owner_LH.shape)
+        for worker in range(self.costs.num_workers):
+            own_LH = owner_LH == worker
+            for op, each_us in self._call_us(worker).items():
+                runs = (cycle == op) & own_LH[None, :, :, None]
+                time_us_LH += (runs * each_us[runs.sum(axis=2, keepdims=True)]).sum(axis=3).mean(axis=0)
+        return time_us_LH
+
+    def _call_us(self, worker: int) -> dict[Op, FloatArray]:
+        """By op, for so many heads of a block that do it together, what one of them takes."""
+        costs, counts = self.costs, range(1, self.costs.shape.num_heads + 1)
+        forward = [sum(costs.forward_us(worker, part, n) for part in SUBLAYERS) / n for n in counts]
+        full = [_block_us(costs, worker, n) / n for n in counts]
+        return {Op.FULL: np.array([0.0, *full]), Op.FORWARD: np.array([0.0, *forward])}
 
     def workers(self) -> list[dict[str, Any]]:
         """Per worker: what it has, how it spends a mean step, and what binds it: one of BINDINGS, with a note."""

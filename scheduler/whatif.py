@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 
 from scheduler import gantt
-from scheduler.compiler import rehearse
 from scheduler.cost import Costs
 from scheduler.devices import DeviceRecord, checked_number, link_of, profiles_of
 from scheduler.domain import LinkProfile, ModelShape, Plan, Scores, StepShape
@@ -61,9 +60,7 @@ def what_if(request: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _gantt(plan: Plan, asked: PlanRequest, costs: Costs) -> dict[str, Any]:
-    """The cycle's first step."""
-    seen = rehearse(plan.placement, plan.cycle[0], costs, embed_grad=asked.embed_grad, skip_fill=plan.skip_fill)
-    return gantt.to_dict(gantt.spans_of(seen, costs))
+    return gantt.to_dict(gantt.of_plan(plan, costs, embed_grad=asked.embed_grad))
 
 
 def _fleet(request: Mapping[str, Any]) -> tuple[DeviceRecord, ...]:

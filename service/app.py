@@ -34,6 +34,7 @@ from service.ray_jobs import RayJobs
 from service.routes import World, routers
 from service.routes.description import describe, name_of
 from service.scrape import Scrape
+from service.sessions import Sessions
 from service.settings import Settings
 from service.standing import Standings
 from service.store import Store
@@ -42,6 +43,7 @@ from service.supervisor import Supervisor
 from service.telemetry import header_secrets, start_tracing
 from service.thumbnails import Thumbnails
 from service.watch import Watch, measure_lag
+from service.web import routers as web_routers
 from service.webhooks import Sender, Signer
 
 GRACE_S = 3
@@ -71,9 +73,10 @@ def create_app(
     planners = Planners(settings)
     scrape = Scrape(meters, store, streams.room, planners)
     children = Catalogue(settings), planners, scrape, Thumbnails(settings), Predictors(settings)
-    hooks = Signer(ensure_master_secret(settings.home)), Outbound(settings.webhook_networks)
+    secret = ensure_master_secret(settings.home)
+    hooks, sessions = (Signer(secret), Outbound(settings.webhook_networks)), Sessions(secret)
     supervisor = Supervisor(settings, store, ray, meters, tracing)
-    world = World(settings, store, streams, standings, ray, *children, *hooks, supervisor.nudge)
+    world = World(settings, store, streams, standings, ray, *children, *hooks, sessions, supervisor.nudge)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -111,7 +114,9 @@ def create_app(
     app.state.world = world
     for router, prefix, in_schema in routers():
         app.include_router(router, prefix=prefix, include_in_schema=in_schema)
-    app.add_middleware(Door, settings=settings, store=store)
+    for pages in web_routers():
+        app.include_router(pages, include_in_schema=False)
+    app.add_middleware(Door, settings=settings, store=store, sessions=sessions)
     app.add_middleware(Watch, meters=meters, tracing=tracing)  # the one added last is the outermost
     problems.install(app)
     describe(app)

@@ -4,16 +4,19 @@ It stands in front of the whole application, routes that do not exist included, 
 names: a route added tomorrow is closed until somebody opens it. In order: a request id, the host's name, the origin,
 the key and its scope, and of a change the body (`bodies`).
 
-A run posts its events with the token of its attempt, which opens what begins with `RUN_PREFIX` and nothing else.
+A run posts its events with the token of its attempt, which opens what begins with `RUN_PREFIX` and nothing else. A
+browser that is signed in sends a cookie (`sessions`) in place of a key, for pages and for what they ask of the API; who
+asks for a page and is nobody is shown where to sign in.
 """
 
 from __future__ import annotations
 
 import asyncio
 import re
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import HTMLResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from ulid import ULID
 
@@ -21,10 +24,13 @@ from scheduler.errors import D2ftError
 from service.bodies import NUL, Limit, read_whole
 from service.errors import ForbiddenError, InvalidRequestError, Issue, UnauthorisedError
 from service.problems import problem_response
+from service.sessions import Sessions
 from service.settings import Settings
 from service.store import Attempt, Caller, Store
 
-PUBLIC = frozenset({("GET", "/healthz"), ("GET", "/readyz")})
+SIGN_IN = "/ui/sign-in"
+PUBLIC = frozenset({("GET", "/healthz"), ("GET", "/readyz"), ("GET", SIGN_IN), ("POST", SIGN_IN)})
+PUBLIC_PREFIX = "/ui/static/"
 RUN_PREFIX = "/v1/runs/"
 RUN_PATH = f"{RUN_PREFIX}events"
 ADMIN_PATHS = ("/v1/users", "/users")
@@ -36,10 +42,11 @@ _HOST = re.compile(r"(?:\[([0-9a-f:.]+)\]|([^\s:@/?#\[\]]+))(?::\d*)?")
 class Door:
     """ASGI middleware that admits requests with a valid key, one by one."""
 
-    def __init__(self, app: ASGIApp, settings: Settings, store: Store) -> None:
+    def __init__(self, app: ASGIApp, settings: Settings, store: Store, sessions: Sessions) -> None:
         self._app = app
         self._settings = settings
         self._store = store
+        self._sessions = sessions
         self._names = frozenset(name.lower() for name in settings.host_names)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -57,8 +64,8 @@ class Door:
         send = _tagged(send, state["request_id"])
         try:
             self._check_host(headers)
-            _check_origin(headers)
-            if (scope["method"], scope["path"]) not in PUBLIC:
+            _check_origin(scope, headers)
+            if not is_public(scope["method"], scope["path"]):
                 await self._identify(scope, headers)
             _check_url(scope)
             if scope["method"] not in _SAFE:
@@ -67,7 +74,9 @@ class Door:
                 receive = await read_whole(headers, receive, self._settings, limit=limit, may_hold_nul=is_run)
         except D2ftError as error:
             state["refused"] = error.code
-            await problem_response(scope, error)(scope, receive, send)
+            shown = isinstance(error, UnauthorisedError) and _is_visit(scope, headers)
+            answer = _come_in(scope, headers) if shown else problem_response(scope, error)
+            await answer(scope, receive, send)
             return
         await self._app(scope, receive, send)
 
@@ -86,6 +95,8 @@ class Door:
             return
         access = self._store.access
         caller = (access.known(given) or await asyncio.to_thread(access.caller, given)) if given else None
+        if not given and (key_id := self._signed_in(scope, headers)):
+            caller = await asyncio.to_thread(access.holder, key_id)
         if caller is None:
             raise UnauthorisedError(
                 "A valid API key is needed.",
@@ -95,6 +106,14 @@ class Door:
         _check_scope(scope["method"], scope["path"], caller)
         scope["state"]["caller"] = caller
 
+    def _signed_in(self, scope: Scope, headers: Headers) -> str | None:
+        """The key behind the cookie; a change is taken only where the browser says that a page of ours asks for it."""
+        key_id = self._sessions.key_id(headers.get("cookie", ""))
+        said = headers.get("origin") or headers.get("sec-fetch-site") == "same-origin"
+        if key_id is not None and scope["method"] not in _SAFE and not said:
+            raise ForbiddenError("A change by cookie has to say from which page it comes.", code="foreign_origin")
+        return key_id
+
     async def _attempt(self, token: str) -> Attempt:
         attempt = await asyncio.to_thread(self._store.attempts.by_token, token) if token else None
         if attempt is None:
@@ -103,11 +122,40 @@ class Door:
         return attempt
 
 
-def _check_origin(headers: Headers) -> None:
-    """A browser says from which site a request comes; programs do not, and the key is their proof."""
+def is_public(method: str, path: str) -> bool:
+    """Whether anybody may ask for this."""
+    return (method, path) in PUBLIC or (method in _SAFE and path.startswith(PUBLIC_PREFIX))
+
+
+def is_page(path: str) -> bool:
+    """Whether a path is one of the pages' own; programs have no business there."""
+    return path == "/" or path.startswith("/ui/")
+
+
+def _is_visit(scope: Scope, headers: Headers) -> bool:
+    """Whether somebody goes to a page: a link or an address, in a browser."""
+    return scope["method"] == "GET" and is_page(scope["path"]) and "text/html" in headers.get("accept", "")
+
+
+def _come_in(scope: Scope, headers: Headers) -> Response:
+    """Where to sign in. A link on another site comes without the cookie, so the visit is first made one of our own."""
+    query = scope["query_string"].decode("ascii", "ignore")
+    here = quote(scope["path"] + (f"?{query}" if query else ""), safe="/")
+    if headers.get("sec-fetch-site", "none") not in ("none", "same-origin"):
+        again = quote(scope["path"], safe="/") + (f"?{quote(query, safe='=&%+')}" if query else "")
+        return HTMLResponse(f'<!doctype html><title>d2ft</title><meta http-equiv="refresh" content="0; url={again}">')
+    return RedirectResponse(f"{SIGN_IN}?next={here}", 303)
+
+
+def _check_origin(scope: Scope, headers: Headers) -> None:
+    """A browser says from which site a request comes; programs do not, and the key is their proof.
+
+    A link to a page may stand anywhere: to follow it changes nothing.
+    """
     origin, fetch_site = headers.get("origin"), headers.get("sec-fetch-site", "none")
     foreign = origin is not None and _netloc(origin) != headers.get("host", "").lower()
-    if foreign or fetch_site not in ("none", "same-origin"):
+    linked = _is_visit(scope, headers) and headers.get("sec-fetch-mode") == "navigate" and not foreign
+    if foreign or (fetch_site not in ("none", "same-origin") and not linked):
         raise ForbiddenError("Requests are not taken from other sites.", code="foreign_origin")
 
 
@@ -134,6 +182,7 @@ def _tagged(send: Send, request_id: str) -> Send:
             headers["X-Request-ID"] = request_id
             headers["X-Content-Type-Options"] = "nosniff"
             headers.setdefault("Cache-Control", "no-store")
+            headers.setdefault("Content-Security-Policy", "default-src 'none'; frame-ancestors 'none'")
         await send(message)
 
     return tag

@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from scheduler.book import read_book
+from scheduler.book import book_ids, read_book
 from scheduler.devices import DeviceRecord
 from service.errors import ConflictError
 from service.schemas import Device, DeviceList, PreviewBody
@@ -50,7 +50,7 @@ def question(body: PreviewBody, entry: Entry, live: Sequence[DeviceRecord]) -> d
     step = asdict(step_shape(body.micro_batches, body.micro_batch_size, precision, bf16=precision.compute == "bf16"))
     if precision.compute == "auto":
         del step["compute_itemsize"]  # the devices', which the planner knows
-    fleet: dict[str, Any] = {"records": [record.to_dict() for record in live]}
+    fleet: dict[str, Any] = {"records": [{**record.to_dict(), "history": ()} for record in live]}
     if body.devices != "live":
         fleet = {"devices": [_spec(device) for device in body.devices]}
     link = body.link if body.link is None or isinstance(body.link, str) else body.link.model_dump()
@@ -80,11 +80,12 @@ def _spec(device: Any) -> Any:
 
 
 def _users(plans: Mapping[str, dict[str, Any]]) -> dict[str, list[str]]:
-    """Device → the jobs that use it: a plan of the workers' own says by `devices` which one each rank has."""
+    """Device → the jobs that use it: a job's plan says by `devices` which one each rank has."""
     users: dict[str, list[str]] = {}
     for job_id, plan in plans.items():
-        named = plan.get("devices")
-        for device_id in dict.fromkeys(map(str, named if isinstance(named, list) else ())):
+        told = plan.get("devices")
+        named = [str(each.get("name")) for each in told if isinstance(each, dict)] if isinstance(told, list) else []
+        for device_id in book_ids(named):
             users.setdefault(device_id, []).append(job_id)
     return users
 
@@ -98,6 +99,7 @@ def _device(record: DeviceRecord, users: list[str], now: float) -> Device:
         measured_at=record.measured_at,
         age_s=None if age_s is None else round(age_s, 1),
         samples=record.samples,
+        history=list(record.history),
         stale=age_s is None or age_s > STALE_S,
         used_by=users,
     )

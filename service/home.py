@@ -27,7 +27,7 @@ def ensure_key(home: Path) -> str:
 
 
 def ensure_master_secret(home: Path) -> str:
-    """From which the secrets of webhooks follow; made at the first call. Another one makes all of theirs invalid."""
+    """From which secrets of webhooks and cookies follow; made at the first call. Another makes all of these invalid."""
     return _ensure_secret(home / SECRET_FILE, secrets.token_hex(32))
 
 

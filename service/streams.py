@@ -66,6 +66,7 @@ class Streams:
     def __init__(self, store: Store, room: Room) -> None:
         self._store = store
         self._channels: dict[str, _Channel] = {}
+        self._watchers: set[asyncio.Event] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
         self.room = room
 
@@ -75,8 +76,19 @@ class Streams:
 
     def ring(self, job_id: str) -> None:
         """Say that a job has changed; from any thread."""
-        if job_id in self._channels and self._loop is not None and not self._loop.is_closed():
+        heard = job_id in self._channels or self._watchers
+        if heard and self._loop is not None and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._ring, job_id)
+
+    @contextmanager
+    def watched(self) -> Iterator[asyncio.Event]:
+        """An event that is set when any job changes in this process; whoever waits for it clears it."""
+        changed = asyncio.Event()
+        self._watchers.add(changed)
+        try:
+            yield changed
+        finally:
+            self._watchers.discard(changed)
 
     async def follow(self, job_id: str, after: int, user_id: str) -> AsyncIterator[bytes]:
         """Everything after `after`, then what comes, until the job has ended and all of it is sent."""
@@ -116,6 +128,8 @@ class Streams:
     def _ring(self, job_id: str) -> None:
         if job_id in self._channels:
             self._channels[job_id].bell.set()
+        for changed in self._watchers:
+            changed.set()
 
 
 class _Channel:

@@ -75,11 +75,11 @@ class JobRow(Base):
     The jobs of a sweep name it as `parent_id`, each under a `trial_key` of its own; `figures` are what such a job came
     to. A sweep's `spec` is a `SweepSpec`, its `ledger` the result that its driver told.
 
-    `live` are running sums over its steps. `plan` and `ledger` are large and read only when asked for. `search` is the
-    lower-case text that a search looks through. `outside` is true of a run that was not ordered here, `whereabouts` is
-    where it says it is. `want` is what its driver is asked: pause, or stop where nothing would
-    be lost; `requeue` says that the job waits again once it is paused. `faults`, `stuck` and `lost_step` count its lost
-    attempts (`service.faults`).
+    `live` are running sums over its steps. `plan`, `timeline` (of the newest step that was traced) and `ledger` are
+    large and read only when asked for. `search` is the lower-case text that a search looks through. `outside` is true
+    of a run that was not ordered here, `whereabouts` is where it says it is. `want` is what its driver is asked: pause,
+    or stop where nothing would be lost; `requeue` says that the job waits again once it is paused. `faults`, `stuck`
+    and `lost_step` count its lost attempts (`service.faults`).
     """
 
     __tablename__ = "jobs"
@@ -124,6 +124,7 @@ class JobRow(Base):
     estimate: Mapped[dict[str, Any] | None]
     error: Mapped[dict[str, Any] | None]
     plan: Mapped[dict[str, Any] | None] = mapped_column(deferred=True)
+    timeline: Mapped[dict[str, Any] | None] = mapped_column(deferred=True)
     ledger: Mapped[dict[str, Any] | None] = mapped_column(deferred=True)
     created_at: Mapped[float] = mapped_column(Float)
     started_at: Mapped[float | None] = mapped_column(Float)

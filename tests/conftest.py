@@ -5,7 +5,13 @@ from __future__ import annotations
 import pytest
 
 # These time what they start, or start several processes: side by side they would slow each other down.
-_HEAVY = ("tests/e2e/", "tests/chaos/", "tests/scheduler/test_actor.py", "tests/service/test_outages.py")
+_HEAVY = (
+    "tests/e2e/",
+    "tests/chaos/",
+    "tests/scheduler/test_actor.py",
+    "tests/service/test_outages.py",
+    "tests/ui/test_journey.py",
+)
 
 
 def pytest_collection_modifyitems(items):

@@ -13,11 +13,26 @@ from scheduler.domain import DeviceProfile, Op, Plan
 
 @dataclass(frozen=True)
 class Planned:
-    """The planner's answer: the plan, the profiles in rank order that it rests on, and why it is what it is."""
+    """The planner's answer: the plan, the profiles in rank order that it rests on, and why it is what it is.
+
+    `told` is what the plan's event says besides: `heads` and `devices` with reasons, and the forecast's `gantt`.
+    """
 
     plan: Plan
     profiles: list[DeviceProfile]
     change: dict[str, Any] = field(default_factory=dict)
+    told: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def from_answer(cls, answer: dict[str, Any]) -> Planned:
+        """From the scheduler actor's answer, or from what a checkpoint says of the plan that it was trained under."""
+        profiles = [DeviceProfile.from_dict(profile) for profile in answer["profiles"]]
+        plan = Plan.from_dict(answer.get("plan") or answer)
+        return cls(plan, profiles, answer.get("change") or {}, answer.get("told") or {})
+
+    def shown(self) -> dict[str, Any]:
+        """The data of the plan's event."""
+        return {**self.plan.to_dict(), **self.told}
 
 
 def changed(before: Plan, planned: Planned, migration: dict[str, Any] | None) -> dict[str, Any]:

@@ -208,7 +208,7 @@ class Checkpoint:
 
     @property
     def plan(self) -> dict[str, Any]:
-        """{"plan", "profiles"} that were in use, as dicts."""
+        """{"plan", "profiles", "told"} that were in use, as dicts; of an older checkpoint without the last."""
         found: dict[str, Any] = json.loads((self.folder / PLAN_FILE).read_bytes())
         return found
 

@@ -6,12 +6,16 @@ reads on from there, so an outage of the reader loses nothing.
 | type | data |
 |---|---|
 | phase | {"name": "planning" / "starting" / "running" / "finalizing"} |
-| plan.created | the plan as a dict |
-| plan.changed | the plan as a dict, and "change": {"migrated", "moved_heads", "migration": {"heads", "bytes", |
+| plan.created | the plan as a dict, with "heads": [block][head] of {"owner", "ops", "worth", "time_us": µs of a mean |
+|  | step, "reason"}, "devices": what each worker has and what binds it, "gantt": the forecast of the cycle's first |
+|  | step (`scheduler.gantt`), null where it is too large |
+| plan.changed | the same, and "change": {"migrated", "moved_heads", "migration": {"heads", "bytes", |
 |  | "seconds"} or null, "reason", "before" and "after": {"version", "step_us", "heads", "full_heads"}, the last two |
 |  | as lists by worker} |
 | window | {"window": 0 for the rehearsal, "steps", "step_seconds_median", "forecast_seconds", "error": fraction, |
 |  | "busy": each worker's seconds of a step}, at the end of every window |
+| timeline | {"step", "window", "step_us", "fields", "workers"}: what every worker did in one step, as a chart of |
+|  | `scheduler.gantt`, each worker's times from its own begin of the step; one per window and per minute at most |
 | metrics | step, total_steps, epoch, loss, train_accuracy, learning_rate, grad_norm, step_seconds, idle_share, |
 |  | compute_fraction, bytes_fraction |
 | evaluation | {"when": "before" / "after" / "at step 42", "accuracy", "loss", "num_images"} |

@@ -17,7 +17,6 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -25,38 +24,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from scheduler.cost import TALLIED
-from scheduler.program import Instruction, MessageKey
+from scheduler.program import Instruction
 from workers.gates import Gates
 from workers.pulse import Pulse, Quiet
 from workers.shard import Shard
-from workers.steps import WISH, Batch, StepPrograms, StepReport, TimingKey
+from workers.steps import WISH, Batch, StepPrograms, StepReport, StepState, TimingKey
+from workers.trace import UNTRACED, Untraced
 from workers.transport import Transport
-
-
-@dataclass
-class _StepState:
-    """All that lives for one step; the first few are of its programs."""
-
-    batch: Batch
-    num_running: int  # micro-batches that the loss is the mean of
-    num_tallied: int = TALLIED
-    wire: torch.dtype = torch.float32
-    travelling: frozenset[tuple[str, int, str, int]] = frozenset()
-    recompute: bool = False
-    x: dict[int, Tensor] = field(default_factory=dict)
-    g: dict[int, Tensor] = field(default_factory=dict)
-    part: dict[int, Tensor] = field(default_factory=dict)
-    gpart: dict[int, Tensor] = field(default_factory=dict)
-    inbox: dict[MessageKey, Tensor] = field(default_factory=dict)
-    embedded: dict[int, Tensor] = field(default_factory=dict)
-    kept: dict[tuple[int, str, int], tuple[Tensor, Tensor | None]] = field(default_factory=dict)
-    sums: dict[tuple[int, str, int], Tensor] = field(default_factory=dict)
-    tally: Tensor | None = None
-    total: Tensor | None = None
-    loss: float | Tensor = 0.0
-    correct: int | Tensor = 0
-    losses: dict[int, Tensor] = field(default_factory=dict)  # of single images, by micro-batch
-
 
 Update = Callable[[float], None]
 
@@ -91,7 +65,8 @@ class Executor:
         self.wishes = 0
         self.pulse: Pulse = Quiet()
         self._recording: Gates | None = None
-        self._state = _StepState(Batch({}, {}), 1)
+        self._trace = UNTRACED
+        self._state = StepState(Batch({}, {}), 1)
         self._do = {
             "embed": self._embed,
             "fwd": self._fwd,
@@ -106,23 +81,32 @@ class Executor:
         }
 
     def run(
-        self, programs: StepPrograms, batch: Batch, *, step: int | None = None, timed: bool | None = None
+        self,
+        programs: StepPrograms,
+        batch: Batch,
+        *,
+        step: int | None = None,
+        timed: bool | None = None,
+        trace: Untraced = UNTRACED,
     ) -> StepReport:
         """Run one step; afterwards nothing of it is kept but gradients, where there is no `update`.
 
         `step` counts over the training; without it the gates do not record. `timed` costs nothing on a processor, the
         default there; on CUDA the device is waited for after every instruction, so let it be a few steps of a window.
+        `trace` hears when every instruction ends, of the device where the step is timed.
         """
         on_cuda = self.shard.device.type == "cuda"
         timed = not on_cuda if timed is None else timed
         self._recording = self.gates if self.gates is not None and step is not None and self.gates.due(step) else None
         told = (programs.num_tallied, programs.wire, programs.travelling, programs.recompute)
-        self._state = _StepState(batch, len(programs.running), *told)
+        self._state = StepState(batch, len(programs.running), *told)
         kind_s: dict[str, float] = defaultdict(float)
         timings_us: dict[TimingKey, list[float]] = defaultdict(list)
         begin, cpu = time.perf_counter(), time.process_time()
         self.transport.open(programs.incoming)
         before = time.perf_counter()
+        self._trace = trace
+        trace.begins(begin, before)
         for index, (instruction, key) in enumerate(zip(programs.own.instructions, programs.timing_keys, strict=True)):
             self.pulse.at(index)
             self._do[instruction.kind](instruction)
@@ -130,11 +114,12 @@ class Executor:
                 torch.cuda.synchronize(self.shard.device)
             after = time.perf_counter()
             kind_s[instruction.kind] += after - before
+            trace.did(instruction, after)
             if timed:
                 timings_us[key].append(1e6 * (after - before))
             before = after
         self.transport.close()
-        state, self._state = self._state, _StepState(Batch({}, {}), 1)
+        state, self._state = self._state, StepState(Batch({}, {}), 1)
         total = self._tally(state) if state.total is None else state.total
         if self._recording is not None and step is not None:
             self._recording.close(step, len(programs.running))
@@ -299,6 +284,7 @@ class Executor:
         self.pulse.waits(i.peer)
         tensor = self.transport.recv(i.peer, key)
         self.pulse.waits(None)
+        self._trace.turns()
         if i.cargo == "x":
             self._state.x[i.mb] = tensor.to(self.shard.dtype)
         elif i.cargo == "g":
@@ -320,6 +306,7 @@ class Executor:
             total += tallies[worker].to(own.device)
         state.total = total
         if self.update is not None:
+            self._trace.turns()
             self.update(float(total[0]) ** 0.5)
             self.shard.clear()
 
@@ -355,7 +342,7 @@ class Executor:
         return total
 
     @torch.no_grad()
-    def _tally(self, state: _StepState) -> Tensor:
+    def _tally(self, state: StepState) -> Tensor:
         """[gradient norm² of what this worker speaks for, loss, correct answers, loss of every image].
 
         Answers are whole: a fraction behind them are the wishes.

@@ -21,7 +21,6 @@ import torch.distributed as dist
 from ray.train.torch import get_device
 
 from scheduler import actor
-from scheduler.domain import DeviceProfile, Plan
 from scheduler.errors import CapacityError, D2ftError, SystemFault, from_dict
 from workers import logs
 from workers.changes import Planned
@@ -144,8 +143,7 @@ class ActorPlanner:
         while time.monotonic() < deadline:
             answer = self._ask("plan", window, report, self.rank)
             if "cycle" in answer:
-                profiles = [DeviceProfile.from_dict(profile) for profile in answer["profiles"]]
-                return Planned(Plan.from_dict(answer), profiles, answer.get("change") or {})
+                return Planned.from_answer(answer)
             if answer.get("error", {}).get("code") == "unknown_attempt":
                 self.announce(self._announcement)  # the actor was restarted and has forgotten
             elif "error" in answer:

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from scheduler import failpoints
 from scheduler.cost import Costs, residual_bytes
-from scheduler.domain import DeviceProfile, Plan
+from scheduler.domain import DeviceProfile
 from workers.artifact import write_result
 from workers.casting import compute_type
 from workers.changes import Planned
@@ -244,7 +244,7 @@ class Session:
         self._emit(
             "plan.created",
             f"plan {plan.version}: {plan.compute_fraction:.2f} of the compute, {plan.bytes_fraction:.2f} of the bytes",
-            **plan.to_dict(),
+            **planned.shown(),
         )
         windows = Windows(
             self.spec, self.engine, self.profile, self.data, self.order, self.total_steps, self.worth, self.planner,
@@ -357,9 +357,10 @@ class Session:
 
 
 def plan_dict(planned: Planned | None) -> dict[str, Any]:
-    """A plan in use and the profiles that it rests on, for a checkpoint."""
+    """A plan in use and the profiles that it rests on, for a checkpoint; with what is told of it."""
     assert planned is not None
-    return {"plan": planned.plan.to_dict(), "profiles": [asdict(profile) for profile in planned.profiles]}
+    profiles = [asdict(profile) for profile in planned.profiles]
+    return {"plan": planned.plan.to_dict(), "profiles": profiles, "told": planned.told}
 
 
 def kept_plan(found: Checkpoint, profiles: list[DeviceProfile]) -> Planned | None:
@@ -368,11 +369,9 @@ def kept_plan(found: Checkpoint, profiles: list[DeviceProfile]) -> Planned | Non
     Programs follow from both, and the order in which sums are added from the programs: under the same plan a resumed
     run computes, bit for bit, what it would have computed.
     """
-    told = found.plan
-    then = [DeviceProfile.from_dict(profile) for profile in told["profiles"]]
-    if [_kind(profile) for profile in then] != [_kind(profile) for profile in profiles]:
-        return None
-    return Planned(Plan.from_dict(told["plan"]), then)
+    then = Planned.from_answer(found.plan)
+    alike = [_kind(profile) for profile in then.profiles] == [_kind(profile) for profile in profiles]
+    return then if alike else None
 
 
 def _kind(profile: DeviceProfile) -> tuple[str, Any]:

@@ -1,4 +1,4 @@
-"""What goes into a step and what comes out of it: images and labels, compiled programs, and the worker's report."""
+"""What goes into a step, lives in it and comes out: images and labels, compiled programs, values, the report."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from scheduler.cost import Costs, num_tallied
+from scheduler.cost import TALLIED, Costs, num_tallied
 from scheduler.profiles import timing_keys
-from scheduler.program import Instruction, Program
+from scheduler.program import Instruction, MessageKey, Program
 from scheduler.simulate import program_flops
 from workers.casting import wire_type
 from workers.transport import Parcel
 
 TimingKey = tuple[str, str, int, int]
-STOP, SAVE = 1, 2  # what rank 0 may wish for behind a step, to be added
+STOP, SAVE, SHOW = 1, 2, 4  # what rank 0 may wish for behind a step, to be added
 WISH = 2.0**-10  # of a wish, beside whole numbers
 
 
@@ -57,6 +57,31 @@ class Batch:
 
     images: Mapping[int, Tensor]
     labels: Mapping[int, Tensor]
+
+
+@dataclass
+class StepState:
+    """All that lives on a worker for one step; the first few are of its programs."""
+
+    batch: Batch
+    num_running: int  # micro-batches that the loss is the mean of
+    num_tallied: int = TALLIED
+    wire: torch.dtype = torch.float32
+    travelling: frozenset[tuple[str, int, str, int]] = frozenset()
+    recompute: bool = False
+    x: dict[int, Tensor] = field(default_factory=dict)
+    g: dict[int, Tensor] = field(default_factory=dict)
+    part: dict[int, Tensor] = field(default_factory=dict)
+    gpart: dict[int, Tensor] = field(default_factory=dict)
+    inbox: dict[MessageKey, Tensor] = field(default_factory=dict)
+    embedded: dict[int, Tensor] = field(default_factory=dict)
+    kept: dict[tuple[int, str, int], tuple[Tensor, Tensor | None]] = field(default_factory=dict)
+    sums: dict[tuple[int, str, int], Tensor] = field(default_factory=dict)
+    tally: Tensor | None = None
+    total: Tensor | None = None
+    loss: float | Tensor = 0.0
+    correct: int | Tensor = 0
+    losses: dict[int, Tensor] = field(default_factory=dict)  # of single images, by micro-batch
 
 
 class StepPrograms:

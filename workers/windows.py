@@ -44,7 +44,9 @@ from workers.optimiser import Adam
 from workers.order import MicroBatches
 from workers.shard import Shard
 from workers.spans import Span, spans_from, window_spans
-from workers.steps import STOP, Batch, StepPrograms, StepReport
+from workers.steps import SAVE, STOP, Batch, StepPrograms, StepReport
+from workers.timeline import Timeline
+from workers.trace import UNTRACED
 from workers.transport import Transport, all_sum
 
 REHEARSED_STEPS = 2
@@ -123,6 +125,7 @@ class Windows:
         self.spans = window_spans(total_steps, spec.window, [phase.share for phase in spec.method.schedule])
         self.device = engine.shard.device
         self.hardest = HardestFirst(order) if spec.method.sorts_images else None
+        self.timeline = Timeline(engine.transport, self.device, emit)
         self._full = Measured()  # all-FULL steps under the placement in use
 
     def go_on(
@@ -168,7 +171,7 @@ class Windows:
         for span, following in zip(self.spans, [*self.spans[1:], None], strict=True):
             self.pulse.phase("plan")
             before, planned = planned, self._kept or self.planner.plan(span.number, report)
-            self._kept = None
+            self._kept, planned = None, replace(planned, told=planned.told or before.told)
             self._change(before.plan, planned, span.first)
             self.in_use, plan = planned, planned.plan
             if plan.skip_fill == "mean" and span.first == span.begin:
@@ -200,16 +203,19 @@ class Windows:
                 failpoints.hit("step.begin")
                 which = (step - span.begin) % len(compiled)
                 learning_rate = self.engine.adam.learning_rate
-                timed = span.first < step <= span.first + TIMED_STEPS if on_cuda else None
-                executor.wishes = self.wishes(span, step)
-                report = executor.run(compiled[which], self._batch(batches, step), step=step, timed=timed)
+                trace = self.timeline.trace(step, span, len(compiled))
+                timed = bool(trace) or span.first < step <= span.first + TIMED_STEPS if on_cuda else None
+                executor.wishes = self.wishes(span, step) | self.timeline.wishes(trace)
+                batch = self._batch(batches, step)
+                report = executor.run(compiled[which], batch, step=step, timed=timed, trace=trace or UNTRACED)
                 self._check_finite(report, step)
                 if self.hardest is not None:
                     self.hardest.learn(step, report.losses_MB, compiled[which].running)
                 seen.add(report)
                 self.ledger.planned(plan, *tolls[which])
                 self._emit_metrics(report, step, learning_rate, plan, len(compiled[which].running), *tolls[which])
-                if report.wishes and step + 1 < self.total_steps:
+                self.timeline.tell(step, span, trace, report)
+                if report.wishes & (STOP | SAVE) and step + 1 < self.total_steps:
                     rest = replace(span, first=step + 1)
                     if report.wishes & STOP:
                         return seen, rest
@@ -287,7 +293,7 @@ class Windows:
             told = changed(before, planned, migration)
             what = f"{told['moved_heads']} heads move" if migration else "other operations, heads stay"
             why = f"{told['cause']}; {told['reason']}"
-            self.emit("plan.changed", f"plan {plan.version}: {what}; {why}", **plan.to_dict(), change=told)
+            self.emit("plan.changed", f"plan {plan.version}: {what}; {why}", **planned.shown(), change=told)
 
     def _all_full(self, steps: int, *, begin: int = 0, warm_up: int = 0) -> _Seen:
         """All-FULL steps without update: what the fractions under this placement are measured against."""

@@ -3,7 +3,7 @@
     b03     w0 h0-5 FFOSF   w1 h6-8 FFFSF h9 OOOSO     one line per block, heads grouped by owner and ops
     w0 ####|fffffffsffbbbbb··bb                       one line per worker, what it mostly did in each cell
 
-Letters say everything, colours only underline it. What a plan lacks is left out: a job's has no reasons and no chart.
+Letters say everything, colours only underline it. What a plan lacks is left out.
 """
 
 from __future__ import annotations
@@ -30,13 +30,25 @@ _LEGEND = "f forward, b backward, + sum, s send or receive, t trunk and update, 
 
 
 def put_plan(found: dict[str, Any]) -> None:
-    """A plan with all that is known of it; `found` is the answer of a dry run, or {"plan": …} of a job."""
-    plan = found["plan"]
+    """A plan with all that is known of it, as a dry run answers or as a job's plan says itself."""
+    plan = found.get("plan") or found
     _put_forecast(plan, found)
     _put_workers(plan, found.get("devices") or [])
     _put_ops(plan)
     if found.get("gantt"):
-        _put_gantt(found["gantt"])
+        _put_gantt("one step", found["gantt"], found["gantt"].get("step_us") or 0)
+        put(_LEGEND)
+
+
+def put_timeline(forecast: dict[str, Any] | None, measured: dict[str, Any] | None) -> None:
+    """A job's step as forecast above one as measured, over the same time."""
+    charts = {"forecast": forecast, f"measured in step {(measured or {}).get('step')}": measured}
+    end_us = max((chart.get("step_us") or 0 for chart in charts.values() if chart), default=0)
+    for name, chart in charts.items():
+        if chart:
+            _put_gantt(name, chart, end_us)
+    if forecast or measured:
+        put(_LEGEND)
 
 
 def put_reasons(heads: Sequence[Sequence[dict[str, Any]]], chosen: Iterable[tuple[int, int]]) -> None:
@@ -212,13 +224,13 @@ def _coloured(parts: Sequence[str]) -> Text:
     return text
 
 
-def _put_gantt(gantt: dict[str, Any]) -> None:
-    """The first step as one line per worker, over a time axis."""
-    end_us, workers = gantt.get("step_us") or 0, gantt.get("workers") or []
+def _put_gantt(name: str, gantt: dict[str, Any], end_us: int) -> None:
+    """A step as one line per worker, over a time axis that ends at `end_us`."""
+    workers = gantt.get("workers") or []
     if not end_us or not workers:
         return
     width = min(_width(), 2 * PLAIN_WIDTH) - 6
-    put(f"one step, {end_us / 1e3:.1f} ms: {_LEGEND}")
+    put(f"{name}, {(gantt.get('step_us') or 0) / 1e3:.1f} ms")
     for worker, rows in enumerate(workers):
         text = Text(f"w{worker:<3} ")
         for cell in gantt_cells(rows, end_us, width):

@@ -1,4 +1,4 @@
-"""Commands about plans: `plan` shows a job's, or the one that it would get; `devices` shows whom plans are made for."""
+"""Commands about plans: `plan` shows a job's, or one that nobody runs, `timeline` a step of it, `devices` for whom."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from service.cli.frame import (
     Grain,
     Hold,
     ImgSize,
+    JobId,
     Json,
     MicroBatches,
     MicroBatchSize,
@@ -82,6 +83,19 @@ def plan(
 
 
 @command()
+def timeline(job: JobId, url: Url = None, json_: Json = False) -> None:
+    """Show what every worker of a job does in a step: as forecast, and as it was measured last."""
+    with connected(url) as client:
+        found = client.timeline(job)
+    if json_:
+        talk.put_json(found)
+        return
+    draw.put_timeline(found.forecast, found.measured)
+    if found.measured is None:
+        talk.say("No step has been measured yet, or its chart would be too large.")
+
+
+@command()
 def devices(url: Url = None, json_: Json = False) -> None:
     """List the devices that jobs have measured."""
     with connected(url) as client:
@@ -96,21 +110,27 @@ def devices(url: Url = None, json_: Json = False) -> None:
 
 
 def _show_of_job(client: Client, job: str, flags: dict[str, Any]) -> None:
-    fleet = [flag for flag in ("device", "live", "model", "ratios", "compute", "why", "reasons") if flags.get(flag)]
+    fleet = [flag for flag in ("device", "live", "model", "ratios", "compute") if flags.get(flag)]
     if fleet:
         raise typer.BadParameter(f"--{fleet[0]} is for a plan that no job has; leave JOB out", param_hint="JOB")
     found = client.plan(job)
-    talk.put_json(found) if flags["json_"] else draw.put_plan({"plan": found})
+    talk.put_json(found) if flags["json_"] else _draw(found, flags["why"] or [], flags["reasons"])
 
 
 def _show(found: Preview, why: list[str], reasons: bool) -> None:
-    chosen = [_place(text, found.heads) for text in why]
     for warning in found.warnings:
         talk.say(f"warning: {warning}")
-    draw.put_plan(found.model_dump(mode="json"))
+    _draw(found.model_dump(mode="json"), why, reasons)
+
+
+def _draw(found: dict[str, Any], why: list[str], reasons: bool) -> None:
+    """A plan, and why of the heads that were asked for, or of a few."""
+    heads = found.get("heads") or []
+    chosen = [_place(text, heads) for text in why]
+    draw.put_plan(found)
     if reasons:
-        chosen = [(block, head) for block, row in enumerate(found.heads) for head in range(len(row))]
-    draw.put_reasons(found.heads, chosen or draw.telling_heads(found.heads))
+        chosen = [(block, head) for block, row in enumerate(heads) for head in range(len(row))]
+    draw.put_reasons(heads, chosen or draw.telling_heads(heads))
 
 
 def _place(text: str, heads: list[list[dict[str, Any]]]) -> tuple[int, int]:

@@ -39,6 +39,7 @@ from service.schemas import (
     RunPlace,
     SampleList,
     Sweep,
+    TimelineView,
     User,
     UserBody,
     UserChange,
@@ -190,6 +191,10 @@ class AsyncClient:
     async def plan(self, job_id: str) -> dict[str, Any]:
         """The newest plan of a job."""
         return await self._ask(calls.plan(job_id))
+
+    async def timeline(self, job_id: str) -> TimelineView:
+        """A step as the newest plan forecasts it, and one as it was measured last."""
+        return await self._ask(calls.timeline(job_id))
 
     async def ledger(self, job_id: str) -> dict[str, Any]:
         return await self._ask(calls.ledger(job_id))

@@ -42,6 +42,7 @@ from service.schemas import (
     RunPlace,
     SampleList,
     Sweep,
+    TimelineView,
     User,
     UserBody,
     UserChange,
@@ -193,6 +194,10 @@ def metrics(job_id: str, max_points: int) -> Call[MetricsPage]:
 
 def plan(job_id: str) -> Call[dict[str, Any]]:
     return Call("GET", f"{_job(job_id)}/plan", lambda answer: _as(PlanView)(answer).plan)
+
+
+def timeline(job_id: str) -> Call[TimelineView]:
+    return Call("GET", f"{_job(job_id)}/timeline", _as(TimelineView))
 
 
 def ledger(job_id: str) -> Call[dict[str, Any]]:

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from service.schemas import Artifact, Checkpoint, Event, Job, Prediction
+from service.schemas import Artifact, Checkpoint, Event, Job, Prediction, TimelineView
 
 if TYPE_CHECKING:
     from service.client.aio import AsyncClient
@@ -78,6 +78,9 @@ class JobHandle(_Seen):
     def plan(self) -> dict[str, Any]:
         return self._client.plan(self.id)
 
+    def timeline(self) -> TimelineView:
+        return self._client.timeline(self.id)
+
     def ledger(self) -> dict[str, Any]:
         return self._client.ledger(self.id)
 
@@ -141,6 +144,9 @@ class AsyncJobHandle(_Seen):
 
     async def plan(self) -> dict[str, Any]:
         return await self._client.plan(self.id)
+
+    async def timeline(self) -> TimelineView:
+        return await self._client.timeline(self.id)
 
     async def ledger(self) -> dict[str, Any]:
         return await self._client.ledger(self.id)

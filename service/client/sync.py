@@ -39,6 +39,7 @@ from service.schemas import (
     RunPlace,
     SampleList,
     Sweep,
+    TimelineView,
     User,
     UserBody,
     UserChange,
@@ -188,6 +189,10 @@ class Client:
     def plan(self, job_id: str) -> dict[str, Any]:
         """The newest plan of a job."""
         return self._ask(calls.plan(job_id))
+
+    def timeline(self, job_id: str) -> TimelineView:
+        """A step as the newest plan forecasts it, and one as it was measured last."""
+        return self._ask(calls.timeline(job_id))
 
     def ledger(self, job_id: str) -> dict[str, Any]:
         return self._ask(calls.ledger(job_id))

@@ -23,6 +23,7 @@ from workers.contract import JobSpec
 IdempotencyKey = Annotated[str | None, Header(alias="Idempotency-Key", min_length=1, max_length=255)]
 Moment = Annotated[float | None, Query(ge=0, le=2**40, description="Unix seconds")]
 Seen = TypeVar("Seen", Job, Sweep)
+Sort = Literal["created", "finished", "model", "priority", "status"]
 MAX_FILTERS = 8
 
 router = APIRouter(tags=["jobs"], responses=PROBLEM)
@@ -57,6 +58,7 @@ def list_jobs(
     after: Annotated[str | None, Query(max_length=80)] = None,
     limit: Limit = 20,
     order: Literal["asc", "desc"] = "desc",
+    sort: Sort = "created",
     status: Annotated[list[JobState] | None, Query(description="One or more states")] = None,
     model: Annotated[str | None, Query(max_length=200)] = None,
     search: Annotated[
@@ -67,11 +69,12 @@ def list_jobs(
     created_before: Moment = None,
     sweep: Annotated[str | None, Query(max_length=80, description="The trials of this sweep")] = None,
 ) -> Page[Job]:
-    """Jobs by age, newest first; `metadata[KEY]=VALUE` narrows to those that have it."""
+    """Jobs, by age and newest first unless asked otherwise; `metadata[KEY]=VALUE` narrows to those that have it."""
     query = JobQuery(
         after=after,
         limit=limit,
         order=order,
+        sort=sort,
         status=tuple(status or ()),
         model=model,
         search=search,

@@ -12,8 +12,9 @@ from fastapi.responses import JSONResponse
 from service.checks import sizes_of
 from service.errors import ConflictError
 from service.fleet import question, read_devices, read_live
-from service.routes.world import PROBLEM, ByCaller, InWorld
+from service.routes.world import PROBLEM, ByCaller, InWorld, World
 from service.schemas import DeviceList, Preview, PreviewBody
+from service.store import Caller
 
 Answer = TypeVar("Answer")
 
@@ -33,11 +34,16 @@ async def preview_plan(body: PreviewBody, request: Request, world: InWorld) -> J
 @router.get("/devices", response_model=DeviceList)
 def list_devices(world: InWorld, caller: ByCaller) -> DeviceList:
     """Every device that a job has measured: rates, memory, links, age, and which of the caller's jobs use it."""
+    return read_devices(world.settings.devices_file, plans_of(world, caller))
+
+
+def plans_of(world: World, caller: Caller) -> dict[str, dict[str, Any]]:
+    """The plans by which the caller's jobs hold devices now, by job."""
     plans = world.store.jobs.plans_in_use()
-    if caller.reach is not None:
-        own = world.store.jobs.of_owner(caller.reach, set(plans))
-        plans = {job_id: plan for job_id, plan in plans.items() if job_id in own}
-    return read_devices(world.settings.devices_file, plans)
+    if caller.reach is None:
+        return plans
+    own = world.store.jobs.of_owner(caller.reach, set(plans))
+    return {job_id: plan for job_id, plan in plans.items() if job_id in own}
 
 
 async def _while_asked(request: Request, work: Coroutine[Any, Any, Answer]) -> Answer:

@@ -14,7 +14,7 @@ from starlette.responses import MalformedRangeHeader, RangeNotSatisfiable
 from service.errors import RangeError
 from service.results import artifact_file
 from service.routes.world import PROBLEM, ByCaller, InWorld, Limit, World, only_job
-from service.schemas import Artifact, Checkpoint, Event, LedgerView, MetricsPage, Page, PlanView
+from service.schemas import Artifact, Checkpoint, Event, LedgerView, MetricsPage, Page, PlanView, TimelineView
 from service.store import Caller
 from service.store.jobs import page
 
@@ -84,8 +84,15 @@ def read_metrics(
 
 @router.get("/{job_id}/plan", response_model=PlanView)
 def read_plan(job_id: str, world: InWorld, caller: ByCaller) -> PlanView:
-    """The newest plan: placement, op tables, forecast."""
+    """The newest plan: placement, op tables, forecast, reasons."""
     return PlanView(job_id=job_id, plan=world.store.records.plan(job_id, owner=caller.reach))
+
+
+@router.get("/{job_id}/timeline", response_model=TimelineView)
+def read_timeline(job_id: str, world: InWorld, caller: ByCaller) -> TimelineView:
+    """What every worker does when in a step: the newest plan's forecast, and the newest step that was traced."""
+    forecast, measured = world.store.records.timeline(job_id, owner=caller.reach)
+    return TimelineView(job_id=job_id, forecast=forecast, measured=measured)
 
 
 @router.get("/{job_id}/ledger", response_model=LedgerView)

@@ -17,6 +17,7 @@ from service.predictors import Predictors
 from service.ray_jobs import RayJobs
 from service.schemas import Problem
 from service.scrape import Scrape
+from service.sessions import Sessions
 from service.settings import Settings
 from service.standing import Standings
 from service.store import Attempt, Caller, Store
@@ -44,6 +45,7 @@ class World:
     predictors: Predictors
     signer: Signer
     outbound: Outbound
+    sessions: Sessions
     nudge: Callable[[], None]  # tells the supervisor that a user has asked for something
 
 

@@ -34,6 +34,7 @@ from service.schemas.jobs import (
     RunBody,
     RunEvents,
     RunPlace,
+    TimelineView,
     Usage,
 )
 from service.schemas.planning import (
@@ -106,6 +107,7 @@ __all__ = [
     "SampleList",
     "Sweep",
     "SweepProgress",
+    "TimelineView",
     "Trial",
     "TrialBody",
     "TrialList",

@@ -50,6 +50,7 @@ class RunPlace(Frozen):
 class Job(Wire):
     """One job as the API shows it; times are Unix seconds.
 
+    `metrics` are the newest step's, `best_loss` the lowest of all steps, `accuracy` the newest on test images.
     `queue_position` counts from 1 while it waits, as of the service's last look at the queue. A trial of a sweep has
     `sweep_id`, its `trial_key` and `setting` there, and where it is one of the two to compare with, `baseline`. A
     run that the service has not ordered is `outside`, and says `where`.
@@ -73,6 +74,8 @@ class Job(Wire):
     spec: dict[str, Any] = Field(default_factory=dict)
     progress: Progress = Progress()
     metrics: dict[str, Any] = Field(default_factory=dict)
+    best_loss: float | None = None
+    accuracy: float | None = None
     usage: Usage = Usage()
     estimate: dict[str, Any] | None = None
     sweep_id: str | None = None
@@ -129,6 +132,19 @@ class PlanView(Wire):
     object: Literal["plan"] = "plan"
     job_id: str
     plan: dict[str, Any]
+
+
+class TimelineView(Wire):
+    """A step of a job: what every worker does when, as the newest plan forecasts it and as it was measured last.
+
+    Both are charts: `fields`, `step_us`, and per worker rows in the order of the fields; measured with the `step` and
+    its `window`. Null where none was made: of too many spans, or not yet.
+    """
+
+    object: Literal["timeline"] = "timeline"
+    job_id: str
+    forecast: dict[str, Any] | None = None
+    measured: dict[str, Any] | None = None
 
 
 class LedgerView(Wire):

@@ -87,7 +87,7 @@ class Preview(Wire):
     """A plan that nobody runs, with its reasons; beside the fields here whatever the planner says of it.
 
     `plan` is as a job's: placement, op tables, forecast, solver reports with bound and gap. `devices` says per worker
-    what it has and what binds it, `heads` per [block][head] owner, ops, worth and reason.
+    what it has and what binds it, `heads` per [block][head] owner, ops, worth, time_us and reason.
     """
 
     model_config = ConfigDict(extra="allow", frozen=True)
@@ -106,6 +106,7 @@ class Preview(Wire):
 class Device(Wire):
     """One device as jobs measured it; `rates` per second, `links` by the other device's id.
 
+    `history` are points of its training rate, [when measured, FLOPs per second], oldest first, at least a minute apart.
     `stale` says that it was measured so long ago that it may be another by now; `used_by` names running jobs.
     """
 
@@ -121,6 +122,7 @@ class Device(Wire):
     measured_at: float = 0.0
     age_s: float | None = None
     samples: int = 0
+    history: list[tuple[float, int]] = Field(default_factory=list)
     stale: bool = False
     used_by: list[str] = Field(default_factory=list)
 

@@ -27,6 +27,7 @@ RunEvent = dict[str, Any]  # one line, as workers.events describes it; `seq` is 
 Step = Annotated[int, Field(ge=0, lt=2**31, strict=True)]
 Bytes = Annotated[int, Field(ge=0, lt=2**62, strict=True)]
 Sha256 = Annotated[str, Field(pattern=r"^([0-9a-fA-F]{2})*$", max_length=64)]
+ShortText = Annotated[str, Field(max_length=20)]
 Said = TypeVar("Said", bound="_Data")
 _Absorber = Callable[[Session, JobRow, RunEvent], bool]  # True where a move's own event says all that the line does
 _INSERTS: dict[str, Any] = {"sqlite": sqlite.insert, "postgresql": postgresql.insert}
@@ -73,6 +74,16 @@ class _Evaluation(_Data):
     accuracy: Annotated[float, Field(ge=0, le=1)]
 
 
+class _Timeline(_Data):
+    """A chart as `scheduler.gantt` makes it."""
+
+    step: Step
+    window: Step
+    step_us: Step
+    fields: Annotated[list[str], Field(max_length=20)]
+    workers: Annotated[list[list[tuple[Step, Step, ShortText, int, ShortText, int]]], Field(max_length=10_000)]
+
+
 class _Recovering(_Data):
     reason: Annotated[str, Field(max_length=2000)] = "the driver brings its group up again"
 
@@ -112,8 +123,13 @@ def _append(session: Session, job: JobRow, event: RunEvent, data: dict[str, Any]
 
 
 def _shown(event: RunEvent) -> dict[str, Any]:
-    """The event's data for the history; of a plan its forecast and what changed, the op tables are at `/plan`."""
+    """The event's data for the history: of a plan its forecast and what changed, of a timeline which step it is of.
+
+    The rest is at `/plan` and `/timeline`.
+    """
     data = _data(event)
+    if event["type"] == "timeline":
+        return {key: data.get(key) for key in ("step", "window", "step_us")}
     if event["type"] not in ("plan.created", "plan.changed"):
         return data
     return {**_estimate(data), **({"change": data["change"]} if data.get("change") else {})}
@@ -159,6 +175,13 @@ def _write_steps(session: Session, job_id: str, steps: Mapping[int, dict[str, An
 def _absorb_plan(session: Session, job: JobRow, event: RunEvent) -> bool:
     job.plan = _data(event)
     job.estimate = _estimate(job.plan)
+    return False
+
+
+def _absorb_timeline(session: Session, job: JobRow, event: RunEvent) -> bool:
+    said = _read(_Timeline, event)
+    if said is not None:
+        job.timeline = said.model_dump(mode="json")
     return False
 
 
@@ -282,6 +305,7 @@ _ABSORBERS: dict[str, _Absorber] = {
     "phase": _absorb_phase,
     "plan.created": _absorb_plan,
     "plan.changed": _absorb_plan,
+    "timeline": _absorb_timeline,
     "ledger": _absorb_ledger,
     "evaluation": _absorb_evaluation,
     "sweep.result": _absorb_result,

@@ -87,16 +87,26 @@ class Access:
             row = session.execute(_CALLER.where(ApiKeyRow.hash == digest)).first()
         if row is None or not hmac.compare_digest(row.hash, digest):
             return None
+        caller = self._admitted(row, now)
+        if caller is not None:
+            if len(known) >= _MAX_KNOWN:
+                known.clear()
+            known[digest] = caller, min(now + _KNOWN_S, row.expires_at or now + _KNOWN_S)
+        return caller
+
+    def holder(self, key_id: str) -> Caller | None:
+        """Who has the key of this id; None as for `caller`."""
+        with self._database.read() as session:
+            row = session.execute(_CALLER.where(ApiKeyRow.id == key_id)).first()
+        return None if row is None else self._admitted(row, time.time())
+
+    def _admitted(self, row: Any, now: float) -> Caller | None:
         is_over = row.revoked_at is not None or (row.expires_at is not None and row.expires_at <= now)
         if is_over or row.disabled_at is not None:
             return None
-        caller = Caller(row.user_id, row.id, row.role, frozenset(row.scopes))
         if row.used_at is None or now - row.used_at > _USED_EVERY_S:
-            self._note_use(caller.key_id, now)
-        if len(known) >= _MAX_KNOWN:
-            known.clear()
-        known[digest] = caller, min(now + _KNOWN_S, row.expires_at or now + _KNOWN_S)
-        return caller
+            self._note_use(row.id, now)
+        return Caller(row.user_id, row.id, row.role, frozenset(row.scopes))
 
     def make_key(self, body: KeyBody, *, user_id: str) -> Key:
         """A new key; the answer is the only place where it is ever shown."""

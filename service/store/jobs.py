@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from sqlalchemy import Select, select, tuple_
+from sqlalchemy import Select, func, select, tuple_
 from sqlalchemy.orm import Session
 
 from service.errors import NotFoundError
@@ -22,6 +22,14 @@ from service.store.views import Standing, job_view
 from service.tables import JobRow, LabelRow, UserRow
 from workers.contract import JobSpec
 
+# what a list may be sorted by
+SORTS = {
+    "created": JobRow.created_at,
+    "finished": func.coalesce(JobRow.finished_at, 0.0),
+    "model": JobRow.model,
+    "priority": JobRow.priority,
+    "status": JobRow.state,
+}
 Made = tuple[Job, bool]  # a job, and whether this request made it
 Standings = Callable[[], Mapping[str, Standing]]  # where the jobs that wait stand
 
@@ -31,12 +39,13 @@ class JobQuery:
     """Which jobs to list, and from where on. `after` is the id of the last job of the page before.
 
     `search` is looked for in id, name, model, dataset and metadata, whatever the case; `metadata` has to match exactly;
-    `sweep` is the id of the sweep whose trials they are.
+    `sweep` is the id of the sweep whose trials they are. `sort` is one of SORTS; what is alike goes by age.
     """
 
     after: str | None = None
     limit: int = 20
     order: str = "desc"
+    sort: str = "created"
     status: tuple[str, ...] = ()
     model: str | None = None
     search: str | None = None
@@ -172,9 +181,11 @@ def selection(session: Session, query: JobQuery, kind: str) -> Select[JobRow, st
     for key, value in query.metadata.items():
         labelled = select(LabelRow.job_id).where(LabelRow.key == key, LabelRow.value == value)
         wanted = wanted.where(JobRow.id.in_(labelled))
+    by = (SORTS[query.sort], JobRow.created_at, JobRow.id)
     if query.after:
+        # Checked to be theirs; its place is asked of the database, which alone knows it exactly.
         start = job_row(session, query.after, query.owner, kind=kind)
-        place, mark = tuple_(JobRow.created_at, JobRow.id), tuple_(start.created_at, start.id)
-        wanted = wanted.where(place > mark if query.order == "asc" else place < mark)
-    by = (JobRow.created_at, JobRow.id)
+        mark = session.execute(select(*by).where(JobRow.id == start.id)).one()
+        place = tuple_(*by)
+        wanted = wanted.where(place > tuple_(*mark) if query.order == "asc" else place < tuple_(*mark))
     return wanted.order_by(*(by if query.order == "asc" else [column.desc() for column in by])).limit(query.limit + 1)

@@ -42,6 +42,38 @@ class Records:
         events = [event_view(row) for row in rows[:limit]]
         return page(events, [str(event.seq) for event in events], more=len(rows) > limit)
 
+    def history(
+        self,
+        job_id: str,
+        *,
+        types: Sequence[str] = (),
+        without: Sequence[str] = (),
+        levels: Sequence[str] = (),
+        before: int | None = None,
+        limit: int = 100,
+        owner: str | None = None,
+    ) -> list[Event]:
+        """The newest events before `before`, newest first, of these types and levels (all where none are named)."""
+        wanted = select(EventRow).where(EventRow.job_id == job_id)
+        if types:
+            wanted = wanted.where(EventRow.type.in_(types))
+        if without:
+            wanted = wanted.where(EventRow.type.not_in(without))
+        if levels:
+            wanted = wanted.where(EventRow.level.in_(levels))
+        if before is not None:
+            wanted = wanted.where(EventRow.seq < before)
+        with self._database.read() as session:
+            job_row(session, job_id, owner)
+            return [event_view(row) for row in session.scalars(wanted.order_by(EventRow.seq.desc()).limit(limit))]
+
+    def types(self, job_id: str, *, owner: str | None = None) -> list[str]:
+        """The types of event that its history has."""
+        with self._database.read() as session:
+            job_row(session, job_id, owner)
+            found = session.scalars(select(EventRow.type).where(EventRow.job_id == job_id).distinct())
+            return sorted(found)
+
     def tail(self, job_id: str, after: int, limit: int) -> tuple[list[Event], bool]:
         """(what came after `after`, whether that is all of a job that has ended), in one look."""
         with self._database.read() as session:
@@ -80,6 +112,14 @@ class Records:
 
     def plan(self, job_id: str, *, owner: str | None = None) -> dict[str, Any]:
         return self._document(job_id, owner, "plan", "It appears once the workers have measured themselves.")
+
+    def timeline(self, job_id: str, *, owner: str | None = None) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+        """(a step as the newest plan forecasts it, one as it was measured last); each may not be there."""
+        plan = self.plan(job_id, owner=owner)
+        with self._database.read() as session:
+            measured = session.scalar(select(JobRow.timeline).where(JobRow.id == job_id))
+        forecast = plan.get("gantt")
+        return forecast if isinstance(forecast, dict) else None, measured
 
     def ledger(self, job_id: str, *, owner: str | None = None) -> dict[str, Any]:
         return self._document(job_id, owner, "ledger", "It appears when the job ends.")

@@ -47,6 +47,8 @@ def job_view(row: JobRow, owner: str | None, standing: Standing | None) -> Job:
         seed=spec["seed"],
         progress=_progress(row, live),
         metrics=live.get("metrics", {}),
+        best_loss=live.get("best_loss"),
+        accuracy=live.get("accuracy"),
         usage=_usage(live, spec),
         estimate=row.estimate,
         sweep_id=row.parent_id,
@@ -169,6 +171,8 @@ def fold_metrics(live: dict[str, Any] | None, values: dict[str, Any]) -> dict[st
     folded: dict[str, Any] = {"metrics": values, "steps_seen": old.get("steps_seen", 0) + 1}
     if "accuracy" in old:
         folded["accuracy"] = old["accuracy"]
+    losses = [loss for loss in (old.get("best_loss"), _number(values.get("loss"))) if loss is not None]
+    folded["best_loss"] = min(losses, default=None)
     for name in ("compute_fraction", "bytes_fraction", "step_seconds"):
         value = _number(values.get(name))
         total, count = old.get(f"{name}_sum", 0.0), old.get(f"{name}_count", 0)

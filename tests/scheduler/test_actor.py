@@ -111,6 +111,19 @@ def test_later_windows_keep_the_placement_and_take_new_worth() -> None:
     assert second["cycle"] != first["cycle"]
 
 
+def test_reasons_come_with_a_plan_and_not_again_with_its_like() -> None:
+    scheduler = announced(request=PlanRequest(ratios=(2, 3, 0)))
+    first = scheduler.plan("a", 1, 0)
+    owners = [[head["owner"] for head in row] for row in first["told"]["heads"]]
+    assert owners == first["placement"]["owners"] and len(first["told"]["devices"]) == 2
+    assert first["told"]["gantt"]["step_us"] == first["forecast"]["step_us"]
+    second = scheduler.plan("a", 1, 1, report_after(first))
+    assert second["told"] is None and second["cycle"] == first["cycle"]
+    worth = {"backward": announcement(0)["scores"]["backward"][::-1]}
+    third = scheduler.plan("a", 1, 2, report_after(second, worth=worth))
+    assert third["cycle"] != second["cycle"] and third["told"]["heads"] != first["told"]["heads"]
+
+
 def test_a_slower_device_shows_in_the_forecast_of_the_next_window_and_loses_heads_in_the_one_after() -> None:
     scheduler = announced(request=PlanRequest())
     first = scheduler.plan("a", 1, 0)
@@ -247,8 +260,9 @@ def test_after_a_restart_the_same_plan_and_version_come_back() -> None:
 
 
 def timeless(answer: dict[str, Any]) -> dict[str, Any]:
-    """An answer without how long its solvers took."""
+    """An answer without how long its solvers took, and without what is told again only after a restart."""
     answer = json.loads(json.dumps(answer))
+    del answer["told"]
     for report in ("placement_report", "selection_report"):
         answer[report].pop("seconds")
     return answer

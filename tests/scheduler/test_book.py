@@ -13,6 +13,7 @@ from scheduler import book
 from scheduler.book import FILE, Book, book_ids, read_book
 from scheduler.devices import DeviceRecord
 from scheduler.domain import DeviceProfile, StepShape
+from scheduler.errors import UserError
 from tests.scheduler.fleet import fleet, vit_shape
 
 SHAPE, STEP = vit_shape(4, 4, 64), StepShape(5, 8)
@@ -41,6 +42,32 @@ def test_the_newest_measurement_of_a_device_stays_and_links_gather(tmp_path: Pat
     first = known.records()[0]
     assert first.measured_at == 200.0 and set(first.links) == {"b", "c"}
     assert first.forward_flops_per_s < 0.5 * known.records()[1].forward_flops_per_s
+
+
+def test_the_book_remembers_how_fast_a_device_was(tmp_path: Path) -> None:
+    known = Book(tmp_path / FILE)
+    for at, speed in ((1000.0, 1.0), (1030.0, 0.9), (1060.0, 0.5), (1060.0, 0.5), (1400.0, 1.0)):
+        known.hear(measured("a", at=at, speed=speed), SHAPE, STEP)
+    (record,) = Book(tmp_path / FILE).records()
+    assert [at for at, _ in record.history] == [1000.0, 1060.0, 1400.0]
+    fast, slowed, newest = (rate for _, rate in record.history)
+    assert slowed == pytest.approx(fast / 2, rel=0.05) and newest == record.training_flops_per_s == fast
+
+
+def test_a_history_is_bounded_and_its_newest_points_are_kept() -> None:
+    known = Book()
+    for turn in range(book.MAX_HISTORY + 5):
+        known.hear(measured("a", at=100.0 + turn * book.HISTORY_S), SHAPE, STEP)
+    (record,) = known.records()
+    assert len(record.history) == book.MAX_HISTORY and record.history[-1][0] == record.measured_at
+
+
+@pytest.mark.parametrize("history", [3, [[1.0]], [[1.0, 0]], [["x", 1]], [None]])
+def test_a_history_that_none_can_have_is_refused_by_its_name(history: object) -> None:
+    known = Book()
+    known.hear(measured("a"), SHAPE, STEP)
+    with pytest.raises(UserError, match=r"records\.history"):
+        DeviceRecord.from_dict({**known.records()[0].to_dict(), "history": history})
 
 
 def test_workers_that_share_a_device_are_told_apart() -> None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scheduler.compiler import rehearse
+from scheduler import gantt, timing
+from scheduler.compiler import compile_step, rehearse
 from scheduler.cost import Costs
 from scheduler.domain import Op, Placement, Plan, Scores, SolverReport, StepShape, mean_forecast, uniform_ops
 from scheduler.explain import BINDINGS, Explanation
@@ -46,6 +50,33 @@ def cases(draw):
     ]
     speeds = rng.uniform(0.2, 3, num_workers).tolist()
     return explained(placement, cycle, speeds, rng.uniform(0, 3, (4, 4)), shape=SHAPE, batch=4)
+
+
+@settings(max_examples=60, deadline=None)
+@given(cases())
+def test_what_heads_cost_adds_up_to_the_calls_of_their_owners(told):
+    placement, costs, cycle = told.plan.placement, told.costs, told.plan.cycle
+    called_us = np.zeros(placement.num_workers)
+    for ops in cycle:
+        for program in compile_step(placement, ops, costs):
+            for i in (i for i in program.instructions if i.kind in ("fwd", "bwd")):
+                called_us[program.worker] += timing.duration_us(costs, program.worker, i) / len(cycle)
+    time_us_LH = told.time_us()
+    for worker in range(placement.num_workers):
+        own_LH = placement.owner_LH == worker
+        assert time_us_LH[own_LH].sum() == pytest.approx(called_us[worker])
+        assert called_us[worker] <= told.plan.forecast.busy_us[worker] + 1
+    assert not time_us_LH[(np.stack(cycle) == Op.SKIP).all(axis=(0, 3))].any()
+
+
+def test_what_is_told_is_small_json_and_the_chart_is_left_out_where_it_is_large(monkeypatch):
+    told = explained(HALVES, [full(3)])
+    found = json.loads(json.dumps(told.told(embed_grad=True)))
+    assert set(found) == {"heads", "devices", "gantt"}
+    assert set(found["heads"][0][0]) == {"owner", "ops", "worth", "time_us", "reason"}
+    assert found["gantt"]["step_us"] == told.plan.forecast.step_us
+    monkeypatch.setattr(gantt, "MOST_SPANS", 5)
+    assert told.told(embed_grad=True)["gantt"] is None
 
 
 @settings(max_examples=60, deadline=None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from itertools import pairwise
 
@@ -9,8 +10,10 @@ from hypothesis import given, settings
 
 from scheduler import gantt, timing
 from scheduler.compiler import compile_step, rehearse
-from scheduler.domain import Placement, uniform_ops
+from scheduler.cost import Costs
+from scheduler.domain import Placement, StepShape, uniform_ops
 from scheduler.simulate import forecast_of, simulate
+from tests.scheduler.fleet import fleet, vit_shape
 from tests.scheduler.test_program import SHAPE, costs_of, plans
 
 
@@ -49,6 +52,17 @@ def test_the_chart_is_json_and_reads_back_equal(plan):
     data = json.loads(json.dumps(gantt.to_dict(spans)))
     assert gantt.from_dict(data) == spans
     assert data["step_us"] == max(s.end_us for s in spans)
+
+
+def test_the_charts_of_large_models_on_many_devices_fit_into_an_event():
+    shape = vit_shape(num_blocks=12, num_heads=12, dim=768, num_tokens=197)
+    profiles = [dataclasses.replace(p, send_us=9, recv_us=4) for p in fleet([1.0] * 4, shape=shape)]
+    costs = Costs(shape, StepShape(5, 16), profiles)
+    split = Placement.make([[head // 3 for head in range(12)]] * 12, 4)
+    spans = gantt.spans(compile_step(split, uniform_ops(shape, 5, 2), costs), costs)
+    assert 3000 < len(spans) <= gantt.MOST_SPANS
+    per_span = len(json.dumps(gantt.to_dict(spans), separators=(",", ":"))) / len(spans)
+    assert per_span * gantt.MOST_SPANS < 350_000
 
 
 def test_a_pipeline_shows_its_bubble_as_a_wait():

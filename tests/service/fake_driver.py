@@ -124,10 +124,38 @@ def plan() -> dict[str, object]:
         "window": 0,
         "placement": {"owners": [[0, 0, 1], [0, 1, 1]], "num_workers": 2, "classifier": 1},
         "cycle": [[["FFS", "FOS", "FFF"], ["FFS", "FOS", "FFF"]]],
-        "forecast": {"step_us": 52_000, "idle_share": 0.08},
+        "forecast": forecast(52_000),
+        "all_full": forecast(80_000),
+        "placement_report": report("local search"),
+        "selection_report": report("hull"),
+        "memory_bytes": [200_000_000, 150_000_000],
         "compute_fraction": 0.6,
         "bytes_fraction": 0.48,
+        "heads": [[{"owner": 0, "ops": "FFS", "worth": 1.0, "time_us": 9, "reason": "It is fast; FULL."}] * 3] * 2,
+        "devices": [{"rank": rank, "name": f"box-{rank}", "binding": "time"} for rank in range(2)],
+        "gantt": chart(),
     }
+
+
+def forecast(step_us: int) -> dict[str, object]:
+    busy_us, link_bytes = [step_us - 2000, step_us - 9000], [[0, 20_000_000], [15_000_000, 0]]
+    return {"step_us": step_us, "busy_us": busy_us, "idle_share": 0.08, "link_bytes": link_bytes}
+
+
+def report(method: str) -> dict[str, object]:
+    figures = {"objective": 1.0, "bound": 1.01, "gap": 0.01, "rounding_loss": 0.0, "seconds": 0.05}
+    return {"method": method, "status": "FEASIBLE", **figures, "note": ""}
+
+
+def chart() -> dict[str, object]:
+    """A step of two workers, as `scheduler.gantt` has it."""
+    rows = [
+        [0, 40_000, "fwd", 0, "attn", 0],
+        [40_000, 50_000, "wait", 1, "attn", 0],
+        [50_000, 52_000, "update", -1, "", -1],
+    ]
+    fields = ["begin_us", "end_us", "what", "block", "part", "mb"]
+    return {"fields": fields, "step_us": 52_000, "workers": [rows, rows[:2]]}
 
 
 def ledger(steps: int, checkpoint: str) -> dict[str, object]:

@@ -9,7 +9,7 @@ import pytest
 from starlette.testclient import TestClient
 from starlette.websockets import WebSocketDisconnect
 
-from service.auth import ADMIN_PATHS, PUBLIC, RUN_PATH
+from service.auth import ADMIN_PATHS, PUBLIC, PUBLIC_PREFIX, RUN_PATH, SIGN_IN, is_public
 from service.home import read_secret
 from service.settings import Settings
 from tests.service.conftest import FakeRay, create_app
@@ -56,7 +56,7 @@ def test_the_walk_sees_every_route(api: TestClient) -> None:
 
 def test_without_a_key_every_route_and_method_is_closed(api: TestClient) -> None:
     asked = [(method, way) for path in all_paths(api) for way in written(path) for method in METHODS]
-    found = asyncio.run(statuses(api.app, [each for each in asked if each not in PUBLIC], HOST))
+    found = asyncio.run(statuses(api.app, [each for each in asked if not is_public(*each)], HOST))
     assert len(found) > 5000
     assert {each: status for each, status in found.items() if status != 401} == {}
 
@@ -72,9 +72,11 @@ def test_a_refusal_says_what_is_needed_and_nothing_else(api: TestClient) -> None
 
 def test_what_is_public_is_there_and_answers_without_a_key(api: TestClient) -> None:
     del api.headers["Authorization"]
-    assert {path for _, path in PUBLIC} == {"/healthz", "/readyz"}, "think twice before this list grows"
-    for method, path in PUBLIC:
+    assert {path for _, path in PUBLIC} == {"/healthz", "/readyz", SIGN_IN}, "think twice before this list grows"
+    for method, path in PUBLIC - {("POST", SIGN_IN)}:
         assert api.request(method, path).status_code == 200, "an entry that opens nothing is to go"
+    assert api.get(f"{PUBLIC_PREFIX}d2ft.css").status_code == 200
+    assert api.get(f"{PUBLIC_PREFIX}..%2f..%2frender.py").status_code == 404
 
 
 def test_the_doors_paths_are_those_of_the_routes(api: TestClient) -> None:

@@ -39,11 +39,14 @@ def test_submit_and_watch_to_the_ledger(run: Run, tmp_path: Path) -> None:
     assert "\x1b" not in listed.stdout and "\\x1b[31m" in listed.stdout
     job_id = json.loads(run("list", "--json").stdout)["data"][0]["id"]
     assert job_id in listed.stdout
-    for words in (("get", job_id), ("plan", job_id), ("ledger", job_id), ("events", job_id), ("artifacts", job_id)):
+    for name in ("get", "plan", "ledger", "timeline", "events", "artifacts"):
+        words = (name, job_id)
         shown = run(*words)
         assert shown.exit_code == 0 and shown.stdout and "\x1b" not in shown.stdout
         if words[0] != "events":
             json.loads(run(*words, "--json").stdout)
+    assert "b0.h1  w0 FFS  It is fast; FULL." in run("plan", job_id, "--why", "b0.h1").stdout
+    assert run("plan", job_id, "--why", "b9.h1").exit_code == 2
     assert "last words" in run("logs", job_id).stdout
     fetched = run("artifacts", job_id, "-o", str(tmp_path / "out"))
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == b"weights" * 100

@@ -52,14 +52,14 @@ def test_a_torn_book_is_said(api: TestClient, settings: Settings) -> None:
 def test_a_running_job_is_named_by_the_devices_that_it_uses(
     api: TestClient, settings: Settings, record: DeviceRecord, submit: Callable[..., str]
 ) -> None:
-    write_book(settings.devices_file, record)
+    write_book(settings.devices_file, record, DeviceRecord(**{**vars(record), "id": "gpu-0#2"}))
     job_id = submit()
     store = api.app.state.world.store  # type: ignore[attr-defined]
     attempt = store.queue.claim(1)
-    plan = {"version": 1, "devices": ["gpu-0", "gpu-0", "gpu-9"]}
+    plan = {"version": 1, "devices": [{"rank": n, "name": name} for n, name in enumerate(["gpu-0", "gpu-0", "x"])]}
     line = {"seq": 1, "type": "plan.created", "data": plan}
     store.attempts.absorb(attempt, [line], 10)
-    assert api.get("/v1/devices").json()["data"][0]["used_by"] == [job_id]
+    assert [device["used_by"] for device in api.get("/v1/devices").json()["data"]] == [[job_id], [job_id]]
     store.attempts.absorb(attempt, [{"seq": 2, "type": "outcome", "data": {"status": "succeeded"}}], 20)
     assert api.get("/v1/devices").json()["data"][0]["used_by"] == []
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from service.cli import draw
-from tests.service.fake_driver import plan
+from tests.service.fake_driver import chart, plan
 
 
 def test_a_cell_shows_what_took_most_of_its_time() -> None:
@@ -41,10 +41,25 @@ def test_heads_that_are_neighbours_and_do_the_same_are_a_run() -> None:
     assert draw._runs([0, 1, 2, 4, 5], ["FF", "FF", "OO", "SS", "OO", "OO"]) == ["h0-1", "FF", "h2", "OO", "h4-5", "OO"]
 
 
-def test_the_plan_of_a_job_is_drawn_without_what_only_a_dry_run_knows(capsys: pytest.CaptureFixture[str]) -> None:
-    draw.put_plan({"plan": plan()})
+def test_the_plan_of_a_job_is_drawn_with_what_it_says_of_itself(capsys: pytest.CaptureFixture[str]) -> None:
+    draw.put_plan(plan())
     text = capsys.readouterr().out
-    assert "52.0 ms forecast" in text and "b00-b01" not in text and "FFS" in text and "one step" not in text
+    assert "52.0 ms forecast" in text and "b00-b01" not in text and "FFS" in text
+    assert "box-1" in text and "one step, 52.0 ms" in text
+    draw.put_plan({**plan(), "gantt": None, "devices": []})
+    assert "one step" not in capsys.readouterr().out
+
+
+def test_a_step_as_forecast_stands_above_one_as_measured_over_the_same_time(capsys: pytest.CaptureFixture[str]) -> None:
+    slower = {**chart(), "step_us": 104_000, "step": 3}
+    draw.put_timeline(chart(), slower)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "forecast, 52.0 ms" and lines[4] == "measured in step 3, 104.0 ms"
+    assert lines[1:3] == lines[5:7] and lines[3] == lines[7] and lines[3].endswith("104 ms")
+    draw.put_timeline(None, slower)
+    assert "forecast" not in capsys.readouterr().out
+    draw.put_timeline(None, None)
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize("found", [{"plan": {}}, {"plan": {"placement": {"owners": []}, "cycle": []}}])

@@ -176,13 +176,15 @@ def test_unknown_routes_methods_and_jobs_are_problems(api: TestClient, submit: C
     problem(api.get("/v1/nothing"), 404)
     problem(api.get("/docs"), 404)
     assert problem(api.delete("/v1/jobs"), 405)
-    for path in ("", "/events", "/metrics", "/plan", "/ledger", "/artifacts", "/artifacts/x", "/checkpoints", "/logs"):
+    parts = ("events", "metrics", "plan", "timeline", "ledger", "artifacts", "artifacts/x", "checkpoints", "logs")
+    for path in ("", *(f"/{part}" for part in parts)):
         assert problem(api.get(f"/v1/jobs/ftjob_none{path}"), 404)["code"] == "job_not_found"
     for verb in ("cancel", "pause", "resume", "retry"):
         assert problem(api.post(f"/v1/jobs/ftjob_none/{verb}"), 404)["code"] == "job_not_found"
     job_id = submit()
     for part in ("plan", "ledger"):
         assert problem(api.get(f"/v1/jobs/{job_id}/{part}"), 404)["code"] == f"{part}_not_found"
+    assert problem(api.get(f"/v1/jobs/{job_id}/timeline"), 404)["code"] == "plan_not_found"
     assert problem(api.get(f"/v1/jobs/{job_id}/logs"), 404)["code"] == "attempt_not_found"
 
 

@@ -64,7 +64,7 @@ def test_the_shape_of_json(server: str, home: Path, tmp_path: Path, monkeypatch:
     assert list(_lost(json.loads((DATA / "json_shapes.json").read_text()), shapes, "")) == []
 
 
-_OF_A_JOB = ("get", "events", "logs", "metrics", "checkpoints", "artifacts", "ledger", "plan")
+_OF_A_JOB = ("get", "events", "logs", "metrics", "checkpoints", "artifacts", "ledger", "plan", "timeline")
 
 
 def _shape(value: Any, name: str = "") -> Any:

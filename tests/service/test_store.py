@@ -183,12 +183,33 @@ def test_a_writer_with_another_token_stands_down(store: Store, spec: JobSpec) ->
     assert store.jobs.get(attempt.job_id).status == "planning"
 
 
+def test_of_timelines_the_newest_is_kept_and_the_history_says_which_steps(store: Store, spec: JobSpec) -> None:
+    job = store.jobs.create(spec, owner=FIRST_USER)[0]
+    attempt = store.queue.claim(1)
+    assert attempt
+    rows = [[0, 40, "fwd", 0, "attn", 0], [40, 60, "update", -1, "", -1]]
+    chart = {"fields": ["begin_us", "…"], "step_us": 60, "workers": [rows, []]}
+    first, second = ({**chart, "step": step, "window": window} for step, window in ((3, 1), (53, 2)))
+    spoilt = [{**chart, "step": 60}, {**second, "workers": [[[0, 1, "x" * 99, 0, "", 0]]]}, {"step": "x"}]
+    with pytest.raises(NotFoundError, match="no plan yet"):
+        store.records.timeline(job.id)
+    lines = [line(1, "plan.created", version=1, gantt=chart), line(2, "timeline", **first)]
+    store.attempts.absorb(attempt, lines, 20)
+    assert store.records.timeline(job.id) == (chart, first)
+    lines = [line(n, "timeline", **data) for n, data in enumerate([second, *spoilt], 3)]
+    store.attempts.absorb(attempt, [*lines, line(9, "plan.changed", version=2, gantt=None)], 90)
+    assert store.records.timeline(job.id) == (None, second)
+    seen = [event.data for event in store.records.events(job.id).data if event.type == "timeline"]
+    assert seen[:2] == [{"step": 3, "window": 1, "step_us": 60}, {"step": 53, "window": 2, "step_us": 60}]
+    assert len(seen) == 5 and all(set(data) == {"step", "window", "step_us"} for data in seen)
+
+
 def test_a_changed_plan_says_what_changed_and_a_window_how_good_its_forecast_was(store: Store, spec: JobSpec) -> None:
     job = store.jobs.create(spec, owner=FIRST_USER)[0]
     attempt = store.queue.claim(1)
     assert attempt
     change = {"migrated": True, "moved_heads": 4, "reason": "slower", "before": {"step_us": 9}, "after": {"step_us": 7}}
-    plan = {"version": 2, "window": 3, "cycle": ["big"], "forecast": {"step_us": 7}, "devices": ["gpu-0"]}
+    plan = {"version": 2, "window": 3, "cycle": ["big"], "forecast": {"step_us": 7}, "devices": [{"name": "gpu-0"}]}
     window = {"window": 2, "steps": 100, "step_seconds_median": 0.5, "forecast_seconds": 0.4, "error": 0.25}
     lines = [line(1, "window", **window), line(2, "plan.changed", **plan, change=change)]
     assert store.jobs.plans_in_use() == {}

@@ -98,8 +98,11 @@ def on_threads(num_workers, work):
     return results
 
 
-def run_step(model, placement: Placement, ops_LHM, batches, *, costs, means=None, **compile_options):
-    """One step without update on in-process workers: (reports, shards), gradients left in the shards."""
+def run_step(model, placement: Placement, ops_LHM, batches, *, costs, means=None, traces=None, **compile_options):
+    """One step without update on in-process workers: (reports, shards), gradients left in the shards.
+
+    With `traces`, one per worker, these hear of it, and of an update that does nothing.
+    """
     programs = compile_step(placement, ops_LHM, costs, **compile_options)
 
     def work(rank, transport):
@@ -111,7 +114,10 @@ def run_step(model, placement: Placement, ops_LHM, batches, *, costs, means=None
             {m: batches[m][0] for m in steps.own.image_micro_batches},
             {m: batches[m][1] for m in steps.own.label_micro_batches},
         )
-        return executor.run(steps, batch), shard
+        if traces is None:
+            return executor.run(steps, batch), shard
+        executor.update = lambda grad_norm: None
+        return executor.run(steps, batch, trace=traces[rank]), shard
 
     return programs, on_threads(placement.num_workers, work)
 

@@ -31,9 +31,7 @@ def read_answer(answer):
     """The actor's answer as a worker reads it."""
     if "error" in answer:
         raise from_dict(answer["error"])
-    answer = json.loads(json.dumps(answer))
-    profiles = [DeviceProfile.from_dict(p) for p in answer["profiles"]]
-    return Planned(Plan.from_dict(answer), profiles, answer["change"] or {})
+    return Planned.from_answer(json.loads(json.dumps(answer)))
 
 
 def even_heads(num_blocks, num_heads, num_workers):
@@ -99,4 +97,4 @@ class ScriptedPlanner:
         seen = [simulate(compile_step(placement, ops, costs), costs) for ops in (*cycle, full)]
         forecast = mean_forecast(seen[:-1])
         plan = Plan(window + 1, window, placement, cycle, forecast, seen[-1], REPORT, REPORT, policy={"window": window})
-        return Planned(plan, self.profiles, {"reason": "so it is written"})
+        return Planned(plan, self.profiles, {"reason": "so it is written"}, {"heads": f"of window {window}"})

@@ -82,6 +82,8 @@ def test_on_the_same_placement_every_loss_and_weight_is_equal_to_the_bit(tmp_pat
     assert list(second.losses) == list(range(pause_at + 1, 9))
     for tensor, expected in zip(second.state.values(), plain(name).state.values(), strict=True):
         assert torch.equal(tensor, expected)
+    (created,) = second.told("plan.created")
+    assert created["data"]["heads"] == f"of window {(pause_at - 1) // spec.window + 1}"
     rates = [event["data"]["learning_rate"] for event in plain(name).told("metrics")]
     assert [e["data"]["learning_rate"] for e in (*first.told("metrics"), *second.told("metrics"))] == rates
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -11,10 +12,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from scheduler import gantt
 from scheduler.domain import Op, uniform_ops
 from tests.workers.engine import on_threads
 from tests.workers.planners import ScriptedPlanner
-from workers import session
+from workers import session, timeline
 from workers.contract import JobSpec
 from workers.events import EventLog, read_events
 from workers.ledger import Ledger, WindowSeen
@@ -172,3 +174,25 @@ def test_the_forecast_row_is_the_median_size_of_the_error():
     ledger.windows = [WindowSeen(w, 1, seconds, 1.0, []) for w, seconds in enumerate((2.0, 0.9, 1.3, 1.0))]
     (row,) = [row for row in ledger.rows() if row.name == "forecast error"]
     assert row.measured == pytest.approx(0.1) and row.all_full == pytest.approx(1.0) and row.predicted is None
+
+
+@pytest.mark.parametrize(("period_s", "steps"), [(60.0, [3]), (0.0, [3, 6, 9, 10])])
+def test_one_step_of_a_window_is_told_as_all_workers_lived_it(tmp_path, monkeypatch, period_s, steps):
+    monkeypatch.setattr(timeline, "PERIOD_S", period_s)
+    _, events, _, _ = job(tmp_path, lambda _: SPLIT)
+    metrics = {event["data"]["step"]: event["data"] for event in events if event["type"] == "metrics"}
+    told = [event["data"] for event in events if event["type"] == "timeline"]
+    assert [data["step"] for data in told] == steps
+    assert [data["window"] for data in told] == list(range(1, len(steps) + 1))
+    for data in told:
+        spans, of_rank_0 = gantt.from_dict(data), metrics[data["step"]]
+        assert len(data["workers"]) == 2 and all(data["workers"])
+        for rank in range(2):
+            own = [s for s in spans if s.worker == rank]
+            assert all(a.end_us == b.begin_us for a, b in pairwise(own)) and own[-1].what == "update"
+        assert max(s.end_us for s in spans) <= data["step_us"]
+        assert data["step_us"] >= 1e6 * of_rank_0["step_seconds"] - 1
+        waited_s = gantt.wait_us(spans).get(0, 0) / 1e6
+        assert waited_s == pytest.approx(of_rank_0["idle_share"] * of_rank_0["step_seconds"], rel=0.1, abs=1e-3)
+    kinds = {s.what for data in told for s in gantt.from_dict(data)}
+    assert kinds >= {"wait", "embed", "fwd", "bwd", "sum", "classify", "unembed", "send", "step", "update"}
