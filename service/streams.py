@@ -13,7 +13,7 @@ import asyncio
 import logging
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 from fastapi.sse import format_sse_event
 
@@ -90,9 +90,12 @@ class Streams:
         finally:
             self._watchers.discard(changed)
 
-    async def follow(self, job_id: str, after: int, user_id: str) -> AsyncIterator[bytes]:
-        """Everything after `after`, then what comes, until the job has ended and all of it is sent."""
-        with self.room.taken(user_id), self._listen(job_id) as channel:
+    async def follow(self, job_id: str, after: int, user_id: str | None) -> AsyncIterator[bytes]:
+        """Everything after `after`, then what comes, until the job has ended and all of it is sent.
+
+        Without a user it is a part of a stream that has taken its room.
+        """
+        with self.room.taken(user_id) if user_id else nullcontext(), self._listen(job_id) as channel:
             yield format_sse_event(retry=RETRY_MS, comment="d2ft")
             while True:
                 news = channel.news

@@ -55,7 +55,7 @@ async def merged(world: World, user_id: str, job: str | None, after: int) -> Asy
     queue: asyncio.Queue[bytes | None] = asyncio.Queue(QUEUED)
     parts = [_beats(queue.put), _changes(world.streams, queue.put)]
     if job is not None:
-        parts.append(_events(world.streams, job, after, user_id, queue.put))
+        parts.append(_events(world.streams, job, after, queue.put))
     running = [asyncio.create_task(_to_its_end(part, queue)) for part in parts]
     try:
         with world.streams.room.taken(user_id):
@@ -74,8 +74,8 @@ async def _to_its_end(part: Awaitable[None], queue: asyncio.Queue[bytes | None])
         await queue.put(None)
 
 
-async def _events(streams: Streams, job: str, after: int, user_id: str, put: Put) -> None:
-    async for piece in streams.follow(job, after, user_id):
+async def _events(streams: Streams, job: str, after: int, put: Put) -> None:
+    async for piece in streams.follow(job, after, None):
         await put(piece)
 
 
