@@ -91,11 +91,10 @@ const open = {
     };
     const read = async () => {
       const { forecast = null, measured = null } = (known && (await found("timeline"))) || {};
-      pair = { forecast, measured: measured ?? pair.measured };
+      pair = { forecast, measured };
       show();
     };
-    on.timeline = (event) => ((pair = { ...pair, measured: event.data }), show());
-    for (const type of PLANS) on[type] = () => ((known = true), read().catch(failed));
+    for (const type of [...PLANS, "timeline"]) on[type] = () => ((known = true), read().catch(failed));
     await read();
   },
   async placement() {
