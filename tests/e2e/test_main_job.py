@@ -71,6 +71,14 @@ def test_a_job_within_budgets_gives_a_checkpoint_that_timm_opens(service, tmp_pa
         assert model(torch.zeros(1, 1, 28, 28)).shape == (1, 10)
     types = {event["type"] for event in events_of(service, job["id"])}
     assert {"job.created", "job.status", "plan.created", "metrics", "evaluation", "artifact.ready"} <= types
+    plan = json.loads(service("plan", job["id"], "--json"))
+    assert [[head["owner"] for head in row] for row in plan["heads"]] == plan["placement"]["owners"]
+    step = json.loads(service("timeline", job["id"], "--json"))
+    assert step["forecast"] == plan["gantt"] and step["measured"]["step"] >= 3
+    assert len(step["measured"]["workers"]) == len(step["forecast"]["workers"]) == len(plan["devices"])
+    assert "measured in step" in service("timeline", job["id"])
+    (used_by,) = {tuple(device["used_by"]) for device in json.loads(service("devices", "--json"))["data"]}
+    assert used_by == ()  # the job has ended
 
 
 @pytest.mark.slow
