@@ -76,7 +76,9 @@ def test_a_job_within_budgets_gives_a_checkpoint_that_timm_opens(service, tmp_pa
     step = json.loads(service("timeline", job["id"], "--json"))
     assert step["forecast"] == plan["gantt"] and step["measured"]["step"] >= 3
     assert len(step["measured"]["workers"]) == len(step["forecast"]["workers"]) == len(plan["devices"])
-    assert "measured" in service("timeline", job["id"])
+    assert "measured in step" in service("timeline", job["id"])
+    (used_by,) = {tuple(device["used_by"]) for device in json.loads(service("devices", "--json"))["data"]}
+    assert used_by == ()  # the job has ended
 
 
 @pytest.mark.slow
