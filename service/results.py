@@ -11,6 +11,7 @@ from service.settings import Settings
 from service.store import Caller, Store
 from service.store.records import StoredArtifact
 from workers.contract import JobSpec
+from workers.sources.address import check_inside
 
 SCHEME = "job:"
 WEIGHTS = "model.safetensors"
@@ -65,10 +66,10 @@ def with_weights(spec: JobSpec, store: Store, settings: Settings, caller: Caller
 def _inside(settings: Settings, job_id: str, artifact: StoredArtifact) -> Path:
     """The path, which a run has told: it has to lie where that job's runs write."""
     home = (settings.home / "jobs" / job_id).resolve()
-    path = (home / artifact.path).resolve()
-    if not path.is_relative_to(home):
-        raise _gone(artifact.name)
-    return path
+    try:
+        return check_inside(home / artifact.path, [home])
+    except UserError:
+        raise _gone(artifact.name) from None
 
 
 def _gone(name: str) -> NotFoundError:

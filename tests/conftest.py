@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import settings
+
+# A machine that is busy is slow, and no test here is about how fast one example is.
+settings.register_profile("d2ft", deadline=None)
+settings.load_profile("d2ft")
 
 # These time what they start, or start several processes: side by side they would slow each other down.
 _HEAVY = (

@@ -20,6 +20,8 @@ from workers.contract import RunContext
 from workers.events import EventLog
 from workers.manifest import Manifest, describe, names, write_manifest
 
+TRACED = 3  # the step that is told as it was measured
+
 
 def main() -> None:
     parser = argparse.ArgumentParser()
@@ -42,6 +44,8 @@ def run(context: RunContext, events: EventLog, stopped: Callable[[], bool] = lam
     begin = newest(context, events) if "saves" in metadata else 0
     for step in range(begin + 1, steps + 1):
         events.emit("metrics", **metrics(step, steps))
+        if step == TRACED:
+            events.emit("timeline", f"step {step}, as measured", **chart(), step=step, window=1)
         time.sleep(pause_s)
         if stopped():
             return

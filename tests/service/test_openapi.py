@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
-from service.auth import PUBLIC, RUN_PREFIX
+from service.auth import PUBLIC, RUN_PREFIX, is_page
 from service.routes import description
 from tests.fuzz.api import fuzz, fuzzed
 from tests.service.walk import UNSAFE, walk
@@ -41,7 +41,8 @@ def test_it_has_a_name_a_version_and_every_route_once(api: TestClient, document:
     routes = {(found.method, re.sub(":path", "", found.path)) for found in walk(api.app)}
     described = {(method, path) for method, path, _ in operations(document)}
     aliases = {(method, path) for method, path in routes if (method, f"/v1{path}") in routes}
-    assert described == routes - aliases - {("GET", "/openapi.json"), ("HEAD", "/openapi.json")}
+    pages = {(method, path) for method, path in routes if is_page(path)}
+    assert described == routes - aliases - pages - {("GET", "/openapi.json"), ("HEAD", "/openapi.json")}
 
 
 def test_every_operation_says_what_it_does_under_a_name_of_its_own(document: dict[str, Any]) -> None:

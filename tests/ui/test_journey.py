@@ -47,7 +47,7 @@ def by_keyboard(page: Page, key: str) -> None:
     keyboard.type(key)
     keyboard.press("Enter")
     page.wait_for_load_state()
-    page.get_by_role("heading", name="Jobs").wait_for()
+    page.get_by_role("heading", name="Jobs", exact=True).wait_for()
     keyboard.press("g")
     keyboard.press("n")
     page.wait_for_url("**/ui/new")

@@ -98,7 +98,8 @@ def check_inside(path: str | Path, roots: Iterable[str | Path], *, param: str = 
         resolved = Path(path).expanduser().resolve()
     except (OSError, RuntimeError, ValueError):  # a loop of links, a name too long, a NUL byte
         raise _outside(path, allowed, param) from None
-    if not any(resolved.is_relative_to(root) for root in allowed):
+    # Behind a link that leads to itself nothing was resolved: "loop/../link" would come out as it went in.
+    if os.path.realpath(resolved) != str(resolved) or not any(resolved.is_relative_to(root) for root in allowed):
         raise _outside(path, allowed, param)
     return resolved
 

@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from scheduler.errors import UserError
@@ -114,6 +114,7 @@ PART = st.sampled_from(["..", ".", "in", "out", "link_out", "link_in", "loop", "
 
 @settings(max_examples=300, deadline=None)
 @given(parts=st.lists(PART, max_size=6), absolute=st.booleans())
+@example(parts=["loop", "..", "link_out"], absolute=True)
 def test_a_path_that_passes_always_lies_inside_its_root(parts: list[str], absolute: bool) -> None:
     with tempfile.TemporaryDirectory() as folder:
         base = Path(folder).resolve()
