@@ -48,6 +48,7 @@ def by_keyboard(page: Page, key: str) -> None:
     keyboard.press("Enter")
     page.wait_for_load_state()
     page.get_by_role("heading", name="Jobs", exact=True).wait_for()
+    page.wait_for_load_state("load")  # a key that comes before the page's script is heard by nobody
     keyboard.press("g")
     keyboard.press("n")
     page.wait_for_url("**/ui/new")
