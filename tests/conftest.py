@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from hypothesis import settings
+from xdist.scheduler import LoadScopeScheduling
 
 # A machine that is busy is slow, and no test here is about how fast one example is.
 settings.register_profile("d2ft", deadline=None)
@@ -19,10 +20,18 @@ _HEAVY = (
 )
 
 
-def pytest_collection_modifyitems(items):
-    for item in items:
-        file = item.nodeid.partition("::")[0]
-        item.add_marker(pytest.mark.xdist_group("heavy" if file.startswith(_HEAVY) else file))
+class ByFile(LoadScopeScheduling):
+    """A file goes to a process whole, and the heavy ones all to the same."""
+
+    def _split_scope(self, nodeid):
+        file = nodeid.partition("::")[0]
+        return "heavy" if file.startswith(_HEAVY) else file
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    # xdist's own groups, by a mark, go by a name of pytest's that pytest 9.2 has no more, and are silently none.
+    return ByFile(config, log)
 
 
 @pytest.hookimpl(wrapper=True)
