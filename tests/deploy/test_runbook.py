@@ -7,7 +7,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -35,6 +34,7 @@ from tests.service.conftest import (
     settings,
     write_catalogue,
 )
+from tests.waiting import until
 
 __all__ = ["database", "home", "models", "postgres", "run", "server", "settings"]
 RUNBOOK = RUNBOOK_FILE.read_text()
@@ -115,8 +115,7 @@ def test_what_was_backed_up_while_jobs_ran_goes_on_after_a_restore(
         done = client.submit({"steps": 4})
         done.wait(timeout_s=20)
         going = client.submit(ENDLESS)
-        while not client.get(going.id).progress.step:
-            time.sleep(0.05)
+        until(lambda: client.get(going.id).progress.step)
         tables.backup(settings.home, kept)
         later = client.submit({"steps": 4})
         later.wait(timeout_s=20)
@@ -132,9 +131,7 @@ def test_what_was_backed_up_while_jobs_ran_goes_on_after_a_restore(
         assert "model.safetensors" in names
         with pytest.raises(ApiNotFoundError):
             client.get(later.id)
-        deadline = time.monotonic() + 20
-        while client.get(going.id).attempt < 2 and time.monotonic() < deadline:
-            time.sleep(0.05)
+        until(lambda: client.get(going.id).attempt >= 2 and ray.submits)
         assert client.get(going.id).attempt == 2 and client.get(going.id).status not in ("failed", "cancelled")
         client.cancel(going.id)
         assert len(ray.submits) >= 1
