@@ -12,8 +12,8 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from contextlib import aclosing, contextmanager
 
 from fastapi.sse import format_sse_event
 
@@ -90,12 +90,16 @@ class Streams:
         finally:
             self._watchers.discard(changed)
 
-    async def follow(self, job_id: str, after: int, user_id: str | None) -> AsyncIterator[bytes]:
-        """Everything after `after`, then what comes, until the job has ended and all of it is sent.
+    async def follow(self, job_id: str, after: int, user_id: str) -> AsyncIterator[bytes]:
+        """The job's events as a stream of this user's own."""
+        with self.room.taken(user_id):
+            async with aclosing(self.events(job_id, after)) as pieces:
+                async for piece in pieces:
+                    yield piece
 
-        Without a user it is a part of a stream that has taken its room.
-        """
-        with self.room.taken(user_id) if user_id else nullcontext(), self._listen(job_id) as channel:
+    async def events(self, job_id: str, after: int) -> AsyncGenerator[bytes]:
+        """Everything after `after`, then what comes, until the job has ended and all of it is sent."""
+        with self._listen(job_id) as channel:
             yield format_sse_event(retry=RETRY_MS, comment="d2ft")
             while True:
                 news = channel.news

@@ -27,7 +27,7 @@ from scheduler.errors import D2ftError, SystemFault, UserError
 from workers import control, logs, outside
 from workers.attempt import attempt, emit, has_gpus, join, leave, paused, tell
 from workers.command import add_job_flags, add_places, job_spec, run_dir_of
-from workers.contract import JobSpec, RunContext
+from workers.contract import RunContext
 from workers.poster import Poster, posting
 from workers.pulse import accounts
 from workers.tracking import CUT_S, Trackers, tracked
@@ -146,15 +146,9 @@ def read_context(argv: Sequence[str] | None) -> RunContext:
     try:
         if args.context is not None:
             return RunContext.model_validate_json(args.context.read_bytes())
-        return plain_context(job_spec(args), run_dir_of(args))
+        return outside.plain_context(job_spec(args), run_dir_of(args))
     except (ValidationError, ValueError, OSError) as error:
         parser.error(str(error))
-
-
-def plain_context(spec: JobSpec, run_dir: Path) -> RunContext:
-    """A run that no service has ordered: everything of it is in one directory."""
-    storage = str(run_dir / "ray")
-    return RunContext(job_id=run_dir.name, spec=spec, run_dir=str(run_dir), storage_path=storage, outside=True)
 
 
 if __name__ == "__main__":

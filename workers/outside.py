@@ -25,10 +25,10 @@ from urllib.parse import urlsplit
 from scheduler.errors import D2ftError, UserError
 from workers import control
 from workers.command import IN_RAY_JOB
-from workers.contract import RunContext
+from workers.contract import JobSpec, RunContext
 from workers.events import EVENTS_FILE, read_events
 from workers.manifest import fingerprint, names, read_manifest
-from workers.poster import NoRedirects
+from workers.poster import opener
 
 URL, KEY, RAY = "D2FT_URL", "D2FT_API_KEY", "RAY_ADDRESS"
 RUNS = "/v1/runs"
@@ -36,6 +36,12 @@ TIMEOUT_S = 10.0
 TRIES = 2
 REFUSED = frozenset({401, 403})
 Say = Callable[[str], None]
+
+
+def plain_context(spec: JobSpec, run_dir: Path) -> RunContext:
+    """A run that no service has ordered: everything of it is in one directory."""
+    storage = str(run_dir / "ray")
+    return RunContext(job_id=run_dir.name, spec=spec, run_dir=str(run_dir), storage_path=storage, outside=True)
 
 
 def begun_anew(context: RunContext, say: Say) -> RunContext:
@@ -123,11 +129,11 @@ def _checked(url: str, key: str) -> str:
 def _asked(url: str, body: Mapping[str, Any], headers: Mapping[str, str]) -> dict[str, Any]:
     """The answer to a POST, which is sent again once where none came."""
     content = json.dumps(body, separators=(",", ":")).encode()
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), NoRedirects)
+    to_service = opener()
     for tried in range(1, TRIES + 1):
         request = urllib.request.Request(url, content, {**headers, "Content-Type": "application/json"}, method="POST")
         try:
-            with opener.open(request, timeout=TIMEOUT_S) as response:
+            with to_service.open(request, timeout=TIMEOUT_S) as response:
                 answer: dict[str, Any] = json.loads(response.read())
                 return answer
         except urllib.error.HTTPError:

@@ -77,8 +77,7 @@ class Poster:
     def __init__(self, context: Source, url: str, end: Callable[[], None] | None = None) -> None:
         self._run_dir, self._attempt, self._url = Path(context.run_dir), context.attempt, url
         self._headers = {"Authorization": f"Bearer {context.post_token}", "Content-Type": "application/json"}
-        # No proxy: the service is on the cluster's own network. No redirect: the token is for that one address.
-        self._http = urllib.request.build_opener(urllib.request.ProxyHandler({}), NoRedirects)
+        self._http = opener()
         self._offset: int | None = None  # what the server has; None before it has said
         self._failures = 0
         self._end = end
@@ -159,6 +158,11 @@ class NoRedirects(urllib.request.HTTPRedirectHandler):
 
     def redirect_request(self, *_: Any) -> None:
         """Follow none: urllib then raises the status."""
+
+
+def opener() -> urllib.request.OpenerDirector:
+    """What speaks to the service. No proxy: it is on the cluster's own network, or said by its address."""
+    return urllib.request.build_opener(urllib.request.ProxyHandler({}), NoRedirects)
 
 
 def next_batch(path: Path, offset: int) -> list[dict[str, Any]]:

@@ -303,16 +303,9 @@ def _left_out(directory: str, names: list[str]) -> list[str]:
 
 def _context(order: Order, begun: RunBegun) -> RunContext:
     assert order.out is not None
-    return RunContext(
-        job_id=begun.job_id,
-        attempt=begun.attempt,
-        spec=JobSpec.model_validate_json(json.dumps(order.body)),
-        run_dir=order.out,
-        storage_path=f"{order.out.rstrip('/')}/ray",
-        post_url=begun.url,
-        post_token=begun.token,
-        outside=True,
-    )
+    plain = outside.plain_context(JobSpec.model_validate_json(json.dumps(order.body)), Path(order.out))
+    told = {"job_id": begun.job_id, "attempt": begun.attempt, "post_url": begun.url, "post_token": begun.token}
+    return plain.model_copy(update=told)
 
 
 def _name(flag: str) -> str:

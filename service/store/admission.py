@@ -189,6 +189,12 @@ def keyed(session: Session, asked: Sequence[Submit]) -> Mapping[tuple[str, str |
     return {(row.owner, row.idempotency_key): row for row in rows}
 
 
+def key_reused(for_what: str) -> InvalidRequestError:
+    """The key of a request made something of another body."""
+    message = f"This Idempotency-Key was used with another body; take a new key for {for_what}."
+    return InvalidRequestError([Issue("", message, "idempotency_key_reused")])
+
+
 def is_stale(row: JobRow) -> bool:
     """Whether the key of this job may be used anew."""
     return time.time() - row.created_at > IDEMPOTENCY_S
@@ -197,8 +203,7 @@ def is_stale(row: JobRow) -> bool:
 def _replayed(row: JobRow, spec: JobSpec | SweepSpec, owner: str | None) -> Placed:
     """The first answer again: the job as it was when it was made, whatever became of it."""
     if row.fingerprint != fingerprint_of(spec.model_dump(mode="json")):
-        message = "This Idempotency-Key was used with another body; take a new key for a new job."
-        raise InvalidRequestError([Issue("", message, "idempotency_key_reused")])
+        raise key_reused("a new job")
     fresh = JobRow(
         id=row.id, kind=row.kind, owner=row.owner, spec=row.spec, state=JobState.QUEUED, attempt=0,
         priority=job_of(spec).priority, created_at=row.created_at,

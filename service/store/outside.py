@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from sqlalchemy import Select, func, select
 from sqlalchemy.orm import Session
 
-from service.errors import InvalidRequestError, Issue, NotFoundError, TooManyError
+from service.errors import NotFoundError, TooManyError
 from service.lifecycle import HOLDING, JobState
 from service.schemas import RunPlace
-from service.store.admission import Submit, fingerprint_of, is_stale, keyed, values_of
+from service.store.admission import Submit, fingerprint_of, is_stale, key_reused, keyed, values_of
 from service.store.attempts import SUBMITTED, Attempt, attempt_view, close_if_over, next_attempt, own
 from service.store.database import Database
 from service.store.jobs import job_row
@@ -149,6 +149,5 @@ def _again(session: Session, job: JobRow, asked: _Asked) -> Attempt:
     """The first answer again; its token opens nothing if the run has ended."""
     row = session.get(AttemptRow, (job.id, 1))
     if job.fingerprint != asked.fingerprint or row is None:
-        message = "This Idempotency-Key was used with another body; take a new key for another run."
-        raise InvalidRequestError([Issue("", message, "idempotency_key_reused")])
+        raise key_reused("another run")
     return attempt_view(row, job)

@@ -50,10 +50,14 @@ class Records:
         without: Sequence[str] = (),
         levels: Sequence[str] = (),
         before: int | None = None,
+        oldest: bool = False,
         limit: int = 100,
         owner: str | None = None,
     ) -> list[Event]:
-        """The newest events before `before`, newest first, of these types and levels (all where none are named)."""
+        """The newest events before `before`, newest first, or the `oldest` in their order.
+
+        Of these types and levels, all where none are named.
+        """
         wanted = select(EventRow).where(EventRow.job_id == job_id)
         if types:
             wanted = wanted.where(EventRow.type.in_(types))
@@ -65,7 +69,8 @@ class Records:
             wanted = wanted.where(EventRow.seq < before)
         with self._database.read() as session:
             job_row(session, job_id, owner)
-            return [event_view(row) for row in session.scalars(wanted.order_by(EventRow.seq.desc()).limit(limit))]
+            by = EventRow.seq if oldest else EventRow.seq.desc()
+            return [event_view(row) for row in session.scalars(wanted.order_by(by).limit(limit))]
 
     def types(self, job_id: str, *, owner: str | None = None) -> list[str]:
         """The types of event that its history has."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 
 from fastapi import APIRouter, Request, Response
@@ -20,14 +19,11 @@ router = APIRouter(route_class=PageRoute)
 
 
 @router.get("/ui/devices")
-async def devices(request: Request, world: InWorld, caller: ByCaller) -> Response:
+def devices(request: Request, world: InWorld, caller: ByCaller) -> Response:
     """Every measured device, the links between them, and the caller's jobs that use them."""
-    path = world.settings.devices_file
-    found = await asyncio.to_thread(lambda: read_devices(path, plans_of(world, caller)))
+    found = read_devices(world.settings.devices_file, plans_of(world, caller))
     users = {job_id for device in found.data for job_id in device.used_by}
-    names = await asyncio.to_thread(
-        lambda: {job_id: world.store.jobs.get(job_id, owner=caller.reach) for job_id in sorted(users)}
-    )
+    names = {job_id: world.store.jobs.get(job_id, owner=caller.reach) for job_id in sorted(users)}
     return page(
         request,
         "devices.html",

@@ -6,7 +6,6 @@ are drawn by the page from the API.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -72,12 +71,12 @@ class Asked:
 
 
 @router.get("/ui/jobs/{job_id}")
-async def overview(job_id: str, request: Request, world: InWorld, caller: ByCaller) -> Response:
-    return await tab_of(job_id, "overview", request, world, caller)
+def overview(job_id: str, request: Request, world: InWorld, caller: ByCaller) -> Response:
+    return tab_of(job_id, "overview", request, world, caller)
 
 
 @router.get("/ui/jobs/{job_id}/{tab}")
-async def tab_of(
+def tab_of(
     job_id: str,
     tab: str,
     request: Request,
@@ -89,17 +88,12 @@ async def tab_of(
 ) -> Response:
     records, reach = world.store.records, caller.reach
 
-    def read() -> dict[str, Any]:
-        after, _ = records.end(job_id, owner=reach)  # first, so that what comes while this is read is heard live
-        job = world.store.jobs.get(job_id, owner=reach, standings=world.standings.now)
-        if tab not in TABS:
-            remedy = f"There are {', '.join(TABS)}."
-            raise NotFoundError(f"A job has no tab {tab}.", code="tab_not_found", remedy=remedy)
-        asked = Asked(job, records, reach, type, [each for each in level if each in LEVELS], before)
-        return {"job": job, "after": after, **_CONTENT[tab](asked)}
-
-    shown = await asyncio.to_thread(read)
-    job: Job = shown["job"]
+    after, _ = records.end(job_id, owner=reach)  # first, so that what comes while the rest is read is heard live
+    job = world.store.jobs.get(job_id, owner=reach, standings=world.standings.now)
+    if tab not in TABS:
+        remedy = f"There are {', '.join(TABS)}."
+        raise NotFoundError(f"A job has no tab {tab}.", code="tab_not_found", remedy=remedy)
+    asked = Asked(job, records, reach, type, [each for each in level if each in LEVELS], before)
     return page(
         request,
         "job.html",
@@ -109,7 +103,9 @@ async def tab_of(
         drawn=tab in DRAWN,
         here=request.url.path + (f"?{request.url.query}" if request.url.query else ""),
         actions=actions_of(job),
-        **shown,
+        job=job,
+        after=after,
+        **_CONTENT[tab](asked),
     )
 
 
@@ -161,10 +157,9 @@ def _mapping(of: dict[str, Any] | None, name: str) -> dict[str, Any]:
 
 
 def _first_accuracy(asked: Asked) -> float | None:
-    """Before training; of a job that has many evaluations, the oldest of the last `MARKS`."""
-    seen = asked.records.history(asked.job.id, types=("evaluation",), limit=MARKS, owner=asked.reach)
-    before = [event.data.get("accuracy") for event in seen if event.data.get("when") == "before"]
-    return next((value for value in reversed(before) if isinstance(value, float)), None)
+    """Before training: the oldest evaluation's, which is found without reading the steps behind it."""
+    seen = asked.records.history(asked.job.id, types=("evaluation",), oldest=True, limit=1, owner=asked.reach)
+    return next((number(event.data.get("accuracy")) for event in seen if event.data.get("when") == "before"), None)
 
 
 def _charts(asked: Asked) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Mapping
 from typing import Annotated
 from urllib.parse import urlencode
@@ -36,7 +35,7 @@ router = APIRouter(route_class=PageRoute)
 
 
 @router.get("/")
-async def list_of_jobs(
+def list_of_jobs(
     request: Request,
     world: InWorld,
     caller: ByCaller,
@@ -50,21 +49,21 @@ async def list_of_jobs(
     after: Annotated[str, Query(max_length=80)] = "",
 ) -> Response:
     shown = {
-        "search": search, "status": [each for each in status if each in GROUPS], "model": model, "owner": owner,
-        "sweep": sweep, "sort": sort, "order": order,
+        "search": search, "status": groups_of(status), "model": model, "owner": owner, "sweep": sweep, "sort": sort,
+        "order": order,
     }  # fmt: skip
     query = JobQuery(
         after=after or None,
         limit=ROWS,
         order=order,
         sort=sort,
-        status=tuple(state for group in shown["status"] for state in GROUPS[group]),
+        status=states_of(status),
         model=model or None,
         search=search.strip() or None,
         owner=narrowed(world, caller, owner or None),
         sweep=sweep or None,
     )
-    found = await asyncio.to_thread(lambda: world.store.jobs.list(query, world.standings.now))
+    found = world.store.jobs.list(query, world.standings.now)
     asked = {name: value for name, value in shown.items() if value and (name, value) not in _USUAL}
     return page(
         request,
@@ -77,12 +76,11 @@ async def list_of_jobs(
         address=address,
         more=address(asked, after=found.last_id) if found.has_more else None,
         first=address(asked) if after else None,
-        busy=any(not job.is_final for job in found.data),
     )
 
 
 @router.get("/ui/compare")
-async def compare(
+def compare(
     request: Request,
     world: InWorld,
     caller: ByCaller,
@@ -90,11 +88,21 @@ async def compare(
 ) -> Response:
     """The curves of up to eight jobs in one picture, and where they differ."""
     store = world.store.jobs
-    jobs: list[Job] = await asyncio.to_thread(lambda: [store.get(each, owner=caller.reach) for each in job])
+    jobs = [store.get(each, owner=caller.reach) for each in job]
     return page(request, "compare.html", jobs=jobs, rows=differences(jobs))
 
 
 _USUAL = (("sort", "created"), ("order", "desc"))
+
+
+def groups_of(asked: list[str]) -> list[str]:
+    """Of the groups of states that are asked for, those that there are."""
+    return [group for group in asked if group in GROUPS]
+
+
+def states_of(asked: list[str]) -> tuple[JobState, ...]:
+    """The states behind them."""
+    return tuple(state for group in groups_of(asked) for state in GROUPS[group])
 
 
 def address(asked: Mapping[str, object], path: str = "/", /, **changes: object) -> str:

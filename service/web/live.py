@@ -14,6 +14,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
 from typing import Annotated
 
 from fastapi import APIRouter, Query
@@ -75,8 +76,9 @@ async def _to_its_end(part: Awaitable[None], queue: asyncio.Queue[bytes | None])
 
 
 async def _events(streams: Streams, job: str, after: int, put: Put) -> None:
-    async for piece in streams.follow(job, after, None):
-        await put(piece)
+    async with aclosing(streams.events(job, after)) as pieces:
+        async for piece in pieces:
+            await put(piece)
 
 
 async def _changes(streams: Streams, put: Put) -> None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request, Response
 from pydantic import ValidationError
@@ -15,7 +14,6 @@ from service.web.errors import PageRoute
 from service.web.render import page
 from workers.contract import ADDED_RATE, DIGITS_RATE, RATE, JobSpec
 from workers.digits import split_digits
-from workers.method import Method
 
 # What people choose among; the words are the contract's.
 STRATEGIES = {
@@ -42,16 +40,16 @@ router = APIRouter(route_class=PageRoute)
 
 
 @router.get("/ui/new")
-async def new_job(
+def new_job(
     request: Request,
     world: InWorld,
     caller: ByCaller,
     source: Annotated[str | None, Query(alias="from", max_length=80)] = None,
 ) -> Response:
     """An empty form, or one that holds the spec of a job of the caller's."""
-    copied = await asyncio.to_thread(lambda: world.store.jobs.get(source, owner=caller.reach)) if source else None
-    measured = await asyncio.to_thread(read_book, world.settings.devices_file)
-    train, test = await asyncio.to_thread(split_digits, NUM_DIGITS)
+    copied = world.store.jobs.get(source, owner=caller.reach) if source else None
+    measured = read_book(world.settings.devices_file)
+    train, test = split_digits(NUM_DIGITS)
     return page(
         request,
         "new.html",
@@ -81,9 +79,3 @@ def usual() -> dict[str, Any]:
     """A job as it is where nothing is said, and the learning rates that follow from the rest."""
     rates = {"added": ADDED_RATE, "digits": DIGITS_RATE, "other": RATE}
     return {**JobSpec().model_dump(mode="json"), "learning_rates": rates}
-
-
-def words_of(name: str) -> list[str]:
-    """The words that a field of a job's method takes."""
-    parts = get_args(Method.model_fields[name].annotation)
-    return [word for part in parts for word in get_args(part)]

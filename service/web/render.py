@@ -160,4 +160,4 @@ ENVIRONMENT.filters |= {
     "duration": duration, "size": size, "share": share, "figure": figure, "moment": moment, "json": as_json,
     "pretty": pretty, "lines": lines, "brief": brief, "look": look,
 }  # fmt: skip
-ENVIRONMENT.globals |= {"FINAL": FINAL, "STATES": list(JobState)}
+ENVIRONMENT.globals |= {"FINAL": FINAL, "LOOKS": LOOKS}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import Annotated
 
 from fastapi import APIRouter, Form, Query, Request
@@ -23,13 +22,13 @@ def ask_for_key(request: Request, to: Next = HOME) -> Response:
 
 
 @router.post("/ui/sign-in")
-async def sign_in(
+def sign_in(
     request: Request,
     world: InWorld,
     key: Annotated[str, Form(max_length=500)] = "",
     to: Annotated[str, Form(alias="next", max_length=2000)] = HOME,
 ) -> Response:
-    caller = await asyncio.to_thread(world.store.access.caller, key.strip()) if key.strip() else None
+    caller = world.store.access.caller(key.strip()) if key.strip() else None
     if caller is None:
         return page(request, "sign_in.html", 401, to=_ours(to), wrong=True)
     answer = RedirectResponse(_ours(to), 303)

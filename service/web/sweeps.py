@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import Annotated
 
 from fastapi import APIRouter, Query, Request, Response
@@ -11,7 +10,7 @@ from service.routes.jobs import narrowed
 from service.routes.world import ByCaller, InWorld
 from service.store import JobQuery
 from service.web.errors import PageRoute
-from service.web.jobs import GROUPS, ROWS, Text, address
+from service.web.jobs import GROUPS, ROWS, Text, address, groups_of, states_of
 from service.web.render import page
 
 LIST = "/ui/sweeps"
@@ -21,27 +20,27 @@ router = APIRouter(route_class=PageRoute)
 
 
 @router.get(LIST)
-async def list_of_sweeps(
+def list_of_sweeps(
     request: Request,
     world: InWorld,
     caller: ByCaller,
     search: Text = "",
-    status: Annotated[list[str], Query(max_length=len(GROUPS))] = [],  # noqa: B006 – FastAPI copies it
+    status: Annotated[list[str], Query(max_length=len(GROUPS))] = [],  # noqa: B006 - FastAPI copies it
     owner: Text = "",
     order: Annotated[str, Query(pattern="^(asc|desc)$")] = "desc",
     after: Annotated[str, Query(max_length=80)] = "",
 ) -> Response:
     """All sweeps, filtered and paged by the server; the address says what is shown."""
-    shown = {"search": search, "status": [each for each in status if each in GROUPS], "owner": owner, "order": order}
+    shown = {"search": search, "status": groups_of(status), "owner": owner, "order": order}
     query = JobQuery(
         after=after or None,
         limit=ROWS,
         order=order,
-        status=tuple(state for group in shown["status"] for state in GROUPS[group]),
+        status=states_of(status),
         search=search.strip() or None,
         owner=narrowed(world, caller, owner or None),
     )
-    found = await asyncio.to_thread(lambda: world.store.sweeps.list(query))
+    found = world.store.sweeps.list(query)
     asked = {name: value for name, value in shown.items() if value and (name, value) != ("order", "desc")}
     return page(
         request,
@@ -58,11 +57,11 @@ async def list_of_sweeps(
 
 
 @router.get(f"{LIST}/{{sweep_id}}")
-async def one_sweep(request: Request, world: InWorld, caller: ByCaller, sweep_id: str) -> Response:
+def one_sweep(request: Request, world: InWorld, caller: ByCaller, sweep_id: str) -> Response:
     """One sweep; the page's script draws its trials and keeps them up to date."""
     store = world.store
-    heard, _ = await asyncio.to_thread(lambda: store.records.end(sweep_id, owner=caller.reach))
-    sweep = await asyncio.to_thread(lambda: store.sweeps.get(sweep_id, owner=caller.reach))
-    files = await asyncio.to_thread(lambda: store.records.artifacts(sweep_id, owner=caller.reach))
+    heard, _ = store.records.end(sweep_id, owner=caller.reach)
+    sweep = store.sweeps.get(sweep_id, owner=caller.reach)
+    files = store.records.artifacts(sweep_id, owner=caller.reach)
     names = [file.name for file in files if file.name in FILES]
-    return page(request, "sweep.html", sweep=sweep, heard=heard, files=names, may_have=FILES)
+    return page(request, "sweep.html", sweep=sweep, heard=heard, files=names)

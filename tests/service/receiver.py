@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+from tests.listening import listening
+
 
 @dataclass(frozen=True)
 class Hit:
@@ -81,14 +83,8 @@ class Receiver:
 @contextmanager
 def receiving(*answers: Any, host: str = "127.0.0.1", context: ssl.SSLContext | None = None) -> Iterator[Receiver]:
     receiver = Receiver(list(answers) or [200], host, context)
-    thread = threading.Thread(target=receiver.server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    try:
+    with listening(receiver.server):
         yield receiver
-    finally:
-        receiver.server.shutdown()
-        receiver.server.server_close()
-        thread.join(10)
 
 
 def silent(event: threading.Event) -> Callable[[BaseHTTPRequestHandler], None]:

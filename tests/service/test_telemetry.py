@@ -9,7 +9,6 @@ import http.server
 import logging
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 
@@ -23,6 +22,7 @@ from service.app import create_app
 from service.home import KEY_FILE, read_secret
 from service.settings import Settings
 from service.telemetry import Tracing, current_trace, header_secrets, start_tracing
+from tests.listening import listening
 from tests.service.conftest import URL, FakeRay
 from tests.service.logged import Log
 from tests.waiting import until
@@ -60,14 +60,10 @@ class Receiver:
 @pytest.fixture
 def receiver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Receiver]:
     receiver = Receiver()
-    thread = threading.Thread(target=receiver.server.serve_forever, args=(0.02,))
-    thread.start()
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", receiver.url)
     monkeypatch.setenv("FASTAPI_OTEL_AUTO_CONFIGURE", "true")
-    yield receiver
-    receiver.server.shutdown()
-    thread.join()
-    receiver.server.server_close()
+    with listening(receiver.server):
+        yield receiver
 
 
 @pytest.fixture

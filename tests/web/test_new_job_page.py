@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Any
+from typing import Any, get_args
 
 from starlette.testclient import TestClient
 
 from scheduler.devices import DeviceRecord
 from service.home import read_secret
 from service.settings import Settings
-from service.web.new_job import SCORES, STRATEGIES, given, words_of
+from service.web.new_job import SCORES, STRATEGIES, given
 from tests.service.conftest import record, write_book
 from tests.service.walk import key_for
 from tests.web.conftest import OURS, sign_in
 from tests.web.test_jobs_page import NASTY
 from workers.contract import DIGITS_MODEL, DIGITS_RATE, JobSpec
+from workers.method import Method
 
 __all__ = ["record"]
 
@@ -27,6 +28,12 @@ def known(text: str) -> dict[str, Any]:
     assert found
     told: dict[str, Any] = json.loads(found.group(1))
     return told
+
+
+def words_of(name: str) -> list[str]:
+    """The words that a field of a job's method takes."""
+    parts = get_args(Method.model_fields[name].annotation)
+    return [word for part in parts for word in get_args(part)]
 
 
 def test_every_word_of_the_contract_is_offered_and_explained() -> None:

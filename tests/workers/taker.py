@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+from tests.listening import listening
+
 
 class Taker:
     """Takes events as the real one does, and lists runs; `answers` are statuses or bodies to give first, instead."""
@@ -61,11 +63,5 @@ def taking() -> Iterator[Taker]:
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     taker.port = server.server_address[1]
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    try:
+    with listening(server):
         yield taker
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()

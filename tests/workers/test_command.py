@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from workers import loop
+from workers import loop, outside
 from workers.command import run_dir_of
 from workers.contract import JobSpec
 from workers.progress import Progress, lines_of
@@ -70,7 +70,7 @@ def test_results_are_not_left_in_the_directory_that_ray_removes() -> None:
 
 
 def test_a_plain_run_has_everything_in_one_directory(tmp_path: Path) -> None:
-    context = loop.plain_context(JobSpec(), tmp_path)
+    context = outside.plain_context(JobSpec(), tmp_path)
     assert context.job_id == tmp_path.name and context.storage_path == str(tmp_path / "ray") and not context.post_url
 
 

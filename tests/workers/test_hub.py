@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -19,6 +18,7 @@ import torch
 from pydantic import ValidationError
 
 from scheduler.errors import UserError
+from tests.listening import listening
 from tests.workers.test_artifact import TINY
 from workers.contract import JobSpec
 from workers.model import build_model
@@ -82,12 +82,8 @@ def hub(tmp_path: Path) -> Iterator[tuple[str, type[Hub]]]:
     files = {f"/ann/tiny/resolve/{COMMIT}/model.safetensors": content}
     handler: type[Hub] = type("Own", (Hub,), {"files": files, "asked": []})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_port}", handler
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    with listening(server):
+        yield f"http://127.0.0.1:{server.server_port}", handler
 
 
 @pytest.fixture

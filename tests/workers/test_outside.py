@@ -41,7 +41,7 @@ def run_dir(tmp_path):
 
 def ask(run_dir, url, key=KEY, **environ):
     said = []
-    context = outside.listed(loop.plain_context(SPEC, run_dir), url, key, said.append, environ)
+    context = outside.listed(outside.plain_context(SPEC, run_dir), url, key, said.append, environ)
     assert KEY not in "".join(said) and KEY not in context.model_dump_json()
     return context, said
 
@@ -61,14 +61,14 @@ def test_a_run_is_listed_with_what_it_is_and_where(run_dir, service):
 @pytest.mark.parametrize(("url", "key"), [(None, KEY), ("", KEY), ("http://h", None), ("http://h", "")])
 def test_without_a_service_or_a_key_it_is_not(run_dir, url, key):
     context, said = ask(run_dir, url, key)
-    assert context == loop.plain_context(SPEC, run_dir) and not said
+    assert context == outside.plain_context(SPEC, run_dir) and not said
 
 
 @pytest.mark.parametrize("answer", [404, 405, 422, 429, 500, 503, 302, b"no json", {"no": "token"}])
 def test_a_service_that_does_not_list_it_is_said_in_one_line_and_done_without(run_dir, service, answer):
     service.answers = [answer]
     context, said = ask(run_dir, service.url)
-    assert context == loop.plain_context(SPEC, run_dir)
+    assert context == outside.plain_context(SPEC, run_dir)
     assert len(said) == 1 and "goes on without" in said[0] and "\n" not in said[0]
     assert all("elsewhere" not in str(post) for post in service.posts), "no redirect is followed with the key"
 
@@ -124,11 +124,11 @@ def keep(run_dir, name, spec=SPEC):
 
 
 def anew(run_dir, spec=SPEC):
-    return outside.begun_anew(loop.plain_context(spec, run_dir), lambda _: None)
+    return outside.begun_anew(outside.plain_context(spec, run_dir), lambda _: None)
 
 
 def test_the_first_run_of_a_directory_finds_nothing(run_dir):
-    assert anew(run_dir) == loop.plain_context(SPEC, run_dir)
+    assert anew(run_dir) == outside.plain_context(SPEC, run_dir)
 
 
 @pytest.mark.parametrize("status", ["paused", "failed", None])

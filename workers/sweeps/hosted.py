@@ -21,7 +21,7 @@ from typing import Any
 
 from scheduler.errors import SystemFault, UserError
 from workers.contract import JobSpec
-from workers.poster import OWNED_NO_MORE, REQUEST_S, NoRedirects
+from workers.poster import OWNED_NO_MORE, REQUEST_S, opener
 from workers.sweeps.children import Child
 
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.25, 5.0
@@ -35,7 +35,7 @@ class Hosted:
     def __init__(self, base_url: str, token: str | None) -> None:
         self._base_url = base_url.rstrip("/")
         self._headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json"}
-        self._http = urllib.request.build_opener(urllib.request.ProxyHandler({}), NoRedirects)
+        self._http = opener()
 
     def start(self, key: str, setting: Mapping[str, Any], spec: JobSpec, baseline: str | None = None) -> Child:
         told = spec.model_dump(mode="json", exclude_defaults=True)

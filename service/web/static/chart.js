@@ -8,7 +8,7 @@ const sync = globalThis.uPlot?.sync("page");
 export const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 
 // Debiased exponential moving average; gaps stay gaps.
-export function smoothed(values, weight) {
+function smoothed(values, weight) {
   if (!weight) return values;
   let sum = 0, norm = 0;
   return values.map((value) => {
@@ -37,13 +37,21 @@ export function download(name, blob) {
 
 export const digits = (value) => (value === null || value === undefined ? "–" : Number(value.toPrecision(4)).toString());
 
+// Makes of a place one that is scrolled by itself, by keys too, and is read out under its title.
+export function scrolls(place, title) {
+  place.classList.add("scroll");
+  place.tabIndex = 0;
+  place.setAttribute("role", "region");
+  place.setAttribute("aria-label", title);
+  return place;
+}
+export const scrolled = (title, ...inner) => scrolls(el("div", {}, ...inner), title);
+
 // A figure with a head of buttons, the drawing, and a table that is filled when it is asked for: {table, head} → rows.
 export function framed(parent, title, table) {
   const head = el("figcaption", {}, title, el("span", { className: "grow" }));
   const plot = el("div", { className: "plot" });
-  const data = el("div", { className: "data scroll", hidden: true, tabIndex: 0 });
-  data.setAttribute("role", "region");
-  data.setAttribute("aria-label", `${title}: numbers`);
+  const data = scrolls(el("div", { className: "data", hidden: true }), `${title}: numbers`);
   const toggle = el("button", { type: "button", textContent: "Table" });
   toggle.setAttribute("aria-pressed", "false");
   const fill = () => data.replaceChildren(tabled(...table()));

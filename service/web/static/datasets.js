@@ -1,6 +1,6 @@
 // The field for a dataset: suggestions, what is in the chosen one, a few of its images, and registering another.
 import { ask, say } from "./api.js";
-import { el, tabled } from "./chart.js";
+import { el, scrolled, tabled } from "./chart.js";
 import { combo } from "./combo.js";
 import { count } from "./units.js";
 
@@ -47,9 +47,8 @@ export function datasetField(input, facts, { digits, changed }) {
     const address = el("small", { className: "dim block", textContent: set.uri, dir: "auto" });
     if (set.num_classes === null) return [el("p", { className: "hint" }, "It lies elsewhere; a job looks into it when it begins.", address)];
     const head = el("p", { className: "hint" }, `${count(set.num_train)} images for training, ${set.num_test === null ? "none" : count(set.num_test)} for testing, in ${set.num_classes} classes.`, address);
-    const classes = el("div", { className: "scroll low", tabIndex: 0 }, tabled(["Class", "Training", "Testing"], set.classes.map((each) => [el("span", { textContent: each.name, dir: "auto" }), each.num_train, each.num_test])));
-    classes.setAttribute("role", "region");
-    classes.setAttribute("aria-label", "Classes");
+    const classes = scrolled("Classes", tabled(["Class", "Training", "Testing"], set.classes.map((each) => [el("span", { textContent: each.name, dir: "auto" }), each.num_train, each.num_test])));
+    classes.classList.add("low");
     const again = el("button", { type: "button", textContent: "List it anew" });
     again.addEventListener("click", async () => {
       again.disabled = true;

@@ -4,7 +4,7 @@
 //
 // A gantt is {step_us, workers: [[begin_us, end_us, what, block, part, mb], …]}, as the API gives it.
 import { keyed, pointed, redrawn, sized } from "./canvas.js";
-import { colour, digits, el, framed, tabled } from "./chart.js";
+import { colour, digits, el, framed, scrolled, tabled } from "./chart.js";
 
 const LEFT = 104, TOP = 20, ROW = 24, BREAK = 16, TABLE_ROWS = 500;
 const KINDS = {
@@ -28,9 +28,7 @@ export function gantt(place, pair, { title = "A step, worker by worker", lacks =
   place.replaceChildren();
   const { head, plot, refill } = framed(place, title, () => table(rowsOf(pair), view));
   const canvas = el("canvas", { id: "gantt" }), note = el("p", { className: "dim" }), spoken = el("p", { className: "unseen", role: "status" });
-  const sums = el("div", { className: "scroll", tabIndex: 0 });
-  sums.setAttribute("role", "region");
-  sums.setAttribute("aria-label", "Sums by worker");
+  const sums = scrolled("Sums by worker");
   canvas.setAttribute("role", "application");
   canvas.setAttribute("aria-label", `${title}: a row a worker, time to the right. Arrow keys move from bar to bar, plus and minus zoom.`);
   plot.append(canvas);

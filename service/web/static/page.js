@@ -86,7 +86,7 @@ document.addEventListener("keydown", (event) => {
 });
 
 // --- texts ----------------------------------------------------------------------------------------------------------
-export function ago(seconds) {
+function ago(seconds) {
   const s = Math.max(0, seconds);
   if (s < 120) return `${Math.round(s)} s`;
   if (s < 7200) return `${Math.floor(s / 60)} min`;

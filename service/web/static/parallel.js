@@ -1,6 +1,6 @@
 // Parallel coordinates: every trial a line over its settings and what came of them; ranges narrow what is shown.
-import { digits, el, framed } from "./chart.js";
-import { resized, scrolls, svg, text } from "./pareto.js";
+import { digits, el, framed, scrolls } from "./chart.js";
+import { resized, svg, text } from "./pareto.js";
 import { percent } from "./units.js";
 
 const EACH = 96, HIGH = 300, TOP = 34, BOTTOM = 22, EDGE = 46; // an axis needs so much

@@ -1,7 +1,7 @@
 // Accuracy against a cost: the trials, the front that no other beats, and where it turns.
 //
 //   circle  a trial     square  full fine-tuning     triangle  full fine-tuning stopped early     filled: on the front
-import { el, framed } from "./chart.js";
+import { el, framed, scrolls } from "./chart.js";
 import { percent } from "./units.js";
 
 const COSTS = { compute: "compute", bytes: "bytes", seconds: "seconds" };
@@ -21,12 +21,6 @@ export function svg(tag, attributes = {}, ...children) {
 }
 export const text = (x, y, words, attributes = {}) => svg("text", { x, y, ...attributes }, words);
 
-export function scrolls(place, title) {
-  place.classList.add("scroll");
-  place.tabIndex = 0;
-  place.setAttribute("role", "region");
-  place.setAttribute("aria-label", title);
-}
 // Calls `draw` when the place has become wider or narrower.
 export function resized(place, draw) {
   let wide = place.clientWidth;

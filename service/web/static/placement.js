@@ -1,16 +1,10 @@
 // Where the heads of a plan lie, what that costs each worker, what goes between them, and how good the solvers' answers are.
 import { owned, redrawn, sized } from "./canvas.js";
-import { digits, el, tabled } from "./chart.js";
+import { digits, el, scrolled, tabled } from "./chart.js";
+import { BINDS, size } from "./units.js";
 
 const UNKNOWN = "not known yet";
-const BINDS = { time: "◷ time", memory: "▤ memory", link: "⇄ link", path: "… path", idle: "○ idle" };
-const POWERS = ["B", "kB", "MB", "GB", "TB"];
-
-export function bytes(count) {
-  if (typeof count !== "number") return "–";
-  const power = count >= 1 ? Math.min(POWERS.length - 1, Math.floor(Math.log10(count) / 3)) : 0;
-  return `${digits(count / 1000 ** power)} ${POWERS[power]}`;
-}
+const bytes = (count) => size(count, 4);
 const ms = (us) => (typeof us === "number" ? `${digits(us / 1000)} ms` : "–");
 
 // Draws `plan` into `place`. `measured` is {busy: seconds by worker, measured_bytes: by worker}, each where it is known.
@@ -29,13 +23,6 @@ export function placement(place, plan, { measured = {} } = {}) {
       show();
     },
   };
-}
-
-function scrolled(title, table) {
-  const around = el("div", { className: "scroll", tabIndex: 0 }, table);
-  around.setAttribute("role", "region");
-  around.setAttribute("aria-label", title);
-  return around;
 }
 
 function bar(share, title) {

@@ -1,10 +1,9 @@
 // A dry run, drawn: what a step takes against all-FULL, and what binds each device; with `details` the heads and the step.
 import { ask } from "./api.js";
-import { el, tabled } from "./chart.js";
-import { percent, size, took } from "./units.js";
+import { el, scrolled, tabled } from "./chart.js";
+import { BINDS, percent, size, took } from "./units.js";
 
 const WAIT_MS = 350;
-const BINDS = { time: "◷ time", memory: "▤ memory", link: "⇄ link", path: "… path", idle: "○ idle" };
 
 // `ask(body)` asks for the plan a moment later, and forgets what it asked before; `steps()` is how long the job is, if
 // that is known; `heard(error)` hears of every answer, of what is refused, too.
@@ -89,20 +88,13 @@ function bound(each) {
 }
 function devices({ devices: rows, plan }) {
   const names = ["Worker", "Heads", "Computes", "Sends a step", "Memory", "Bound by"];
-  return scrolled(tabled(names, rows.map((each) => [name(each), each.heads, computes(each, plan), size(each.sent_bytes), memory(each), bound(each)])));
+  return scrolled("Workers", tabled(names, rows.map((each) => [name(each), each.heads, computes(each, plan), size(each.sent_bytes), memory(each), bound(each)])));
 }
 // Where there is little room.
 function fewer({ devices: rows, plan }) {
   const cells = (each) => [el("span", {}, name(each), el("small", { className: "dim block", textContent: `${each.heads} heads; ${each.note}` })), computes(each, plan), memory(each)];
-  return scrolled(tabled(["Worker", "Computes", "Memory"], rows.map(cells)));
+  return scrolled("Workers", tabled(["Worker", "Computes", "Memory"], rows.map(cells)));
 }
-function scrolled(table) {
-  const around = el("div", { className: "scroll", tabIndex: 0 }, table);
-  around.setAttribute("role", "region");
-  around.setAttribute("aria-label", "Workers");
-  return around;
-}
-
 function solved({ plan: { placement_report: placed, selection_report: chosen }, rounding_loss: lost, seconds }) {
   const gap = (report) => (typeof report.gap === "number" && report.gap > 0 ? `, at most ${percent(report.gap)} from the best` : "");
   const rounding = typeof lost === "number" && lost > 0 ? `; whole heads cost ${percent(lost)}` : "";

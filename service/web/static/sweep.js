@@ -1,4 +1,5 @@
 // One sweep: its trials as a table, their front, and their settings beside their results; all of it live.
+import { recall, remember } from "./address.js";
 import { ask, say } from "./api.js";
 import { digits, el } from "./chart.js";
 import { live } from "./live.js";
@@ -7,24 +8,16 @@ import { parallel } from "./parallel.js";
 import { percent, took } from "./units.js";
 
 const AGAIN_MS = 1000; // at least between two looks
-const FINAL = ["succeeded", "failed", "cancelled"];
-const ICONS = { succeeded: ["✔", "good"], failed: ["✖", "bad"], cancelled: ["⊘", "off"], running: ["▶", "work"], queued: ["◷", "wait"], paused: ["‖", "wait"], recovering: ["↻", "warn"], cancelling: ["⊘", "warn"] };
 const at = (id) => document.getElementById(id);
-const id = at("sweep").dataset.id, asked = new URLSearchParams(location.search);
-const view = { sort: asked.get("sort") ?? "", down: asked.get("order") === "desc", within: null, sweep: null };
+const id = at("sweep").dataset.id, { looks, final: FINAL } = JSON.parse(at("states").textContent);
+const view = { sort: recall("sort", ""), down: recall("order", "asc") === "desc", within: null, sweep: null };
 
-function remember(name, value, usual) {
-  const now = new URLSearchParams(location.search);
-  if (value === usual) now.delete(name);
-  else now.set(name, value);
-  history.replaceState(null, "", `${location.pathname}${now.size ? `?${now}` : ""}`);
-}
 function point(key) {
   front.light(key);
   lines.light(key);
   for (const row of document.querySelectorAll("#trials tr[data-key]")) row.classList.toggle("lit", row.dataset.key === key);
 }
-const front = pareto(at("pareto"), { against: asked.get("against"), chose: (cost) => remember("against", cost, "compute"), pointed: point });
+const front = pareto(at("pareto"), { against: recall("against", null), chose: (cost) => remember("against", cost, "compute"), pointed: point });
 const lines = parallel(at("parallel"), {
   pointed: point,
   narrowed(keys, all) {
@@ -52,7 +45,7 @@ const COLUMNS = {
 };
 
 function rowOf(trial) {
-  const [icon, kind] = ICONS[trial.status] ?? ["◔", "work"];
+  const [icon, kind] = looks[trial.status];
   const link = el("a", { href: `/ui/jobs/${trial.job_id}`, textContent: settingOf(trial), dir: "auto" });
   const reach = trial.total_steps ? `${trial.step}/${trial.total_steps}` : "";
   const marks = [trial.key === view.sweep.knee ? "knee" : "", view.sweep.fronts.compute.includes(trial.key) ? "on the front" : ""].filter(Boolean).join(", ");

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+from tests.listening import listening
+
 TOKEN = "token-of-the-attempt"
 OVER = ("succeeded", "failed", "cancelled")
 End = Callable[[dict[str, Any]], Mapping[str, Any]]
@@ -101,11 +103,5 @@ def served(service: FakeService) -> Iterator[FakeService]:
 
     server = Server(("127.0.0.1", 0), Handler)
     service.url = f"http://127.0.0.1:{server.server_address[1]}/v1/runs"
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    try:
+    with listening(server):
         yield service
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
