@@ -24,15 +24,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(skip)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def browser() -> Iterator[Browser]:
+    """While it is open its loop is the thread's, where no test beyond this folder could run one of its own."""
     with chromium() as browser:
         yield browser
 
 
 @pytest.fixture
 def tab(browser: Browser) -> Callable[..., Visit]:
-    """Open a tab of its own at a service; `dark`, `phone` and what else Playwright's contexts take."""
+    """Open a tab of its own, `dark` or on a `phone`; asked for after the service, it is closed before it."""
     contexts = []
 
     def opened(url: str, *, dark: bool = False, phone: bool = False) -> Visit:
@@ -47,7 +48,7 @@ def tab(browser: Browser) -> Callable[..., Visit]:
 
 
 @pytest.fixture
-def visit(tab: Callable[..., Visit], server: str, home: Path) -> Visit:
+def visit(server: str, tab: Callable[..., Visit], home: Path) -> Visit:
     """Signed in with the first key."""
     made = tab(server)
     made.sign_in(read_secret(home / "key") or "")

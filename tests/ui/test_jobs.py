@@ -12,7 +12,6 @@ from service.client import Client
 from service.home import read_secret
 from service.web import live
 from tests.ui.browse import Visit
-from tests.ui.conftest import shoot
 
 NASTY = ["<img src=x onerror=alert(1)>", '"><script>alert(1)</script>', "a\u202egnp.exe", "שלום", "nul\u0001bell\u0007"]
 
@@ -110,16 +109,6 @@ def test_a_silent_service_is_said_to_be_silent(visit: Visit, client: Client, mon
     banner.wait_for(state="hidden", timeout=5000)
 
 
-@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
-def test_nothing_serious_for_axe(visit: Visit, client: Client, dark: bool) -> None:
-    client.submit({"name": "one", "steps": 3}).wait(timeout_s=20)
-    visit.page.emulate_media(color_scheme="dark" if dark else "light")
-    visit.go("/")
-    assert visit.axe() == []
-    shoot(visit, f"jobs-{'dark' if dark else 'light'}")
-    visit.check()
-
-
 def test_the_theme_is_kept(visit: Visit) -> None:
     page = visit.page
     ground = "getComputedStyle(document.documentElement).backgroundColor"
@@ -132,7 +121,7 @@ def test_the_theme_is_kept(visit: Visit) -> None:
 
 
 def test_on_a_phone_the_page_does_not_scroll_sideways(
-    tab: Callable[..., Visit], server: str, home: Path, client: Client
+    server: str, tab: Callable[..., Visit], home: Path, client: Client
 ) -> None:
     client.submit({"name": "a name that is long and has no end that anybody has seen so far", "steps": 1})
     phone = tab(server, phone=True)
