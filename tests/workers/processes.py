@@ -22,10 +22,11 @@ while os.getppid() == %d:
 
 def on_processes(num_workers, work, *args, backend="gloo"):
     """Run work(rank, *args) on one process per worker and return what each returned, in rank order."""
-    context = mp.get_context("spawn")
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload([__name__, "timm"])  # loaded once, not by each process of each test
     results = context.SimpleQueue()
     body_args = (num_workers, free_port(), backend, work, args, results)
-    running = mp.spawn(_body, args=body_args, nprocs=num_workers, join=False)
+    running = mp.start_processes(_body, args=body_args, nprocs=num_workers, join=False, start_method="forkserver")
     found = {}
     # A result larger than the pipe holds its process up until it is read, so reading cannot wait for the end.
     while not running.join(timeout=0.05):
