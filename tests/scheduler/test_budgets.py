@@ -36,7 +36,7 @@ def chosen(compute: float, max_bytes: float, placement: Placement, costs: Costs,
     return select(request, placement, costs, random_scores(*placement.owner_LH.shape))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(
     compute=st.floats(0.2, 1.0),
     max_bytes=st.floats(0.3, 1.0),

@@ -16,7 +16,7 @@ from tests.fuzz.api import fuzz, fuzzed
 from tests.service.walk import UNSAFE, walk
 
 PROBLEM = {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}}
-FUZZ = ("--max-examples", "4", "--max-time", "30")
+FUZZ = ("--max-examples", "2", "--max-time", "15")
 
 
 @pytest.fixture
