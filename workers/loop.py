@@ -19,6 +19,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -39,9 +40,10 @@ Ended = tuple[D2ftError | None, str]  # what went wrong, if anything did, and th
 def main(argv: Sequence[str] | None = None) -> int:
     key = os.environ.pop(outside.KEY, None)  # before anything is started that would inherit it
     context = read_context(argv)
-    with logs.kept(logs.log_path(context.run_dir, "driver")) as say:
+    with logs.kept(logs.log_path(context.run_dir, "driver")) as say, ExitStack() as held:
         if context.outside:
             try:
+                held.enter_context(outside.alone(Path(context.run_dir)))
                 context = _listed(context, key, say)
             except UserError as refused:
                 say(f"d2ft: {refused.message} {refused.remedy or ''}".rstrip())

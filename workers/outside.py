@@ -10,16 +10,18 @@ is in no file, log or message. The standard library alone speaks to the service.
 
 from __future__ import annotations
 
+import fcntl
 import http.client
 import json
+import logging
 import os
 import urllib.error
 import urllib.request
 import uuid
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 from urllib.parse import urlsplit
 
 from scheduler.errors import D2ftError, UserError
@@ -32,16 +34,41 @@ from workers.poster import opener
 
 URL, KEY, RAY = "D2FT_URL", "D2FT_API_KEY", "RAY_ADDRESS"
 RUNS = "/v1/runs"
+LOCK_FILE = "run.lock"
 TIMEOUT_S = 10.0
 TRIES = 2
 REFUSED = frozenset({401, 403})
 Say = Callable[[str], None]
+_LOG = logging.getLogger(__name__)
 
 
 def plain_context(spec: JobSpec, run_dir: Path) -> RunContext:
     """A run that no service has ordered: everything of it is in one directory."""
     storage = str(run_dir / "ray")
     return RunContext(job_id=run_dir.name, spec=spec, run_dir=str(run_dir), storage_path=storage, outside=True)
+
+
+@contextmanager
+def alone(run_dir: Path) -> Iterator[None]:
+    """No other run begins in the directory during the block; the lock ends with the process, however that ends.
+
+    Raises UserError (out) "run_dir_busy" where one is at work there. On a shared disk machines see each other's locks
+    where it has them (NFS 4 does).
+    """
+    with (run_dir / LOCK_FILE).open("a") as lock:
+        _take(lock, run_dir)
+        yield
+
+
+def _take(lock: IO[str], run_dir: Path) -> None:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        message = f"Another run is at work in {run_dir}."
+        remedy = "Wait for its end, or give this one a directory of its own with --out."
+        raise UserError(message, code="run_dir_busy", param="out", remedy=remedy) from None
+    except OSError as error:
+        _LOG.warning("%s knows of no locks (%s): nothing keeps two runs in it apart", run_dir, error)
 
 
 def begun_anew(context: RunContext, say: Say) -> RunContext:

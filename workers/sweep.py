@@ -17,13 +17,14 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from scheduler.errors import D2ftError, SystemFault
+from scheduler.errors import D2ftError, SystemFault, UserError
 from workers import control, logs, outside
 from workers.attempt import join, leave, outcome
 from workers.command import add_places, run_dir_of
@@ -47,7 +48,13 @@ _LOG = logging.getLogger(__name__)
 def main(argv: Sequence[str] | None = None) -> int:
     os.environ.pop(outside.KEY, None)  # no service lists a sweep, and nothing that is started here is to inherit a key
     context, path = read_context(argv)
-    with logs.kept(logs.log_path(context.run_dir, "driver")) as say:
+    with logs.kept(logs.log_path(context.run_dir, "driver")) as say, ExitStack() as held:
+        if context.post_url is None:
+            try:
+                held.enter_context(outside.alone(Path(context.run_dir)))
+            except UserError as refused:
+                say(f"d2ft: {refused.message} {refused.remedy}")
+                return 2
         driver = Driver(context, path, say)
         error, why = None, None
         posted = context.model_copy(update={"post_url": context.post_url and f"{context.post_url}/events"})

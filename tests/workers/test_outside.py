@@ -17,7 +17,7 @@ from scheduler.errors import SystemFault, UserError
 from tests.service.conftest import free_port
 from tests.waiting import until
 from tests.workers.taker import taking
-from workers import attempt, control, loop, outside, poster
+from workers import attempt, control, loop, outside, poster, sweep
 from workers.contract import JobSpec
 from workers.events import EventLog, read_events
 from workers.manifest import Manifest, fingerprint, write_manifest
@@ -266,3 +266,37 @@ def test_a_cancel_ends_the_driver_at_once_with_a_last_word(run_dir, service, by)
         else {"status": "paused", "error": None, "why": "drain"}
     )
     assert last["type"] == "outcome" and last["data"] == told and time.monotonic() - began < 60
+
+
+@pytest.mark.parametrize("driver", [loop, sweep])
+def test_a_second_driver_in_the_directory_of_one_at_work_is_refused_and_touches_nothing(
+    run_dir, driver, monkeypatch, capfd
+):
+    monkeypatch.setattr(driver, "join", lambda: pytest.fail("it begins"))
+    spec = run_dir.with_name("spec.json")
+    spec.write_text(json.dumps({"job": {"steps": 2}, "space": {"seed": {"values": [1, 2]}}} if driver is sweep else {}))
+    control.ask(run_dir, control.PAUSE)
+    (run_dir / "events.jsonl").write_text("{}\n")
+    with outside.alone(run_dir):
+        assert driver.main(["--spec", str(spec), "--out", str(run_dir)]) == 2
+    assert f"Another run is at work in {run_dir}" in capfd.readouterr().err
+    assert control.asked(run_dir) == control.PAUSE and (run_dir / "events.jsonl").read_text() == "{}\n"
+
+
+def test_a_directory_is_free_again_when_its_driver_is_killed(run_dir):
+    code = f"""
+import time
+from pathlib import Path
+from workers import outside
+with outside.alone(Path({str(run_dir)!r})):
+    print("mine", flush=True)
+    time.sleep(60)
+"""
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdout.readline() == "mine\n"
+        with pytest.raises(UserError) as refused, outside.alone(run_dir):
+            pass
+        assert (refused.value.code, refused.value.param) == ("run_dir_busy", "out")
+        child.kill()
+    with outside.alone(run_dir):
+        pass
