@@ -4,7 +4,8 @@
 
 The service runs in this process, over SQLite with 10,000 jobs; its drivers run in threads, so that Ray takes no part.
 Paint is the browser's own first contentful paint. A page's weight is all that it fetched, each answer compressed by
-gzip.
+gzip. Faults are counted on every page: what axe-core calls serious or critical, light and dark; requests to other
+hosts; violations of the policy; errors in the console.
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ WATCH = """
     new MutationObserver(look).observe(document.body, { subtree: true, childList: true, characterData: true });
     look();
 """
+FAULTS = ("axe serious", "other hosts", "policy", "console")
 PAINT = "performance.getEntriesByName('first-contentful-paint')[0].startTime"
 
 
@@ -79,6 +81,7 @@ def main() -> None:
         target("until a metric is seen, slowest s", max(seen), "<=", MOST_SEEN_S),
         target("heat map of 24 x 16 heads x 16 micro-batches, median ms", statistics.median(maps), "<=", MOST_MAP_MS),
         target("the heaviest page, kB", max(row["kB"] for row in rows), "<=", MOST_KB),
+        *(target(f"{name}, all pages", sum(row[name] for row in rows), "==", 0) for name in FAULTS),
     ]
     note = f"a metric is seen after a median of {statistics.median(seen):.2f} s ({len(seen)} steps)"
     publish("ui", rows, checks, note)
@@ -141,7 +144,7 @@ def large_plan(client: Client) -> dict[str, Any]:
 
 
 def loaded(visit: Visit, path: str) -> dict[str, float]:
-    """Median first paint of a page in ms, and in kB the weight of all that it gets."""
+    """Median first paint of a page in ms, in kB the weight of all that it gets, and its faults."""
     paints: list[float] = []
     fetched: set[str] = set()
 
@@ -157,7 +160,20 @@ def loaded(visit: Visit, path: str) -> dict[str, float]:
     visit.page.remove_listener("request", take)
     again = visit.page.context.request
     weight = sum(len(gzip.compress(again.get(url).body())) for url in fetched)
-    return {"paint ms": statistics.median(paints), "kB": weight / 1000}
+    return {"paint ms": statistics.median(paints), "kB": weight / 1000, **faults(visit)}
+
+
+def faults(visit: Visit) -> dict[str, int]:
+    """How many of each kind the page has that is open, and had while it was loaded; the next begins at none."""
+    found = dict.fromkeys(FAULTS, 0)
+    for scheme in ("light", "dark"):
+        visit.page.emulate_media(color_scheme=scheme)
+        found["axe serious"] += len(visit.axe())
+    visit.page.emulate_media(color_scheme="light")
+    found |= {"other hosts": len(visit.foreign), "policy": len(visit.violations()), "console": len(visit.errors)}
+    visit.foreign.clear()
+    visit.errors.clear()
+    return found
 
 
 def latencies(visit: Visit, path: str, emitted: dict[int, float]) -> list[float]:
