@@ -50,7 +50,8 @@ class Catalogue:
         self.start()
         assert self._making is not None
         try:
-            self._models = await asyncio.wait_for(asyncio.shield(self._making), self._wait_s)
+            async with asyncio.timeout(self._wait_s):
+                self._models = await asyncio.shield(self._making)
         except TimeoutError:
             message = "The model catalogue is still being made."
             raise UnavailableError(

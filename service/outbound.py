@@ -91,7 +91,8 @@ class Outbound:
     async def _resolve(self, host: str) -> list[str]:
         asked = asyncio.get_running_loop().run_in_executor(self._resolving, _addresses, host)
         try:
-            addresses = await asyncio.wait_for(asked, CONNECT_S)
+            async with asyncio.timeout(CONNECT_S):
+                addresses = await asked
         except (OSError, ValueError):  # TimeoutError is an OSError; a label of a wrong length is a UnicodeError
             addresses = []
         if not addresses:

@@ -202,8 +202,10 @@ class _Channel:
 
 
 async def _came(event: asyncio.Event, patience_s: float) -> bool:
+    """Whether the event came in time. Python 3.11's `wait_for` would forget a cancel that comes together with it."""
     try:
-        await asyncio.wait_for(event.wait(), patience_s)
+        async with asyncio.timeout(patience_s):
+            await event.wait()
     except TimeoutError:
         return False
     return True

@@ -129,7 +129,8 @@ class Supervisor:
         """Until the next look: `poll_s`, or less after a nudge, but never so little that users drive the loop."""
         await asyncio.sleep(min(SOON_S, self._settings.poll_s))
         with suppress(TimeoutError):
-            await asyncio.wait_for(self._nudged.wait(), max(0.0, self._settings.poll_s - SOON_S))
+            async with asyncio.timeout(max(0.0, self._settings.poll_s - SOON_S)):
+                await self._nudged.wait()
         self._nudged.clear()
 
     async def _leads(self) -> bool:

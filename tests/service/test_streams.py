@@ -13,7 +13,7 @@ from starlette.testclient import TestClient
 
 from service.store import Store
 from service.store.access import FIRST_USER
-from service.streams import Room, Streams
+from service.streams import Room, Streams, _came
 from workers.contract import JobSpec
 
 SSE = {"Accept": "text/event-stream"}
@@ -196,3 +196,21 @@ def test_what_another_process_writes_is_seen_without_a_ring(store: Store, store_
     assert ids(read_all(store, job.id)) == [1, 2, 3]
     assert time.monotonic() - began < 3
     other.close()
+
+
+@pytest.mark.parametrize("turns", range(5))
+def test_a_reader_that_leaves_as_an_event_comes_is_gone(turns: int) -> None:
+    """However many turns of the loop lie between the ring and the cancel, the wait is over by one or by the other."""
+
+    async def leaves() -> None:
+        event = asyncio.Event()
+        waiting = asyncio.create_task(_came(event, 5.0))
+        await asyncio.sleep(0.01)
+        event.set()
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        cancelled = waiting.cancel()
+        await asyncio.wait([waiting])
+        assert waiting.cancelled() == cancelled
+
+    asyncio.run(leaves())
