@@ -158,6 +158,6 @@ def assert_alike(some, other, tolerance):
 
 
 def assert_near(some, other, tolerance):
-    """Equal to a fraction, or to the last few µs that rounding takes, of a curve those of each head."""
-    for heads, (a, b) in enumerate(zip(some, other, strict=True)):
-        assert abs(a - b) <= max(4 * max(1, heads), tolerance * max(a, b)), (some, other)
+    """Equal to a fraction, or to the last few µs that rounding takes."""
+    for a, b in zip(some, other, strict=True):
+        assert abs(a - b) <= max(4, tolerance * max(a, b)), (some, other)
