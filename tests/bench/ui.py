@@ -164,15 +164,12 @@ def loaded(visit: Visit, path: str) -> dict[str, float]:
 
 
 def faults(visit: Visit) -> dict[str, int]:
-    """How many of each kind the page has that is open, and had while it was loaded; the next begins at none."""
-    found = dict.fromkeys(FAULTS, 0)
-    for scheme in ("light", "dark"):
-        visit.page.emulate_media(color_scheme=scheme)
-        found["axe serious"] += len(visit.axe())
+    """How many of each kind the page has, light and dark."""
+    visit.page.emulate_media(color_scheme="dark")
+    in_the_dark = len(visit.axe())
     visit.page.emulate_media(color_scheme="light")
-    found |= {"other hosts": len(visit.foreign), "policy": len(visit.violations()), "console": len(visit.errors)}
-    visit.foreign.clear()
-    visit.errors.clear()
+    found = {kind: len(of_kind) for kind, of_kind in visit.faults().items()}
+    found["axe serious"] += in_the_dark
     return found
 
 

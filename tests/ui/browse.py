@@ -79,6 +79,18 @@ class Visit:
         found: list[str] = self.page.evaluate("window.violations")
         return found
 
+    def faults(self) -> dict[str, list[str]]:
+        """By kind, what is wrong with the page that is open and was on the way to it; the next begins at none."""
+        found = {
+            "axe serious": self.axe(),
+            "other hosts": list(self.foreign),
+            "policy": self.violations(),
+            "console": list(self.errors),
+        }
+        self.foreign.clear()
+        self.errors.clear()
+        return found
+
     def check(self) -> None:
         """Nothing was wrong so far."""
         assert self.errors == []
