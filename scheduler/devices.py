@@ -31,6 +31,7 @@ BACKWARD_WORK = 2  # FLOPs and calls of a backward pass, in forward passes
 MOST_PER_S = 10**18  # no device computes or moves more
 MOST_US = 10**9
 MOST_BYTES = 1 << 50
+NOISE = 0.01  # of a curve, relative: timings of one piece repeat to about a percent
 RATES = ("forward_flops_per_s", "backward_flops_per_s", "trunk_flops_per_s", "sum_bytes_per_s", "update_params_per_s")
 
 
@@ -245,7 +246,8 @@ def _embed_share(shape: ModelShape) -> float:
 def _fit(profile: DeviceProfile, shape: ModelShape, step: StepShape) -> tuple[float, tuple[float, float], float]:
     """(call µs, µs per FLOP of the MLP forward and backward, attention's slowdown) that fit the four curves best.
 
-    Least squares of relative errors with one slope per curve; the fixed time cannot be negative.
+    Least squares of relative errors with one slope per curve; the fixed time cannot be negative. The slowdown is the
+    mean of what the forward and the backward curves say of it, each by how exactly it is known in whole µs.
     """
     flops = part_flops(shape, step)
     curves = [
@@ -271,9 +273,16 @@ def _fit(profile: DeviceProfile, shape: ModelShape, step: StepShape) -> tuple[fl
         solution = np.array([0.0, *np.linalg.lstsq(matrix[:, 1:], target, rcond=None)[0]])
     call_us, *slopes = solution * scale
     slopes = [max(slope, 1e6 / MOST_PER_S) for slope in slopes]
-    slowdown = math.sqrt(slopes[0] / slopes[1] * slopes[2] / slopes[3])
+    by_forward, by_backward = math.log(slopes[0] / slopes[1]), math.log(slopes[2] / slopes[3])
+    doubts = [_doubt(curves[i][0][-1], curves[i + 1][0][-1]) for i in (0, 2)]
+    slowdown = math.exp((by_forward * doubts[1] + by_backward * doubts[0]) / sum(doubts))
     slowdown = min(max(slowdown, 0.001), 1000.0)
     return float(call_us), (slopes[1], slopes[3]), slowdown
+
+
+def _doubt(*whole_us: int) -> float:
+    """How far the ratio of curves with these ends may be off, as a relative variance: by noise, and by rounding."""
+    return sum(NOISE**2 + (0.5 / us) ** 2 for us in whole_us)
 
 
 def _rate(amount: float, us: float) -> int:
